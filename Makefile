@@ -1,0 +1,34 @@
+# `make demo` and `make test` set themselves up in .venv; a second run only runs.
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+
+.PHONY: demo test format bench clean
+
+demo: .venv/recipes.stamp
+	$(BIN)/lnr-prune lenet5
+
+# One torch thread per worker: more only get in each other's way.
+test: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --cov
+
+format: .venv/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/bench.stamp
+	$(BIN)/python benchmarks/lenet5_mnist.py
+
+clean:
+	rm -rf .venv build dist htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# .venv/EXTRA.stamp: the environment holds the extra EXTRA. Every extra includes `recipes`.
+.venv/%.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	touch $@ .venv/recipes.stamp

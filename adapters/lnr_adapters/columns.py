@@ -1,0 +1,43 @@
+"""Plain columns: a linear layer that reads one column of each channel and keeps its bias."""
+
+import torch
+from torch import Tensor
+
+from lnr_prune.graph import Consumer
+from lnr_prune.statistics import LayerCall
+
+
+class Columns:
+    """``y = W x``: every column of W is its own group; the layer's bias is left as it is."""
+
+    name = "columns"
+
+    def matches(self, consumer: Consumer) -> bool:
+        """Linear layers whose bias is not refitted."""
+        return consumer.op == "linear" and consumer.bias is None and one_column_each(consumer)
+
+    def inputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
+        """The layer's input, all leading axes flattened."""
+        return call.input.reshape(-1, call.input.shape[-1])
+
+    def outputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
+        """The layer's output without its bias."""
+        output = call.output if call.bias is None else call.output - call.bias
+        return output.reshape(-1, output.shape[-1])
+
+    def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
+        """The channel that each column reads."""
+        return consumer.channels
+
+    def matrix(self, consumer: Consumer, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def write(self, consumer: Consumer, M: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """M is the weight."""
+        return M, None
+
+
+def one_column_each(consumer: Consumer) -> bool:
+    """Whether no channel owns more than one column."""
+    return int(torch.bincount(consumer.channels[consumer.channels >= 0]).max()) == 1

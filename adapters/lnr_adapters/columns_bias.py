@@ -1,0 +1,52 @@
+"""Columns with a bias: the bias is one more column, of a constant input 1, and is not penalised."""
+
+import torch
+from torch import Tensor
+
+from lnr_adapters.columns import Columns, one_column_each
+from lnr_prune.graph import Consumer
+from lnr_prune.statistics import LayerCall
+
+
+class ColumnsBias(Columns):
+    """``y = [W b] [x; 1]``: every column of W is its own group; the last column, the bias, is never removed."""
+
+    name = "columns_bias"
+    channel_axis = -1  # of the layer's output
+
+    def matches(self, consumer: Consumer) -> bool:
+        """Linear layers whose bias is refitted."""
+        return consumer.op == "linear" and consumer.bias is not None and one_column_each(consumer)
+
+    def samples(self, consumer: Consumer, call: LayerCall) -> Tensor:
+        """X without the constant, (n, d)."""
+        return super().inputs(consumer, call)
+
+    def inputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
+        """The samples and, if the bias is refitted, a constant 1."""
+        x = self.samples(consumer, call)
+        return x if consumer.bias is None else torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+    def outputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
+        """The layer's output, with its bias if that is refitted."""
+        output = call.output.movedim(self.channel_axis, -1)
+        if consumer.bias is None and call.bias is not None:
+            output = output - call.bias
+        return output.reshape(-1, output.shape[-1])
+
+    def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
+        """The channel that each column reads; -1 for the bias."""
+        columns = weight[0].numel() // len(consumer.channels)
+        channels = consumer.channels.repeat_interleave(columns)
+        return channels if consumer.bias is None else torch.cat([channels, channels.new_tensor([-1])])
+
+    def matrix(self, consumer: Consumer, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``[W b]``."""
+        W = weight.flatten(1)
+        return W if bias is None else torch.cat([W, bias[:, None]], 1)
+
+    def write(self, consumer: Consumer, M: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``M = [W b]``."""
+        if consumer.bias is None:
+            return M.reshape(weight.shape), None
+        return M[:, :-1].reshape(weight.shape), M[:, -1]

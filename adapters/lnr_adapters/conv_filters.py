@@ -1,0 +1,57 @@
+"""Convolution filter groups: all weights of the filters that read one input channel."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lnr_adapters.columns_bias import ColumnsBias
+from lnr_prune.graph import Consumer
+from lnr_prune.statistics import LayerCall
+
+
+class ConvFilters(ColumnsBias):
+    """``y = [W b] [patch; 1]`` at every position: the kernel entries of one input channel are one group.
+
+    Any kernel, stride, padding and dilation, in one, two or three dimensions.
+    """
+
+    name = "conv_filters"
+    channel_axis = 1
+
+    def matches(self, consumer: Consumer) -> bool:
+        """Convolutions that are not grouped (the graph offers no others)."""
+        return consumer.op in ("conv1d", "conv2d", "conv3d")
+
+    def samples(self, consumer: Consumer, call: LayerCall) -> Tensor:
+        """The unfolded patches, (samples * positions, channels * kernel entries)."""
+        kernel = call.weight.shape[2:]
+        n = len(kernel)
+        stride = per_axis(call.options.get("stride", 1), n)
+        dilation = per_axis(call.options.get("dilation", 1), n)
+        x = F.pad(call.input, _padding(call.options.get("padding", 0), kernel, dilation))
+        for axis in range(n):
+            span = dilation[axis] * (kernel[axis] - 1) + 1
+            x = x.unfold(2 + axis, span, stride[axis])[..., :: dilation[axis]]
+        # (samples, channels, positions..., kernel...) -> (samples, positions..., channels, kernel...)
+        return x.movedim(1, 1 + n).reshape(-1, x.shape[1] * math.prod(kernel))
+
+
+def per_axis(value: int | Sequence[int], n: int) -> tuple[int, ...]:
+    """One number for each of n axes."""
+    if isinstance(value, int):
+        return (value,) * n
+    return tuple(value) * n if len(value) == 1 else tuple(value)
+
+
+def _padding(padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """What F.pad takes: before and after, last axis first."""
+    n = len(kernel)
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        sides = [(amount // 2, amount - amount // 2) for amount in total]
+    else:
+        each = (0,) * n if padding == "valid" or isinstance(padding, str) else per_axis(padding, n)
+        sides = [(amount, amount) for amount in each]
+    return [amount for side in reversed(sides) for amount in side]

@@ -1,0 +1,19 @@
+"""Linear after a convolution: every channel owns the block of columns that its flattened map fills."""
+
+from lnr_adapters.columns import one_column_each
+from lnr_adapters.columns_bias import ColumnsBias
+from lnr_prune.graph import Consumer
+
+
+class FcAfterConv(ColumnsBias):
+    """``y = [W b] [flatten(map); 1]``: the H*W columns of a channel are one group.
+
+    Which columns those are the graph has found out (``consumer.channels``), so any flattening will do; bias
+    or not, everything else is as for plain columns.
+    """
+
+    name = "fc_after_conv"
+
+    def matches(self, consumer: Consumer) -> bool:
+        """Linear layers that read several columns of a channel."""
+        return consumer.op == "linear" and not one_column_each(consumer)

@@ -1,0 +1,41 @@
+"""lnr-prune: make a trained PyTorch model smaller and faster by linear neural reconstruction, without retraining."""
+
+from lnr_prune.errors import AdapterError, CalibrationError, GraphError, LnrPruneError, VerificationError
+from lnr_prune.problem import Block, GroupLasso, debias
+from lnr_prune.prox import prox_group_lasso
+from lnr_prune.prune import Pruned, prune
+from lnr_prune.registry import Adapter, register
+from lnr_prune.solvers import (
+    AlternateMinimization,
+    Fista,
+    Newton,
+    ProximalGradient,
+    Solution,
+    Status,
+    solve,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "AlternateMinimization",
+    "Block",
+    "CalibrationError",
+    "Fista",
+    "GraphError",
+    "GroupLasso",
+    "LnrPruneError",
+    "Newton",
+    "ProximalGradient",
+    "Pruned",
+    "Solution",
+    "Status",
+    "VerificationError",
+    "debias",
+    "prox_group_lasso",
+    "prune",
+    "register",
+    "solve",
+]

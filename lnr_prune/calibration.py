@@ -1,0 +1,142 @@
+"""Calibration data: any iterable of batches -> calls of the model."""
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lnr_prune.errors import CalibrationError
+from lnr_prune.graph import evaluating
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one forward pass."""
+Inputs = Callable[[Any], Call]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Batches that can be gone through again and again, as calls of one model.
+
+    Attributes:
+        batches: The data, re-iterable.
+        as_call: Turns a batch into the model's arguments.
+    """
+
+    batches: Iterable[Any]
+    as_call: Inputs
+
+    def __iter__(self) -> Iterator[Call]:
+        for batch in self.batches:
+            yield self.as_call(batch)
+
+    def example(self) -> Call:
+        """The arguments of the first batch.
+
+        Raises:
+            CalibrationError: If there is none.
+        """
+        for call in self:
+            return call
+        raise CalibrationError("the calibration data holds no batch; give at least one batch of inputs")
+
+
+def calibrate(model: nn.Module, data: Any, inputs: Inputs | None = None) -> Calibration:
+    """Reads calibration data for a model.
+
+    Args:
+        model: The model; tensors are moved to the device of its parameters.
+        data: An iterable of batches. A batch is a tensor; a tuple or list, of which as many leading entries
+            are taken as the model's forward requires (so the label of a pair is ignored); or a dict of keyword
+            arguments (entries called "label" or "labels" are left out unless forward names them). A single
+            tensor or dict is one batch. An iterator, which can be gone through only once, is kept in memory.
+        inputs: Turns any other batch into ``(args, kwargs)``.
+
+    Raises:
+        CalibrationError: If data is not iterable; while iterating, if a batch cannot be read.
+    """
+    if isinstance(data, Tensor | Mapping):
+        data = [data]
+    try:
+        once = iter(data) is data
+    except TypeError:
+        raise CalibrationError(
+            f"calibration data must be an iterable of batches, got {type(data).__name__}; wrap a batch in a list"
+        ) from None
+    batches = list(data) if once else data
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    read = inputs or _reader(model)
+
+    def as_call(batch: Any) -> Call:
+        args, kwargs = read(batch)
+        moved: Call = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        return moved
+
+    return Calibration(batches, as_call)
+
+
+def shortened(call: Call, size: int = 2) -> Call:
+    """The call with its batch cut to ``size`` samples, where all tensors share a longer first axis."""
+    leading = {leaf.shape[:1] for leaf in tree_leaves(call) if isinstance(leaf, Tensor)}
+    if len(leading) != 1 or next(iter(leading), ()) == () or next(iter(leading))[0] <= size:
+        return call
+    cut: Call = tree_map(lambda leaf: leaf[:size] if isinstance(leaf, Tensor) else leaf, call)
+    return cut
+
+
+def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """``model(*args, **kwargs)`` without gradients, with some of its tensors replaced for this call.
+
+    Raises:
+        CalibrationError: If the model does not accept the call; the message names the layer that failed.
+    """
+    args, kwargs = call
+    try:
+        with torch.no_grad(), evaluating(model):
+            return functional_call(model, dict(weights or {}), args, kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+        raise CalibrationError(
+            f"{type(model).__name__} does not accept inputs of shape {', '.join(map(str, shapes))}: "
+            f"{_failing_layer(model, error)}: {error}. Give batches as the model's forward takes them, "
+            "or map them with inputs="
+        ) from error
+
+
+def _reader(model: nn.Module) -> Inputs:
+    parameters = inspect.signature(model.forward).parameters
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [name for name, p in parameters.items() if p.kind in positional and p.default is p.empty]
+    count = max(1, len(required))
+
+    def read(batch: Any) -> Call:
+        if isinstance(batch, Tensor):
+            return (batch,), {}
+        if isinstance(batch, Mapping):
+            kept = {k: v for k, v in batch.items() if k in parameters or k not in ("label", "labels")}
+            return (), kept
+        if isinstance(batch, tuple | list) and len(batch) >= count:
+            return tuple(batch[:count]), {}
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise CalibrationError(
+            f"a batch is a {type(batch).__name__}{size}, expected a tensor, a dict of keyword arguments or a tuple "
+            f"that starts with forward's {count} required arguments {tuple(required)}; map it with inputs="
+        )
+
+    return read
+
+
+def _failing_layer(model: nn.Module, error: BaseException) -> str:
+    """The innermost layer on the error's traceback."""
+    names = {id(module): name for name, module in model.named_modules()}
+    path = [
+        names[id(frame.f_locals["self"])]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if id(frame.f_locals.get("self")) in names
+    ]
+    return f"in layer {path[-1]!r}" if path and path[-1] else "in its forward"

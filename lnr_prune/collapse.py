@@ -1,0 +1,92 @@
+"""Collapse: take the planned channels physically out of an nn.Module."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lnr_prune.graph import named_tensors
+from lnr_prune.plan import Plan
+
+
+def collapse(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Replaces every planned parameter of the model by its kept part, and makes its layers' attributes true.
+
+    No tensor is written to: parameters are replaced by new ones, so `restore_point` can undo it all.
+
+    Args:
+        model: The model, changed in place.
+        plan: What is kept.
+        weights: Full-size values to use instead of the model's own, as the refit left them.
+    """
+    weights = weights or {}
+    new: dict[int, Tensor] = {}  # tied parameters stay tied
+    for name, old in named_tensors(model).items():
+        if id(old) not in new and (name in plan.indices or name in weights):
+            new[id(old)] = _kept(weights.get(name, old), old, plan.indices.get(name, {}))
+    for module in model.modules():
+        changed = False
+        for tensors in _registries(module):
+            for leaf, old in tensors.items():
+                if id(old) in new:
+                    tensors[leaf] = new[id(old)]
+                    changed = True
+        for kind, update in ATTRIBUTES.items():
+            if changed and isinstance(module, kind):
+                update(module)
+
+
+def restore_point(model: nn.Module) -> Callable[[], None]:
+    """Remembers every submodule's attributes and parameters; the function returned puts them back."""
+    saved = [
+        (module, dict(vars(module)), [dict(entries) for entries in _registries(module)]) for module in model.modules()
+    ]
+
+    def restore() -> None:
+        for module, attributes, registries in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for entries, before in zip(_registries(module), registries, strict=True):
+                entries.clear()
+                entries.update(before)
+
+    return restore
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
+
+
+def _kept(value: Tensor, old: Tensor, indices: Mapping[int, tuple[int, ...]]) -> Tensor:
+    value = value.detach().to(old)
+    for dim, kept in indices.items():
+        value = value.index_select(dim, torch.tensor(kept, device=value.device))
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(value.clone(), requires_grad=old.requires_grad)
+    return value.clone()
+
+
+def _linear(module: nn.Linear) -> None:
+    module.out_features, module.in_features = module.weight.shape
+
+
+def _conv(module: nn.modules.conv._ConvNd) -> None:
+    module.out_channels = module.weight.shape[0]
+    if module.groups == 1:
+        module.in_channels = module.weight.shape[1]
+    else:  # of grouped convolutions only depthwise ones shrink
+        module.in_channels = module.groups = module.out_channels
+
+
+def _batch_norm(module: nn.modules.batchnorm._BatchNorm) -> None:
+    entries = [tensor for tensor in (module.weight, module.running_mean) if tensor is not None]
+    if entries:
+        module.num_features = len(entries[0])
+
+
+ATTRIBUTES: dict[type[nn.Module], Callable[..., None]] = {
+    nn.Linear: _linear,
+    nn.modules.conv._ConvNd: _conv,
+    nn.modules.batchnorm._BatchNorm: _batch_norm,
+}

@@ -1,0 +1,24 @@
+"""What a model costs: parameters and multiply-accumulates."""
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from lnr_prune.calibration import Call, run
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters; shared ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def macs(model: nn.Module, example: Call) -> int:
+    """Multiply-accumulates of contractions (linear layers, convolutions, attention) for one sample.
+
+    One sample is one entry of the first axis of the first tensor of ``example``.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run(model, example)
+    leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()]
+    samples = leaves[0].shape[0] if leaves else 1
+    return int(counter.get_total_flops() // (2 * max(1, samples)))

@@ -1,0 +1,21 @@
+"""The errors that lnr-prune raises; bad arguments are plain ``ValueError`` and ``TypeError``."""
+
+
+class LnrPruneError(Exception):
+    """Base class: ``except LnrPruneError`` catches whatever the library refuses to do."""
+
+
+class GraphError(LnrPruneError):
+    """The model cannot be traced, copied or shrunk safely."""
+
+
+class CalibrationError(LnrPruneError):
+    """The calibration data cannot be used: empty, of the wrong shape, or not finite."""
+
+
+class AdapterError(LnrPruneError):
+    """No adapter, or more than one, fits a consumer."""
+
+
+class VerificationError(LnrPruneError):
+    """The pruned model does not equal the masked model; nothing was changed."""

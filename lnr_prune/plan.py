@@ -1,0 +1,42 @@
+"""The plan: what leaves a model, as plain data."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lnr_prune.graph import ChannelGroup
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which indices of every parameter's dimensions are kept.
+
+    Attributes:
+        channels: Name of a group -> channels kept, ascending.
+        indices: Parameter -> dimension -> indices kept, ascending; what is not named stays whole.
+    """
+
+    channels: Mapping[str, tuple[int, ...]]
+    indices: Mapping[str, Mapping[int, tuple[int, ...]]]
+
+    def __bool__(self) -> bool:
+        """Whether anything is removed."""
+        return bool(self.indices)
+
+
+def make_plan(supports: Iterable[tuple[ChannelGroup, Tensor]]) -> Plan:
+    """The plan that keeps, of every group, the channels of its support, (size,) bool."""
+    channels: dict[str, tuple[int, ...]] = {}
+    indices: dict[str, dict[int, tuple[int, ...]]] = {}
+    for group, support in supports:
+        support = support.cpu()
+        if bool(support.all()):
+            continue
+        channels[group.name] = tuple(support.nonzero()[:, 0].tolist())
+        keep = torch.cat([support, support.new_ones(1)])  # channel -1 stays
+        for (parameter, dim), channel in group.slots.items():
+            kept = keep[channel].nonzero()[:, 0]
+            indices.setdefault(parameter, {})[dim] = tuple(kept.tolist())
+    return Plan(channels, indices)

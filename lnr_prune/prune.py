@@ -1,0 +1,283 @@
+"""The front door: prune a model by linear neural reconstruction."""
+
+import math
+import numbers
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from lnr_prune import cost
+from lnr_prune.calibration import Calibration, Inputs, calibrate, run, shortened
+from lnr_prune.collapse import collapse, restore_point
+from lnr_prune.errors import CalibrationError
+from lnr_prune.graph import ChannelGroup, Graph, find_groups, named_tensors
+from lnr_prune.plan import Plan, make_plan
+from lnr_prune.problem import GroupLasso
+from lnr_prune.problem import debias as debiased
+from lnr_prune.registry import Pair, find
+from lnr_prune.report import GroupReport, Report
+from lnr_prune.selection import SELECTORS, Candidates, Selection, at_lam
+from lnr_prune.solvers import Solver
+from lnr_prune.statistics import gather
+from lnr_prune.verify import Reference, copied, shrinkable
+
+Choice = Callable[[Candidates], Selection]
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """What `prune` returns.
+
+    Attributes:
+        model: The smaller model, of the original's class.
+        report: What was done to every group; ``print(pruned.report)``.
+        plan: Which indices of which parameters were kept.
+        masked: Full-size parameters (name -> tensor) of the equal, masked model:
+            ``torch.func.functional_call(original, pruned.masked, inputs)`` is ``pruned.model(inputs)``.
+    """
+
+    model: nn.Module
+    report: Report
+    plan: Plan
+    masked: Mapping[str, Tensor]
+
+
+def prune(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    keep: float | Mapping[str, float] | None = None,
+    lam: float | Mapping[str, float] | None = None,
+    lam_ratio: float | Mapping[str, float] | None = None,
+    selector: str = "group_lasso",
+    solver: str | Solver = "newton",
+    bias: bool = True,
+    debias: bool = True,
+    ridge: float = 0.0,
+    inputs: Inputs | None = None,
+    inplace: bool = False,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Pruned:
+    """``min_M 1/2 E||y - M x||^2 + lam sum_g w_g ||M[:, g]||_F`` for every layer, then removes the zero groups.
+
+    One channel group after the other, in order of execution: second moments of its consumers (inputs
+    from the network pruned so far, outputs from the original one), support, least-squares refit on it.
+    At last the channels are taken out physically, and the smaller model is compared with the masked one.
+
+    Args:
+        model: A trained model that torch.export can trace. It is not modified unless ``inplace``.
+        calibration: Unlabelled inputs, any iterable of batches: tensors, ``(input, label)`` pairs (labels
+            are ignored), tuples of arguments, or dicts of keyword arguments.
+        keep: Channels to keep of every group: a count (int), or a fraction in (0, 1] (float); or a mapping
+            from producers' names to one of these, which leaves all other groups whole.
+        lam: Instead, the penalty; or a mapping from producers' names.
+        lam_ratio: Instead, the penalty as a fraction of each group's lambda_max; or a mapping.
+        selector: How ``keep`` channels are chosen: "group_lasso", or the baselines "norm" and "random".
+        solver: Name or settings of the solver, see `solve`.
+        bias: Whether the consumers' biases are refitted too.
+        debias: Whether the kept columns are refitted, by least squares. If not, they stay as the selector
+            left them: shrunk by the lasso, or the original ones.
+        ridge: Ridge of the refit, as a fraction of the inputs' mean second moment.
+        inputs: Turns a batch of any other form into ``(args, kwargs)`` of the model.
+        inplace: Shrinks ``model`` itself. If anything fails it is as before.
+        seed: Of the "random" selector.
+        progress: Whether to show a progress bar; default: if stderr is a terminal.
+
+    Returns:
+        A `Pruned` with the smaller model, the report and the plan.
+
+    Raises:
+        ValueError, TypeError: If an argument is out of range, or names no prunable layer.
+        CalibrationError: If the calibration data is empty, not finite, or not accepted by the model.
+        GraphError: If the model cannot be traced or copied.
+        VerificationError: If the smaller model does not equal the masked one; the model is left as it was.
+
+    Example:
+        >>> import torch, lnr_prune as lnr
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> pruned = lnr.prune(model, [torch.randn(256, 8)], keep=0.5)
+        >>> pruned.model
+        Sequential(
+          (0): Linear(in_features=8, out_features=16, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=16, out_features=4, bias=True)
+        )
+    """
+    data = calibrate(model, calibration, inputs)
+    example = shortened_example(model, data)
+    graph = find_groups(model, *example)
+    target = model if inplace else copied(model, example)
+    groups, fixed = shrinkable(target, graph.groups, example)
+    graph = Graph(groups, {**graph.frozen, **fixed})
+    choices = _choices(graph, keep, lam, lam_ratio, selector)
+
+    tensors = dict(named_tensors(model))
+    masked: dict[str, Tensor] = {}
+    supports: list[tuple[ChannelGroup, Tensor]] = []
+    rows: list[GroupReport] = []
+    generator = torch.Generator().manual_seed(seed)
+    with _progress_bar(progress) as bar:
+        task = bar.add_task("pruning", total=len(choices))
+        for group in graph.groups:
+            row = GroupReport(
+                group.name, group.producers, tuple(c.name for c in group.consumers), group.size, group.size
+            )
+            if group.name in choices:
+                bar.update(task, description=group.name)
+                state = {**tensors, **masked}
+                pairs = _pairs(group, bias)
+                problem = _problem(model, group, pairs, data, masked, state)
+                candidates = Candidates(
+                    problem,
+                    tuple(p.matrix(state) for p in pairs),
+                    _magnitude(group, state),
+                    solver,
+                    generator,
+                )
+                selection = choices[group.name](candidates)
+                M = debiased(problem, selection.support, ridge) if debias else selection.coefficients
+                for pair, M_c in zip(pairs, M, strict=True):
+                    masked |= pair.write(M_c, state)
+                supports.append((group, selection.support))
+                row = replace(
+                    row,
+                    kept=int(selection.support.sum()),
+                    error=problem.error(M),
+                    lam=selection.lam,
+                    gap=selection.gap,
+                    note=selection.note,
+                )
+                bar.advance(task)
+            rows.append(row)
+
+    plan = make_plan(supports)
+    before = cost.parameters(model), cost.macs(model, example)
+    reference = Reference(model, masked, example)
+    restore = restore_point(target)
+    try:
+        collapse(target, plan, masked)
+        reference.check(target)
+    except BaseException:
+        restore()
+        raise
+    after = cost.parameters(target), cost.macs(target, example)
+    report = Report(tuple(rows), graph.frozen, before[0], after[0], before[1], after[1])
+    return Pruned(target, report, plan, masked)
+
+
+def shortened_example(model: nn.Module, data: Calibration) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a small forward pass: the first batch, cut to two samples where the model allows."""
+    example = data.example()
+    short = shortened(example)
+    try:
+        run(model, short)
+    except CalibrationError:
+        run(model, example)
+        return example
+    return short
+
+
+def _choices(
+    graph: Graph,
+    keep: float | Mapping[str, float] | None,
+    lam: float | Mapping[str, float] | None,
+    lam_ratio: float | Mapping[str, float] | None,
+    selector: str,
+) -> dict[str, Choice]:
+    """Name of a group -> how its channels are chosen."""
+    given = {
+        name: value for name, value in (("keep", keep), ("lam", lam), ("lam_ratio", lam_ratio)) if value is not None
+    }
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of keep, lam and lam_ratio, got {', '.join(given) or 'none'}")
+    if selector not in SELECTORS:
+        raise ValueError(f"unknown selector {selector!r}; known selectors: {', '.join(SELECTORS)}")
+    ((kind, wanted),) = given.items()
+    if kind != "keep" and selector != "group_lasso":
+        raise ValueError(f"{kind} is a penalty of the group lasso; the selector {selector!r} takes keep=")
+    by_producer = {producer: group for group in graph.groups for producer in group.producers}
+    if not isinstance(wanted, Mapping):
+        values = {group.name: wanted for group in graph.groups}
+    else:
+        values = {}
+        for producer, value in wanted.items():
+            if producer not in by_producer:
+                why = f" ({graph.frozen[producer]})" if producer in graph.frozen else ""
+                raise ValueError(
+                    f"{kind} names {producer!r}, which is no prunable producer{why}; "
+                    f"prunable: {', '.join(by_producer) or 'none'}"
+                )
+            values[by_producer[producer].name] = value
+    sizes = {group.name: group.size for group in graph.groups}
+    return {name: _choice(kind, value, sizes[name], selector) for name, value in values.items()}
+
+
+def _choice(kind: str, value: float, size: int, selector: str) -> Choice:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{kind} must be a number or a mapping of numbers, got {value!r}")
+    if kind == "keep":
+        count = keep_count(value, size)
+        return lambda candidates: SELECTORS[selector](candidates, count)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{kind} must be finite and >= 0, got {value}")
+    if kind == "lam":
+        return lambda candidates: at_lam(candidates, value)
+    return lambda candidates: at_lam(candidates, value * candidates.problem.lambda_max())
+
+
+def keep_count(keep: float, size: int) -> int:
+    """Number of channels that a count (int) or a fraction (float) keeps of ``size``; at least one.
+
+    Raises:
+        ValueError: If keep is an int below 1 or a float outside (0, 1].
+    """
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise ValueError(f"keep must leave at least one channel, got keep={keep}")
+        return min(int(keep), size)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be a count (int >= 1) or a fraction in (0, 1], got {keep}")
+    return max(1, round(keep * size))
+
+
+def _pairs(group: ChannelGroup, bias: bool) -> list[Pair]:
+    """The group's consumers with their adapters; without ``bias`` the layers keep theirs."""
+    consumers = [c if bias else replace(c, bias=None) for c in group.consumers]
+    return [Pair(consumer, find(consumer)) for consumer in consumers]
+
+
+def _problem(
+    model: nn.Module,
+    group: ChannelGroup,
+    pairs: list[Pair],
+    data: Calibration,
+    masked: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+) -> GroupLasso:
+    moments = gather(model, {pair.consumer.weight: pair for pair in pairs}, data, weights=masked)
+    blocks = tuple(pair.block(moments[pair.consumer.weight], state[pair.consumer.weight]) for pair in pairs)
+    return GroupLasso(blocks, blocks[0].R.new_ones(group.size))
+
+
+def _magnitude(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
+    """L1 norm of every channel's filters over the producers."""
+    magnitude = torch.zeros(group.size, dtype=torch.float64)
+    for producer in group.producers:
+        weight = next(name for name in (f"{producer}.weight", producer) if name in tensors)
+        rows = tensors[weight].detach().double().abs().flatten(1).sum(1).cpu()
+        channels = group.slots[weight, 0]
+        magnitude.index_add_(0, channels[channels >= 0], rows[channels >= 0])
+    return magnitude.to(tensors[weight].device)
+
+
+def _progress_bar(show: bool | None) -> Progress:
+    show = sys.stderr.isatty() if show is None else show
+    return Progress(console=Console(stderr=True), transient=True, disable=not show)

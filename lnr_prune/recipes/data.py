@@ -1,0 +1,142 @@
+"""Real digits for the recipes: scikit-learn's embedded 8x8 digits, MNIST and Fashion-MNIST.
+
+scikit-learn, torchvision and matplotlib come with the ``recipes`` extra and are imported only when asked for:
+the library itself never needs them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lnr_prune.errors import LnrPruneError
+
+DATA_ENVIRONMENT = "LNR_PRUNE_DATA"
+TORCHVISION_NAMES = {"mnist": "MNIST", "fashion": "FashionMNIST"}
+NAMES = ("digits", *TORCHVISION_NAMES)
+# Mean and standard deviation of the training pixels, as published: trained weights expect these very numbers.
+NORMALISATION = {"mnist": (0.1307, 0.3081), "fashion": (0.2860, 0.3530)}
+DIGITS_TEST_SIZE = 360
+
+
+@dataclass(frozen=True)
+class Data:
+    """Normalised (n, 1, 28, 28) images and their labels, split for training and testing."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load(name: str = "digits", root: str | Path | None = None) -> Data:
+    """Load a data set by name.
+
+    Args:
+        name: "digits" (embedded, no file needed), "mnist" or "fashion".
+        root: Folder that holds ``MNIST/raw`` or ``FashionMNIST/raw``; by default the environment variable
+            ``LNR_PRUNE_DATA``. Files that it lacks are downloaded into it by torchvision.
+    """
+    if name == "digits":
+        return _load_digits()
+    if name not in TORCHVISION_NAMES:
+        raise LnrPruneError(f"unknown data set: got {name!r}, expected one of {', '.join(NAMES)}.")
+    train, test = _open_torchvision(TORCHVISION_NAMES[name], _data_root(name, root))
+    mean, deviation = NORMALISATION[name]
+    images = [(part.data[:, None].float() / 255 - mean) / deviation for part in (train, test)]
+    return Data(name, images[0], train.targets, images[1], test.targets)
+
+
+def batches(images: Tensor, labels: Tensor, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of (images, labels) batches, in an order drawn from the seed."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    for index in order.split(size):
+        yield images[index], labels[index]
+
+
+def require(module: str) -> ModuleType:
+    """Import a module of the ``recipes`` extra, or say how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise LnrPruneError(
+            f"this recipe needs {package}, which is not installed: run pip install 'lnr-prune[recipes]'."
+        ) from error
+
+
+def _load_digits() -> Data:
+    pixels, labels = require("sklearn.datasets").load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    images = functional.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False)
+    # The split does not follow the user's seed: test accuracies of different runs stay comparable.
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    test, train = order[:DIGITS_TEST_SIZE], order[DIGITS_TEST_SIZE:]
+    images = (images - images[train].mean()) / images[train].std()
+    targets = torch.tensor(labels)
+    return Data("digits", images[train], targets[train], images[test], targets[test])
+
+
+def _data_root(name: str, root: str | Path | None) -> Path:
+    given = root or os.environ.get(DATA_ENVIRONMENT)
+    if not given:
+        raise LnrPruneError(
+            f"no folder for the data set {name!r}: give one with --data-root or the environment variable "
+            f"{DATA_ENVIRONMENT}. It holds {TORCHVISION_NAMES[name]}/raw; missing files are downloaded."
+        )
+    folder = Path(given)
+    if not folder.is_dir():
+        raise LnrPruneError(f"the data folder must exist: got {str(folder)!r}. Create it, or name another one.")
+    return folder
+
+
+def _open_torchvision(dataset: str, root: Path) -> tuple[Any, Any]:
+    opener = getattr(_torchvision_datasets(), dataset)
+    with tempfile.TemporaryDirectory() as scratch:
+        # torchvision reads unzipped files only and unzips in place, which a read-only folder does not allow.
+        if not os.access(root / dataset / "raw" if (root / dataset / "raw").is_dir() else root, os.W_OK):
+            shutil.copytree(root / dataset, Path(scratch, dataset), copy_function=shutil.copyfile)
+            root = Path(scratch)
+        try:
+            return opener(root, train=True, download=True), opener(root, train=False, download=True)
+        except (OSError, RuntimeError) as error:
+            raise LnrPruneError(
+                f"could not read {dataset}: expected {root / dataset / 'raw'} to hold its four .gz files, and "
+                f"torchvision could not download them ({error}). Put them there, or use --data digits."
+            ) from error
+
+
+def _torchvision_datasets() -> ModuleType:
+    try:
+        return require("torchvision.datasets")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        _declare_torchvision_operators()
+        return require("torchvision.datasets")
+
+
+@functools.cache  # the declarations live as long as the object that made them
+def _declare_torchvision_operators() -> torch.library.Library:
+    """Let a torchvision built for CUDA be imported beside a CPU-only torch.
+
+    Its compiled operators fail to load there, and the import then stops at the fake kernels of two of them,
+    "operator torchvision::nms does not exist". Declaring the two schemas is enough: data sets call neither.
+    """
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library

@@ -1,0 +1,149 @@
+"""The registry of adapters: how a layer's columns form groups is known to them alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Protocol
+
+from torch import Tensor
+
+from lnr_prune.errors import AdapterError
+from lnr_prune.graph import Consumer
+from lnr_prune.problem import Block
+from lnr_prune.statistics import LayerCall, SecondMoments
+
+ENTRY_POINTS = "lnr_prune.adapters"
+
+
+class Adapter(Protocol):
+    """Turns a consumer into the matrix form ``y = M x`` of the group lasso, and back.
+
+    An adapter decides which consumers it fits, how to read x and y from a call of the layer, which columns
+    of x belong to which channel, and how a matrix becomes weights. `lnr_prune.testing.check_adapter`
+    is the contract.
+    """
+
+    name: str
+
+    def matches(self, consumer: Consumer) -> bool:
+        """Whether this adapter, and no other, is the one for the consumer."""
+        ...
+
+    def inputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
+        """x: one row a sample, (n, d)."""
+        ...
+
+    def outputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
+        """y: one row a sample, (n, h), so that ``y = x M^T`` for the layer's own matrix M."""
+        ...
+
+    def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
+        """Channel of every column of x, (d,) int64; -1 = not penalised."""
+        ...
+
+    def matrix(self, consumer: Consumer, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's own matrix M, (h, d)."""
+        ...
+
+    def write(self, consumer: Consumer, M: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight, of ``weight``'s shape, and the bias (None = leave it) that make ``y = M x``."""
+        ...
+
+
+_adapters: dict[str, Adapter] = {}
+
+
+def register(adapter: Adapter, *, replace: bool = False) -> None:
+    """Makes an adapter known under its name.
+
+    Packages do this when the module named by their entry point is imported::
+
+        [project.entry-points."lnr_prune.adapters"]
+        mine = "my_package.my_adapters"
+
+    Raises:
+        ValueError: If the name is taken and ``replace`` is not set.
+    """
+    if adapter.name in _adapters and not replace:
+        raise ValueError(
+            f"an adapter named {adapter.name!r} is registered already ({type(_adapters[adapter.name]).__name__}); "
+            "choose another name, or pass replace=True"
+        )
+    _adapters[adapter.name] = adapter
+
+
+def unregister(name: str) -> None:
+    """Forgets an adapter.
+
+    Raises:
+        ValueError: If no adapter has this name.
+    """
+    if name not in _adapters:
+        raise ValueError(f"no adapter is named {name!r}; registered: {', '.join(_adapters) or 'none'}")
+    del _adapters[name]
+
+
+def adapters() -> Mapping[str, Adapter]:
+    """All registered adapters by name, those of installed packages included."""
+    _load_entry_points()
+    return dict(_adapters)
+
+
+def find(consumer: Consumer) -> Adapter:
+    """The one adapter that fits a consumer.
+
+    Raises:
+        AdapterError: If none or several fit.
+    """
+    known = adapters()
+    if not known:
+        raise AdapterError("no adapters found: install the package (pip install -e .)")
+    fitting = [adapter for adapter in known.values() if adapter.matches(consumer)]
+    if len(fitting) != 1:
+        found = "no adapter fits" if not fitting else f"{len(fitting)} adapters fit"
+        candidates = ", ".join(adapter.name for adapter in fitting or known.values())
+        raise AdapterError(
+            f"{found} layer {consumer.name!r} ({consumer.op}), expected exactly one; candidates: {candidates}. "
+            "Register an adapter for it, or unregister the one that should not apply"
+        )
+    return fitting[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A consumer and the adapter that reads it."""
+
+    consumer: Consumer
+    adapter: Adapter
+
+    def inputs(self, call: LayerCall) -> Tensor:
+        """X of a call, (n, d)."""
+        return self.adapter.inputs(self.consumer, call)
+
+    def outputs(self, call: LayerCall) -> Tensor:
+        """Y of a call, (n, h)."""
+        return self.adapter.outputs(self.consumer, call)
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The layer's matrix under these parameters, (h, d), float64."""
+        bias = tensors[self.consumer.bias] if self.consumer.bias else None
+        return self.adapter.matrix(self.consumer, tensors[self.consumer.weight], bias).detach().double()
+
+    def block(self, moments: SecondMoments, weight: Tensor) -> Block:
+        """The consumer's block of the group-lasso problem."""
+        return moments.block(self.adapter.groups(self.consumer, weight))
+
+    def write(self, M: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters that make the layer's matrix M, of the present ones' shapes, dtypes and devices."""
+        weight, bias = self.adapter.write(self.consumer, M, tensors[self.consumer.weight])
+        new = {self.consumer.weight: weight}
+        if self.consumer.bias and bias is not None:
+            new[self.consumer.bias] = bias
+        return {name: value.to(tensors[name]) for name, value in new.items()}
+
+
+@cache
+def _load_entry_points() -> None:
+    for entry in entry_points(group=ENTRY_POINTS):
+        entry.load()

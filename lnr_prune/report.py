@@ -1,0 +1,92 @@
+"""What a prune did, group by group."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One channel group.
+
+    Attributes:
+        name: Name of the group, its first producer's.
+        producers: Layers whose rows or filters were removed.
+        consumers: Layers that were refitted.
+        size: Channels before.
+        kept: Channels after.
+        error: ``E||y - M x||^2 / E||y||^2`` of the consumers on the calibration data; None if left whole.
+        lam: Penalty of the group lasso; None if another selector chose.
+        gap: Relative duality gap of its solve; None likewise.
+        note: What to know, "" if nothing.
+    """
+
+    name: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    size: int
+    kept: int
+    error: float | None = None
+    lam: float | None = None
+    gap: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every group, what was frozen, and the model before and after.
+
+    Attributes:
+        groups: One row a channel group, in order of execution.
+        frozen: Layer whose outputs cannot be pruned -> why.
+        params_before, params_after: Number of parameters.
+        macs_before, macs_after: Multiply-accumulates for one sample.
+    """
+
+    groups: tuple[GroupReport, ...]
+    frozen: Mapping[str, str]
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+
+    def __rich__(self) -> Table:
+        table = Table(title="lnr-prune", caption=self._caption(), caption_justify="left")
+        for column in ("producers", "consumers"):
+            table.add_column(column)
+        for column in ("channels", "kept", "error", "gap"):
+            table.add_column(column, justify="right")
+        table.add_column("note")
+        for group in self.groups:
+            table.add_row(
+                ", ".join(group.producers),
+                ", ".join(group.consumers),
+                str(group.size),
+                str(group.kept),
+                "-" if group.error is None else f"{group.error:.2%}",
+                "-" if group.gap is None else f"{group.gap:.0e}",
+                group.note,
+            )
+        for layer, reason in self.frozen.items():
+            table.add_row(layer, "-", "-", "-", "-", "-", f"frozen: {reason}")
+        return table
+
+    def _caption(self) -> str:
+        params = f"parameters {self.params_before:,} -> {self.params_after:,}"
+        macs = f"MACs {self.macs_before:,} -> {self.macs_after:,}"
+        return (
+            f"{params} ({_share(self.params_after, self.params_before)}), "
+            f"{macs} ({_share(self.macs_after, self.macs_before)})"
+        )
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue()
+
+
+def _share(after: int, before: int) -> str:
+    return f"{after / before:.2%}" if before else "-"
