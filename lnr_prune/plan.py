@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lnr_prune.graph import ChannelGroup
+from lnr_prune.graph import ChannelGroup, Slot
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,20 @@ class Plan:
 def make_plan(supports: Iterable[tuple[ChannelGroup, Tensor]]) -> Plan:
     """The plan that keeps, of every group, the channels of its support, (size,) bool."""
     channels: dict[str, tuple[int, ...]] = {}
-    indices: dict[str, dict[int, tuple[int, ...]]] = {}
+    kept: dict[Slot, Tensor] = {}
     for group, support in supports:
         support = support.cpu()
         if bool(support.all()):
             continue
-        channels[group.name] = tuple(support.nonzero()[:, 0].tolist())
+        channels[group.name] = _indices(support)
         keep = torch.cat([support, support.new_ones(1)])  # channel -1 stays
-        for (parameter, dim), channel in group.slots.items():
-            kept = keep[channel].nonzero()[:, 0]
-            indices.setdefault(parameter, {})[dim] = tuple(kept.tolist())
+        for slot, channel in group.slots.items():
+            kept[slot] = keep[channel] & kept.get(slot, True)  # a concatenation's columns are in several groups
+    indices: dict[str, dict[int, tuple[int, ...]]] = {}
+    for (parameter, dim), mask in kept.items():
+        indices.setdefault(parameter, {})[dim] = _indices(mask)
     return Plan(channels, indices)
+
+
+def _indices(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero()[:, 0].tolist())

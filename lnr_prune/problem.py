@@ -216,8 +216,11 @@ def _schur(block: Block) -> tuple[Block, Callable[[Tensor], Tensor], float]:
     R_pu, B_u = block.R[p][:, u], block.B[:, u]
     T = R_pu @ R_uu_inverse
     explained = float((B_u @ R_uu_inverse * B_u).sum())
-    R = block.R[p][:, p] - T @ R_pu.T
-    reduced = Block((R + R.T) / 2, block.B[:, p] - B_u @ T.T, max(block.t - explained, 0.0), block.groups[p])
+    R, B = block.R[p][:, p], block.B[:, p]
+    remains = R.diagonal() - (T * R_pu).sum(1) > 1e3 * torch.finfo(R.dtype).eps * R.diagonal()
+    R = (R - T @ R_pu.T) * remains * remains[:, None]  # columns that u explains to rounding have no say
+    t = block.t - explained if explained < (1 - 1e-14) * block.t else 0.0
+    reduced = Block((R + R.T) / 2, (B - B_u @ T.T) * remains, t, block.groups[p])
 
     def back(M_p: Tensor) -> Tensor:
         M = torch.zeros_like(block.B)

@@ -25,7 +25,7 @@ from lnr_prune.report import GroupReport, Report
 from lnr_prune.selection import SELECTORS, Candidates, Selection, at_lam
 from lnr_prune.solvers import Solver
 from lnr_prune.statistics import gather
-from lnr_prune.verify import Reference, copied, shrinkable
+from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
 
 Choice = Callable[[Candidates], Selection]
 
@@ -134,7 +134,8 @@ def prune(
                 bar.update(task, description=group.name)
                 state = {**tensors, **masked}
                 pairs = _pairs(group, bias)
-                problem = _problem(model, group, pairs, data, masked, state)
+                alive = _alive(pairs, supports, state)
+                problem = _problem(model, group, pairs, alive, data, masked, state)
                 candidates = Candidates(
                     problem,
                     tuple(p.matrix(state) for p in pairs),
@@ -144,8 +145,8 @@ def prune(
                 )
                 selection = choices[group.name](candidates)
                 M = debiased(problem, selection.support, ridge) if debias else selection.coefficients
-                for pair, M_c in zip(pairs, M, strict=True):
-                    masked |= pair.write(M_c, state)
+                for pair, M_c, alive_c in zip(pairs, M, alive, strict=True):
+                    masked |= pair.write(M_c * alive_c, state)
                 supports.append((group, selection.support))
                 row = replace(
                     row,
@@ -254,16 +255,27 @@ def _pairs(group: ChannelGroup, bias: bool) -> list[Pair]:
     return [Pair(consumer, find(consumer)) for consumer in consumers]
 
 
+def _alive(pairs: list[Pair], supports: list[tuple[ChannelGroup, Tensor]], state: Mapping[str, Tensor]) -> list[Tensor]:
+    """Per consumer, the columns whose channels no earlier group has dropped, (d,) bool."""
+    ones = {name: torch.ones_like(tensor) for pair in pairs for name, tensor in pair.parameters(state).items()}
+    ones |= {name: mask for name, mask in masked_weights(supports, {**state, **ones}).items() if name in ones}
+    return [pair.matrix(ones).bool().any(0) for pair in pairs]
+
+
 def _problem(
     model: nn.Module,
     group: ChannelGroup,
     pairs: list[Pair],
+    alive: list[Tensor],
     data: Calibration,
     masked: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
 ) -> GroupLasso:
     moments = gather(model, {pair.consumer.weight: pair for pair in pairs}, data, weights=masked)
-    blocks = tuple(pair.block(moments[pair.consumer.weight], state[pair.consumer.weight]) for pair in pairs)
+    blocks = tuple(
+        pair.block(moments[pair.consumer.weight].restricted(columns), state[pair.consumer.weight])
+        for pair, columns in zip(pairs, alive, strict=True)
+    )
     return GroupLasso(blocks, blocks[0].R.new_ones(group.size))
 
 

@@ -125,6 +125,11 @@ class Pair:
         """Y of a call, (n, h)."""
         return self.adapter.outputs(self.consumer, call)
 
+    def parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The consumer's weight and, if it is refitted, its bias, by name."""
+        names = (self.consumer.weight, self.consumer.bias)
+        return {name: tensors[name] for name in names if name is not None}
+
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The layer's matrix under these parameters, (h, d), float64."""
         bias = tensors[self.consumer.bias] if self.consumer.bias else None

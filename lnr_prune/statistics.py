@@ -1,7 +1,7 @@
 """Second moments of every consumer's inputs and outputs, in one pass over the calibration data."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,6 +88,10 @@ class SecondMoments:
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
         return SecondMoments(self.xx + other.xx, self.yx + other.yx, self.yy + other.yy, self.count + other.count)
 
+    def restricted(self, columns: Tensor) -> "SecondMoments":
+        """The moments as if all but these columns of x, (d,) bool, were zero."""
+        return SecondMoments(self.xx * columns * columns[:, None], self.yx * columns, self.yy, self.count)
+
     def block(self, groups: Tensor) -> Block:
         """``R = E[x x^T]``, ``B = E[y x^T]``, ``t = E||y||^2``, as a block of a `GroupLasso`."""
         n = self.count
@@ -134,8 +138,8 @@ def gather(
     batch = -1
     for batch, call in enumerate(data):
         if weights:
-            _watch(model, call, readers, {}, keep_target)
-        _watch(model, call, readers, weights or {}, add)
+            watch(model, call, readers, {}, keep_target)
+        watch(model, call, readers, weights or {}, add)
         _check_finite(moments, batch)
         if progress:
             progress()
@@ -198,13 +202,22 @@ class _Watch(TorchFunctionMode):
         return result
 
 
-def _watch(
+def watch(
     model: nn.Module,
     call: ModelCall,
-    names: Mapping[str, Reader],
+    names: Iterable[str],
     weights: Mapping[str, Tensor],
     on_call: Callable[[str, LayerCall], None],
 ) -> None:
+    """Runs the model once and reports every application of the named weights.
+
+    Args:
+        model: The model.
+        call: Arguments of the forward pass.
+        names: Names of the weights.
+        weights: Tensors to run with in place of the model's own.
+        on_call: Gets the weight's name and the call.
+    """
     tensors = {**named_tensors(model), **weights}
     with _Watch({id(tensors[name]): name for name in names}, on_call):
         run(model, call, weights)

@@ -1,6 +1,7 @@
 """Model -> channel groups. Knows nothing of solvers or adapters."""
 
 from lnr_prune.graph.groups import ChannelGroup, Consumer, Graph, find_groups
+from lnr_prune.graph.owners import Slot
 from lnr_prune.graph.trace import evaluating, named_tensors
 
-__all__ = ["ChannelGroup", "Consumer", "Graph", "evaluating", "find_groups", "named_tensors"]
+__all__ = ["ChannelGroup", "Consumer", "Graph", "Slot", "evaluating", "find_groups", "named_tensors"]

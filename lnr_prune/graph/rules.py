@@ -1,7 +1,6 @@
 """How ownership passes through ATen operations; an operation without a rule freezes what it touches."""
 
 import logging
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +97,8 @@ def propagate(trace: Trace) -> Propagation:
             state.ids[node] = ids
             if sum(size > 1 for size in ids.shape) > 1:
                 state.owners.grids.append(ids)
-        elif node.op == "call_function" and node.target is not operator.getitem:
-            _freeze_inputs(state, node)
+        elif node.op == "call_function" and not op_name(node).startswith("_assert"):
+            _freeze_inputs(state, node)  # several outputs, or none
     return state
 
 
@@ -128,6 +127,11 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(size) for size in getattr(node.meta.get("val"), "shape", ()))
 
 
+def spatial_axes(node: fx.Node) -> int:
+    """2 for "conv2d", 1 for "max_pool1d", ..."""
+    return int(op_name(node).removesuffix("d")[-1])
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a node, by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
@@ -154,7 +158,7 @@ def _apply_rule(state: Propagation, node: fx.Node) -> Tensor | None:
     if name in SAME:
         return state.of(argument(node, 0, "self"))
     if name in POOLS:
-        return _per_channel(state, node)
+        return _pool(state, node)
     if name in POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return _meet(state, node)
     return None
@@ -178,9 +182,9 @@ def _move(state: Propagation, node: fx.Node) -> Tensor:
     return collapse_axes(target(ids, *node.args[1:], **options))
 
 
-def _per_channel(state: Propagation, node: fx.Node) -> Tensor:
+def _pool(state: Propagation, node: fx.Node) -> Tensor:
     ids = state.of(argument(node, 0, "self"))
-    return state.owners.mix(ids, range(2, ids.dim()), describe(node))
+    return state.owners.mix(ids, range(ids.dim() - spatial_axes(node), ids.dim()), describe(node))
 
 
 def _meet(state: Propagation, node: fx.Node) -> Tensor:
@@ -207,24 +211,23 @@ def _meet(state: Propagation, node: fx.Node) -> Tensor:
 @rule("linear", "conv1d", "conv2d", "conv3d")
 def _contraction(state: Propagation, node: fx.Node) -> Tensor | None:
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
-    name, reason = state.trace.names.get(weight), describe(node)
-    bias_name = state.trace.names.get(bias) if bias is not None else None
-    if name is None or (bias is not None and bias_name is None):  # a computed weight
+    names, owners, reason = state.trace.names, state.owners, describe(node)
+    if weight not in names or (bias is not None and bias not in names):  # a computed weight
         return None
-    owners, shape, axis = state.owners, shape_of(node), -1 if op_name(node) == "linear" else 1
+    name, shape = names[weight], shape_of(node)
+    axis = len(shape) - 1 - (0 if op_name(node) == "linear" else spatial_axes(node))
     rows = owners.slot(name, 0)
-    if bias_name is not None:
-        owners.couple(rows, owners.slot(bias_name, 0), reason)
     groups = argument(node, 6, "groups", 1)
     if groups == 1:
-        columns = owners.slot(name, 1)
-        owners.couple_axis(state.of(x), axis % len(shape), columns, f"input of {reason}")
-        state.sites.append(Site(name, bias_name, op_name(node), (name, 0), (name, 1)))
-    elif groups == shape_of(x)[1] == len(rows):  # depthwise: channel by channel
-        owners.couple_axis(state.of(x), 1, rows, f"input of {reason}")
+        owners.couple_axis(state.of(x), axis, owners.slot(name, 1), f"input of {reason}")
+        state.sites.append(Site(name, names.get(bias), op_name(node), (name, 0), (name, 1)))
+    elif groups == shape_of(x)[axis] == len(rows):  # depthwise: channel by channel
+        owners.couple_axis(state.of(x), axis, rows, f"input of {reason}")
     else:
         return None
-    return along(rows, axis % len(shape), shape)
+    if bias is not None:
+        owners.couple(rows, owners.slot(names[bias], 0), reason)
+    return along(rows, axis, shape)
 
 
 @rule("batch_norm")

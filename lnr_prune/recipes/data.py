@@ -49,11 +49,15 @@ def load(name: str = "digits", root: str | Path | None = None) -> Data:
         name: "digits" (embedded, no file needed), "mnist" or "fashion".
         root: Folder that holds ``MNIST/raw`` or ``FashionMNIST/raw``; by default the environment variable
             ``LNR_PRUNE_DATA``. Files that it lacks are downloaded into it by torchvision.
+
+    Raises:
+        ValueError: If no data set has this name.
+        LnrPruneError: If the files or the package that reads them are missing.
     """
     if name == "digits":
         return _load_digits()
     if name not in TORCHVISION_NAMES:
-        raise LnrPruneError(f"unknown data set: got {name!r}, expected one of {', '.join(NAMES)}.")
+        raise ValueError(f"unknown data set: got {name!r}, expected one of {', '.join(NAMES)}")
     train, test = _open_torchvision(TORCHVISION_NAMES[name], _data_root(name, root))
     mean, deviation = NORMALISATION[name]
     images = [(part.data[:, None].float() / 255 - mean) / deviation for part in (train, test)]
@@ -68,7 +72,11 @@ def batches(images: Tensor, labels: Tensor, size: int, seed: int) -> Iterator[tu
 
 
 def require(module: str) -> ModuleType:
-    """Import a module of the ``recipes`` extra, or say how to install it."""
+    """Imports a module of the ``recipes`` extra.
+
+    Raises:
+        LnrPruneError: If it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -105,17 +113,18 @@ def _data_root(name: str, root: str | Path | None) -> Path:
 
 def _open_torchvision(dataset: str, root: Path) -> tuple[Any, Any]:
     opener = getattr(_torchvision_datasets(), dataset)
+    raw = root / dataset / "raw"
     with tempfile.TemporaryDirectory() as scratch:
-        # torchvision reads unzipped files only and unzips in place, which a read-only folder does not allow.
-        if not os.access(root / dataset / "raw" if (root / dataset / "raw").is_dir() else root, os.W_OK):
-            shutil.copytree(root / dataset, Path(scratch, dataset), copy_function=shutil.copyfile)
-            root = Path(scratch)
         try:
+            # torchvision reads unzipped files only and unzips in place, which a read-only folder does not allow.
+            if not os.access(raw if raw.is_dir() else root, os.W_OK):
+                shutil.copytree(raw, Path(scratch, dataset, "raw"), copy_function=shutil.copyfile)
+                root = Path(scratch)
             return opener(root, train=True, download=True), opener(root, train=False, download=True)
         except (OSError, RuntimeError) as error:
             raise LnrPruneError(
-                f"could not read {dataset}: expected {root / dataset / 'raw'} to hold its four .gz files, and "
-                f"torchvision could not download them ({error}). Put them there, or use --data digits."
+                f"could not read {dataset}: expected {raw} to hold its four .gz files, and torchvision could not "
+                f"download them ({error}). Put them there, or use --data digits."
             ) from error
 
 

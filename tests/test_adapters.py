@@ -1,0 +1,173 @@
+"""Every adapter keeps the contract, and a third party's does too."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lnr_prune as lnr
+from lnr_adapters import Columns, ColumnsBias, ConvFilters, FcAfterConv
+from lnr_prune.errors import AdapterError
+from lnr_prune.graph import Consumer, find_groups
+from lnr_prune.registry import adapters, find, unregister
+from lnr_prune.statistics import LayerCall
+from lnr_prune.testing import check_adapter
+from tests.models import Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
+
+
+def conv_net(n: int, **options: Any) -> nn.Module:
+    conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
+    return nn.Sequential(conv(2, 5, 1), nn.ReLU(), conv(5, 4, **options))
+
+
+GEOMETRIES: list[tuple[int, dict[str, Any]]] = [
+    (1, {"kernel_size": 3, "padding": 2, "stride": 2}),
+    (2, {"kernel_size": (3, 2), "padding": (1, 0), "stride": (1, 2), "dilation": (2, 1)}),
+    (2, {"kernel_size": 4, "padding": "same"}),
+    (2, {"kernel_size": 3, "padding": "valid", "bias": False}),
+    (3, {"kernel_size": (1, 2, 3), "padding": (0, 1, 1)}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(("n", "options"), GEOMETRIES)
+def test_conv_filters(n: int, options: dict[str, Any]) -> None:
+    model, example = conv_net(n, **options), torch.randn(3, 2, *[7] * n)
+    check_adapter(adapters()["conv_filters"], model, example)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "shape"),
+    [
+        ("columns", mlp(4, 6, 5, 3, bias=False), (5, 4)),
+        ("columns", mlp(4, 6, 3), (5, 7, 4)),
+        ("columns_bias", mlp(4, 6, 3), (5, 4)),
+        ("columns_bias", mlp(4, 6, 3), (5, 7, 4)),
+        ("columns", Functional(), (4, 5)),
+        ("fc_after_conv", randomised(cnn()), (3, 2, 12, 12)),
+        ("conv_filters", randomised(cnn()), (3, 2, 12, 12)),
+        ("conv_filters", randomised(Residual()), (3, 3, 8, 8)),
+        ("fc_after_conv", randomised(Residual()), (3, 3, 8, 8)),
+        ("columns_bias", randomised(Residual()), (3, 3, 8, 8)),
+    ],
+)
+def test_our_adapters_keep_the_contract(name: str, model: nn.Module, shape: tuple[int, ...]) -> None:
+    check_adapter(adapters()[name], model, torch.randn(*shape))
+
+
+def test_the_adapter_is_chosen_by_the_pair() -> None:
+    model = ReferenceLeNet5()
+    example = torch.randn(2, 1, 28, 28)
+    graph = find_groups(model, (example,), {})
+    chosen = [find(group.consumers[0]).name for group in graph.groups]
+    assert chosen == ["conv_filters", "fc_after_conv", "columns_bias"]
+
+
+class Doubled(ColumnsBias):
+    """A third party's: the input is doubled, the weight halved."""
+
+    name = "doubled"
+
+    def samples(self, consumer: Consumer, call: LayerCall) -> Tensor:
+        return 2 * super().samples(consumer, call)
+
+    def matrix(self, consumer: Consumer, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super().matrix(consumer, weight / 2, bias)
+
+    def write(self, consumer: Consumer, M: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        written, bias = super().write(consumer, M, weight)
+        return 2 * written, bias
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Our own adapter of columns with a bias steps aside."""
+    unregister("columns_bias")
+    yield
+    for name in ("doubled", "columns_bias"):
+        if name in adapters():
+            unregister(name)
+    lnr.register(ColumnsBias())
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_third_partys_adapter_passes_and_prunes() -> None:
+    lnr.register(Doubled())
+    check_adapter(adapters()["doubled"], mlp(4, 6, 3), torch.randn(5, 4))
+    pruned = lnr.prune(mlp(4, 6, 3), [torch.randn(50, 4)], keep=3)
+    assert pruned.report.groups[0].kept == 3
+
+
+BREAKAGES = {
+    "inputs": (lambda self, consumer, call: -ColumnsBias.inputs(self, consumer, call), r"y = x M\^T does not hold"),
+    "outputs": (lambda self, consumer, call: call.output, r"expected x \(n, d\), y \(n, h\)"),
+    "groups": (lambda self, consumer, weight: consumer.channels, r"groups\(\) must give"),
+    "matrix": (lambda self, consumer, weight, bias: weight, r"expected x \(n, d\)"),
+    "write": (lambda self, consumer, M, weight: (M[:, 1:], M[:, -1]), r"write\(matrix\(\)\) does not give"),
+}
+
+
+@pytest.mark.parametrize("method", BREAKAGES)
+@pytest.mark.usefixtures("alone")
+def test_broken_adapters_are_caught(method: str) -> None:
+    replacement, message = BREAKAGES[method]
+    broken = type("Broken", (ColumnsBias,), {"name": "doubled", method: replacement})()
+    lnr.register(broken)
+    with pytest.raises(AdapterError, match=message):
+        check_adapter(broken, mlp(4, 6, 3), torch.randn(5, 2, 4))
+
+
+@pytest.mark.usefixtures("alone")
+def test_columns_of_the_wrong_channel_are_caught() -> None:
+    class Shifted(ColumnsBias):
+        name = "doubled"
+
+        def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
+            groups = super().groups(consumer, weight)
+            return torch.cat([groups[:-1].roll(1), groups[-1:]])
+
+    lnr.register(Shifted())
+    with pytest.raises(AdapterError, match="do not zero its input weights"):
+        check_adapter(adapters()["doubled"], mlp(4, 6, 3), torch.randn(5, 4))
+
+
+def test_the_registry_refuses_duplicates_and_strangers() -> None:
+    with pytest.raises(ValueError, match="'columns' is registered already"):
+        lnr.register(Columns())
+    lnr.register(Columns(), replace=True)
+    with pytest.raises(ValueError, match="no adapter is named 'nobody'"):
+        unregister("nobody")
+    with pytest.raises(AdapterError, match="not registered"):
+        check_adapter(FcAfterConv(), mlp(4, 6, 3), torch.randn(5, 4))
+    with pytest.raises(AdapterError, match="matches no consumer"):
+        check_adapter(adapters()["conv_filters"], mlp(4, 6, 3), torch.randn(5, 4))
+
+
+CONSUMER = Consumer("fc", "fc.weight", "fc.bias", "linear", torch.arange(4))
+
+
+def test_exactly_one_adapter_must_fit() -> None:
+    class Greedy(ConvFilters):
+        name = "greedy"
+
+        def matches(self, consumer: Consumer) -> bool:
+            return True
+
+    lnr.register(Greedy())
+    try:
+        with pytest.raises(AdapterError, match=r"2 adapters fit layer 'fc' \(linear\).*columns_bias, greedy"):
+            find(CONSUMER)
+        with pytest.raises(AdapterError, match="2 adapters fit"):
+            check_adapter(adapters()["greedy"], mlp(4, 6, 3), torch.randn(5, 4))
+    finally:
+        unregister("greedy")
+    with pytest.raises(AdapterError, match=r"no adapter fits.*columns, .*conv_filters"):
+        find(Consumer("rnn", "rnn.weight", None, "lstm", torch.arange(4)))
+
+
+def test_an_empty_registry_says_to_install_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lnr_prune.registry._adapters", {})
+    with pytest.raises(AdapterError, match=r"no adapters found: install the package \(pip install -e \.\)"):
+        find(CONSUMER)

@@ -1,0 +1,196 @@
+"""The graph core finds what can leave together, and freezes what it does not understand."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lnr_prune.errors import GraphError
+from lnr_prune.graph import Graph, find_groups
+from tests.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
+
+
+def groups_of(model: nn.Module, *shape: int) -> Graph:
+    return find_groups(model, (torch.randn(*shape),), {})
+
+
+def pairs(graph: Graph) -> list[tuple[tuple[str, ...], tuple[str, ...], int]]:
+    return [(g.producers, tuple(c.name for c in g.consumers), g.size) for g in graph.groups]
+
+
+def test_finds_the_three_pairs_of_the_reference_model_without_hints() -> None:
+    graph = groups_of(ReferenceLeNet5(), 2, 1, 28, 28)
+    assert pairs(graph) == [
+        (("conv1",), ("conv2",), 6),
+        (("conv2",), ("fc1",), 10),
+        (("fc1",), ("fc2",), 20),
+    ]
+    assert graph.frozen == {"fc2": "output of the model"}
+
+
+def test_a_flattened_channel_owns_its_whole_map() -> None:
+    graph = groups_of(ReferenceLeNet5(), 2, 1, 28, 28)
+    assert torch.equal(graph.groups[1].consumers[0].channels, torch.arange(10).repeat_interleave(16))
+
+
+def test_flattening_after_a_permutation_interleaves_the_channels() -> None:
+    class Interleaved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 3, 3), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(x).relu().permute(0, 2, 3, 1).flatten(1))
+
+    (group,) = groups_of(Interleaved(), 2, 1, 4, 4).groups
+    assert torch.equal(group.consumers[0].channels, torch.arange(3).repeat(4))
+
+
+def test_batch_norm_entries_leave_with_their_channel() -> None:
+    group = groups_of(randomised(cnn().eval()), 2, 2, 12, 12).groups[0]
+    assert set(group.slots) == {
+        ("0.weight", 0),
+        ("1.weight", 0),
+        ("1.bias", 0),
+        ("1.running_mean", 0),
+        ("1.running_var", 0),
+        ("3.weight", 1),
+    }
+
+
+def test_residual_sums_couple_and_concatenations_do_not() -> None:
+    stream, side, squeeze = groups_of(Residual(), 2, 3, 8, 8).groups
+    assert stream.producers == ("stem", "point", "excite")
+    assert {c.name for c in stream.consumers} == {"point", "side", "squeeze", "head"}
+    assert side.producers == ("side", "excite")
+    assert squeeze.producers == ("squeeze",)
+    (head,) = (c for c in side.consumers if c.name == "head")
+    assert head.channels[: 8 * 16].eq(-1).all()
+    assert torch.equal(head.channels[8 * 16 :], torch.arange(4).repeat_interleave(16))
+
+
+def test_raw_parameters_shared_weights_and_scales() -> None:
+    (hidden,) = groups_of(Functional(), 4, 5).groups
+    assert hidden.producers == ("w1",)
+    assert [c.name for c in hidden.consumers] == ["w2"]
+    assert ("scale", 0) in hidden.slots
+
+
+def test_a_tied_weight_is_one_weight() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    graph = groups_of(model, 3, 4)
+    # rows and columns of the shared weight are the input, which nobody owns: only the last stays
+    assert all("2.weight" not in parameter for group in graph.groups for parameter, _ in group.slots)
+
+
+class Applies(nn.Module):
+    """linear -> an operation -> linear."""
+
+    def __init__(self, operation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.operation, self.second = nn.Linear(4, 6), operation, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.operation(self.first(x)))
+
+
+class Lambda(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.ones(6)
+        forms: dict[str, Callable[[], Tensor]] = {
+            "flip": lambda: x.flip(-1),
+            "cumsum": lambda: x.cumsum(-1),
+            "positions": lambda: x + torch.arange(6),
+            "constant": lambda: x * noise,
+            "normalise": lambda: F.normalize(x, dim=-1),
+            "sort": lambda: x.sort(-1).values,
+            "matmul": lambda: x @ x.T @ x,
+            "slice": lambda: torch.cat([x[:, 1:], x[:, :1]], 1),
+            "write": lambda: x.clone().index_fill_(1, torch.tensor([0]), 0.0),
+            "where": lambda: torch.where(torch.arange(6) > 2, x, -x),
+            "complex": lambda: torch.view_as_real(torch.complex(x, x)).sum(-1),
+        }
+        return forms[self.name]()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["flip", "cumsum", "positions", "constant", "normalise", "sort", "matmul", "slice", "write", "where"],
+)
+def test_operations_without_a_rule_freeze_what_they_touch(name: str) -> None:
+    graph = groups_of(Applies(Lambda(name)), 3, 4)
+    assert graph.groups == ()
+    assert graph.frozen["first"] != "output of the model"
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.Softmax(-1), nn.GroupNorm(2, 6)])
+def test_channels_that_are_mixed_are_frozen_with_the_operation_named(norm: nn.Module) -> None:
+    graph = groups_of(Applies(norm), 3, 4)
+    assert graph.groups == ()
+    assert "operation" in graph.frozen["first"]
+
+
+@pytest.mark.parametrize("form", ["unary", "scalar", "dtype", "reshape", "dropout", "prelu"])
+def test_channelwise_operations_pass(form: str) -> None:
+    class Passes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prelu = nn.PReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            forms: dict[str, Callable[[], Tensor]] = {
+                "unary": lambda: F.silu(x).tanh().exp(),
+                "scalar": lambda: (x * 2 + 1).clamp(0, 3),
+                "dtype": lambda: x.double().float(),
+                "reshape": lambda: x.unsqueeze(1).permute(0, 2, 1).squeeze(2).contiguous(),
+                "dropout": lambda: F.dropout(x, 0.1, self.training),
+                "prelu": lambda: self.prelu(x),
+            }
+            return forms[form]()
+
+    (group,) = groups_of(Applies(Passes()), 3, 4).groups
+    assert group.size == 6
+
+
+def test_weights_that_are_computed_are_frozen() -> None:
+    model = mlp(4, 6, 2)
+    nn.utils.parametrizations.weight_norm(model[2])
+    assert groups_of(model, 3, 4).groups == ()
+
+
+def test_units_that_would_leave_a_ragged_tensor_are_frozen() -> None:
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            grid = self.first(x).unflatten(1, (2, 3))
+            return self.second(grid.relu().flatten(1))
+
+    graph = groups_of(Ragged(), 3, 4)
+    assert graph.groups == ()
+    assert "ragged" in graph.frozen["first"]
+
+
+def test_the_trace_leaves_modes_alone_and_fixed_sizes_are_no_matter_here() -> None:
+    model = FixedView().train()
+    model.conv1.eval()
+    assert len(groups_of(model, 2, 1, 8, 8).groups) == 2
+    assert (model.training, model.conv1.training, model.conv2.training) == (True, False, True)
+
+
+def test_what_cannot_be_traced_is_refused_with_advice() -> None:
+    class Untraceable(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if bool(x.sum() > 0) else -x
+
+    with pytest.raises(GraphError, match=r"could not trace Untraceable.*torch\.export\.export"):
+        groups_of(Untraceable(), 2, 3)

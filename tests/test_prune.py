@@ -1,0 +1,303 @@
+"""The front door, end to end on small nets."""
+
+import copy
+import random
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lnr_prune as lnr
+from lnr_prune.errors import CalibrationError, GraphError, VerificationError
+from lnr_prune.graph import named_tensors
+from tests.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
+
+IMAGES = torch.randn(40, 2, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def distance(pruned: nn.Module, model: nn.Module, x: Tensor) -> float:
+    return float((pruned(x) - model(x)).square().sum() / model(x).square().sum())
+
+
+def rows(pruned: lnr.Pruned) -> dict[str, tuple[int, int]]:
+    return {group.name: (group.size, group.kept) for group in pruned.report.groups}
+
+
+def equals_masked(model: nn.Module, pruned: lnr.Pruned, x: Tensor) -> bool:
+    with torch.no_grad():
+        masked = torch.func.functional_call(model, dict(pruned.masked), (x,))
+        return torch.allclose(pruned.model(x), masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("selector", ["group_lasso", "norm", "random"])
+def test_every_selector_and_form_gives_the_masked_model(selector: str, debias: bool, bias: bool) -> None:
+    model = randomised(cnn())
+    pruned = lnr.prune(model, IMAGES.split(16), keep=0.5, selector=selector, debias=debias, bias=bias)
+    assert rows(pruned) == {"0": (6, 3), "3": (8, 4), "6": (6, 3), "10": (10, 5)}
+    assert type(pruned.model) is nn.Sequential
+    assert equals_masked(model, pruned, IMAGES)
+    assert pruned.report.params_after == sum(p.numel() for p in pruned.model.parameters())
+    assert pruned.report.macs_after < pruned.report.macs_before
+
+
+def test_without_bias_the_consumers_keep_theirs() -> None:
+    model = mlp(8, 16, 4)
+    pruned = lnr.prune(model, torch.randn(100, 8), keep=6, bias=False)
+    assert torch.equal(pruned.model.get_parameter("2.bias"), model.get_parameter("2.bias"))
+    pruned = lnr.prune(model, torch.randn(100, 8), keep=6)
+    assert not torch.equal(pruned.model.get_parameter("2.bias"), model.get_parameter("2.bias"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ({"keep": 5}, {"0": 5, "2": 5}),
+        ({"keep": 0.25}, {"0": 3, "2": 2}),
+        ({"keep": 0.01}, {"0": 1, "2": 1}),
+        ({"keep": 100}, {"0": 12, "2": 8}),
+        ({"keep": 1.0}, {"0": 12, "2": 8}),
+        ({"keep": {"0": 4}}, {"0": 4, "2": 8}),
+        ({"keep": {"2": np.int64(3), "0": np.float64(0.5)}}, {"0": 6, "2": 3}),
+        ({"lam": 0.0}, {"0": 12, "2": 8}),
+        ({"lam_ratio": {"2": 1.0}}, {"0": 12, "2": 1}),
+        ({"lam": {"2": 1e9}}, {"0": 12, "2": 1}),
+    ],
+)
+def test_how_much_is_kept(argument: dict[str, Any], expected: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+    pruned = lnr.prune(model, torch.randn(200, 6), **argument)
+    assert {name: kept for name, (_, kept) in rows(pruned).items()} == expected
+    assert equals_masked(model, pruned, torch.randn(9, 6))
+
+
+def test_a_matrix_that_comes_out_zero_keeps_one_channel_and_says_so() -> None:
+    pruned = lnr.prune(mlp(8, 16, 4), torch.randn(100, 8), lam_ratio=1.5)
+    (row,) = pruned.report.groups
+    assert (row.kept, row.gap) == (1, 0.0)
+    assert "keeps nothing: one channel was kept" in row.note
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        ({}, ValueError, "exactly one of keep, lam and lam_ratio, got none"),
+        ({"keep": 1, "lam": 0.1}, ValueError, "got keep, lam"),
+        ({"keep": 0}, ValueError, "at least one channel"),
+        ({"keep": -2}, ValueError, "at least one channel"),
+        ({"keep": 0.0}, ValueError, r"fraction in \(0, 1\], got 0.0"),
+        ({"keep": 1.5}, ValueError, r"fraction in \(0, 1\]"),
+        ({"keep": float("nan")}, ValueError, r"fraction in \(0, 1\]"),
+        ({"keep": True}, TypeError, "must be a number"),
+        ({"keep": "half"}, TypeError, "must be a number"),
+        ({"keep": {"0": 0}}, ValueError, "at least one channel"),
+        ({"keep": {"nobody": 3}}, ValueError, "'nobody', which is no prunable producer; prunable: 0"),
+        ({"keep": {"2": 3}}, ValueError, r"'2', which is no prunable producer \(output of the model\)"),
+        ({"lam": -1.0}, ValueError, "lam must be finite and >= 0"),
+        ({"lam": float("inf")}, ValueError, "lam must be finite and >= 0"),
+        ({"lam_ratio": float("nan")}, ValueError, "lam_ratio must be finite"),
+        ({"keep": 3, "selector": "best"}, ValueError, "known selectors: group_lasso, norm, random"),
+        ({"lam": 1.0, "selector": "norm"}, ValueError, "penalty of the group lasso"),
+        ({"keep": 3, "solver": "sgd"}, ValueError, "known solvers: proximal_gradient, fista"),
+        ({"keep": 3, "ridge": -1.0}, ValueError, "ridge must be >= 0"),
+    ],
+)
+def test_bad_arguments(argument: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = mlp(4, 6, 3)
+    with pytest.raises(error, match=message):
+        lnr.prune(model, torch.randn(20, 4), **argument)
+    assert repr(model) == repr(mlp(4, 6, 3))
+
+
+class Snapshot:
+    """Everything about a model that a prune must leave alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.tensors = {name: (id(t), t.detach().clone()) for name, t in named_tensors(model).items()}
+        self.modes = [module.training for module in model.modules()]
+        self.text = repr(model)
+        self.random = torch.get_rng_state(), random.getstate()
+
+    def check(self) -> None:
+        assert repr(self.model) == self.text
+        assert [module.training for module in self.model.modules()] == self.modes
+        for name, tensor in named_tensors(self.model).items():
+            assert (id(tensor), True) == (self.tensors[name][0], torch.equal(tensor, self.tensors[name][1]))
+        assert torch.equal(torch.get_rng_state(), self.random[0])
+        assert random.getstate() == self.random[1]
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_users_model_is_untouched_unless_asked_and_whenever_something_fails(
+    inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomised(cnn()).train()
+    model[3].eval()
+    before = Snapshot(model)
+    with pytest.raises(CalibrationError):
+        lnr.prune(model, [IMAGES, IMAGES * float("nan")], keep=0.5, inplace=inplace)
+    before.check()
+
+    def fails(self: Any, pruned: nn.Module, calls: list[int] = []) -> None:  # noqa: B006
+        calls.append(1)
+        if len(calls) > 1:  # the trial passes, the final check does not
+            raise VerificationError("broken on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lnr_prune.verify.Reference.check", fails)
+        with pytest.raises(VerificationError, match="on purpose"):
+            lnr.prune(model, [IMAGES], keep=0.5, inplace=inplace)
+    before.check()
+    pruned = lnr.prune(model, [IMAGES], keep=0.5, inplace=inplace)
+    assert (pruned.model is model) == inplace
+    assert [module.training for module in pruned.model.modules()] == before.modes
+    if not inplace:
+        before.check()
+
+
+def test_the_reference_model_is_refused_as_a_copy_and_pruned_in_place() -> None:
+    model, x = ReferenceLeNet5().eval(), torch.randn(30, 1, 28, 28)
+    with pytest.raises(GraphError, match="inplace=True"):
+        lnr.prune(model, [x], keep=0.5)
+    original = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
+    pruned = lnr.prune(model, [(x, torch.zeros(30))], keep=0.5, inplace=True)
+    assert pruned.model is model
+    assert [tuple(p.shape) for name, p in model.named_parameters() if "weight" in name] == [
+        (3, 1, 5, 5),
+        (5, 3, 5, 5),
+        (10, 80),
+        (10, 10),
+    ]
+    fresh = ReferenceLeNet5().eval()
+    fresh.load_state_dict({**original, **pruned.masked})
+    torch.testing.assert_close(model(x), fresh(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_with_fixed_sizes_is_pruned_where_it_can_be() -> None:
+    pruned = lnr.prune(FixedView(), torch.randn(30, 1, 8, 8), keep=0.5)
+    assert rows(pruned) == {"conv1": (6, 3)}
+    assert "fixed in the model's forward" in pruned.report.frozen["conv2"]
+    with pytest.raises(ValueError, match=r"'conv2', which is no prunable producer \(its sizes are fixed"):
+        lnr.prune(FixedView(), torch.randn(30, 1, 8, 8), keep={"conv2": 2})
+
+
+@pytest.mark.parametrize(("model", "shape"), [(Residual(), (30, 3, 8, 8)), (Functional(), (30, 5))])
+def test_joint_groups_concatenations_and_shared_weights(model: nn.Module, shape: tuple[int, ...]) -> None:
+    model, x = randomised(model), torch.randn(*shape)
+    pruned = lnr.prune(model, [x], keep=0.5)
+    assert all(group.kept == group.size // 2 for group in pruned.report.groups)
+    assert equals_masked(model, pruned, x)
+
+
+@settings(max_examples=20)
+@given(
+    sizes=st.lists(st.integers(2, 9), min_size=3, max_size=5),
+    keep=st.floats(0.1, 1.0),
+    seed=st.integers(0, 1000),
+    norm=st.booleans(),
+)
+def test_pruned_equals_masked_on_random_networks(sizes: list[int], keep: float, seed: int, norm: bool) -> None:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for c, k in pairwise(sizes):
+        layers += [nn.Conv2d(c, k, 3, padding=1), nn.BatchNorm2d(k) if norm else nn.Identity(), nn.LeakyReLU()]
+    model = randomised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(sizes[-1] * 16, 3)).double(), seed)
+    x = torch.randn(8, sizes[0], 4, 4, dtype=torch.float64)
+    pruned = lnr.prune(model, [x], keep=keep, ridge=1e-8)
+    masked = torch.func.functional_call(model, dict(pruned.masked), (x,))
+    torch.testing.assert_close(pruned.model(x), masked, rtol=1e-9, atol=1e-9)
+
+
+def test_channels_that_are_combinations_of_others_cost_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+    with torch.no_grad():
+        for rows in (model.get_parameter("0.weight"), model.get_parameter("0.bias")):
+            rows.copy_(torch.cat([rows[:3], 2 * rows[:3], 0.5 * rows[:3]]))  # copies, up to scale
+    x = torch.randn(100, 6, dtype=torch.float64)
+    pruned = lnr.prune(model, [x], keep=3)
+    torch.testing.assert_close(pruned.model(x), model(x), rtol=1e-8, atol=1e-8)
+
+
+def test_later_layers_see_the_pruned_earlier_ones() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(8, 20, 20, 4), torch.randn(300, 8)
+    both = lnr.prune(model, [x], keep={"0": 4, "2": 10})
+    first = lnr.prune(model, [x], keep={"0": 4})
+    then = lnr.prune(first.model, [x], keep={"2": 10})  # aims at the pruned network's outputs
+    assert distance(both.model, model, x) < distance(then.model, model, x)
+
+
+def test_debias_and_lasso_lower_the_error() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(8, 40, 6), torch.randn(500, 8)
+
+    def error(**options: Any) -> float:
+        return distance(lnr.prune(model, [x], keep=10, **options).model, model, x)
+
+    assert error() < error(selector="random") < error(selector="random", debias=False)
+    assert error() < error(debias=False)
+    assert error() < error(bias=False)
+
+
+def test_the_report_tells_the_error_of_each_group() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(8, 40, 6).double(), torch.randn(500, 8, dtype=torch.float64)
+    pruned = lnr.prune(model, [x], keep=10)
+    (row,) = pruned.report.groups
+    assert row.error == pytest.approx(distance(pruned.model, model, x), rel=1e-9)
+    assert row.gap is not None
+    assert row.gap <= 1e-6
+    assert "40" in str(pruned.report)
+    assert "frozen: output of the model" in str(pruned.report)
+
+
+def test_nothing_to_prune_is_a_report_not_a_crash() -> None:
+    model = mlp(4, 3)
+    pruned = lnr.prune(model, torch.randn(10, 4), keep=0.5)
+    assert pruned.report.groups == ()
+    assert pruned.report.frozen == {"0": "output of the model"}
+    assert not pruned.plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model, x = mlp(8, 16, 4).to(dtype), torch.randn(100, 8).to(dtype)
+    pruned = lnr.prune(model, [x], keep=8)
+    assert {p.dtype for p in pruned.model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_deterministic_for_a_fixed_seed(seed: int) -> None:
+    model = randomised(cnn())
+    first, second = (lnr.prune(model, [IMAGES], keep=0.5, selector="random", seed=seed) for _ in range(2))
+    assert first.plan == second.plan
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pruning_again_and_training_go_on() -> None:
+    model = randomised(cnn())
+    once = lnr.prune(model, [IMAGES], keep=0.5)
+    twice = lnr.prune(once.model, [IMAGES], keep=0.5)
+    assert {kept for _, kept in rows(twice).values()} == {2}
+    twice.model.train()(IMAGES).sum().backward()
+    assert all(p.grad is not None for p in twice.model.parameters())
+    copy.deepcopy(twice.model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu() -> None:
+    model = randomised(cnn()).cuda()
+    pruned = lnr.prune(model, IMAGES.split(16), keep=0.5)
+    assert {p.device.type for p in pruned.model.parameters()} == {"cuda"}

@@ -1,0 +1,116 @@
+"""Second moments are sums: of every consumer, in one pass, from any split of the data."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lnr_prune import statistics
+from lnr_prune.calibration import calibrate
+from lnr_prune.errors import CalibrationError
+from lnr_prune.graph import find_groups
+from lnr_prune.registry import Pair, find
+from lnr_prune.statistics import SecondMoments, gather
+from tests.models import Functional, cnn, mlp, randomised
+
+
+def readers_of(model: nn.Module, example: Tensor) -> dict[str, Pair]:
+    consumers = [c for group in find_groups(model, (example,), {}).groups for c in group.consumers]
+    return {consumer.weight: Pair(consumer, find(consumer)) for consumer in consumers}
+
+
+@given(n=st.integers(2, 20), cut=st.integers(1, 19), seed=st.integers(0, 99))
+def test_halves_merge_to_the_whole(n: int, cut: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(n, k, generator=generator) for k in (3, 2))
+    whole, merged = SecondMoments.of(x, y), SecondMoments.of(x[:cut], y[:cut]) + SecondMoments.of(x[cut:], y[cut:])
+    for a, b in zip((whole.xx, whole.yx, whole.yy), (merged.xx, merged.yx, merged.yy), strict=True):
+        torch.testing.assert_close(a, b)
+    assert whole.count == merged.count
+    assert whole.xx.dtype == torch.float64
+
+
+@pytest.mark.parametrize("chunk", [1, 2**23])
+def test_every_consumer_at_once_and_any_split_of_the_data(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "CHUNK", chunk)
+    model, x = randomised(cnn()).double(), torch.randn(7, 2, 12, 12, dtype=torch.float64)
+    readers = readers_of(model, x)
+    whole = gather(model, readers, calibrate(model, [x]))
+    split = gather(model, readers, calibrate(model, [(x[:3], torch.zeros(3)), (x[3:], torch.ones(4))]))
+    assert set(whole) == {"3.weight", "6.weight", "10.weight", "12.weight"}
+    for name in whole:
+        torch.testing.assert_close(whole[name].xx, split[name].xx)
+        torch.testing.assert_close(whole[name].yx, split[name].yx)
+        assert whole[name].count == split[name].count
+
+
+def test_moments_of_a_linear_layer_are_those_of_its_samples() -> None:
+    model, x = mlp(4, 6, 3).double(), torch.randn(5, 4, dtype=torch.float64)
+    moments = gather(model, readers_of(model, x), calibrate(model, [x]))["2.weight"]
+    hidden = torch.cat([model[:2](x), torch.ones(5, 1)], 1).detach()
+    torch.testing.assert_close(moments.xx, hidden.T @ hidden)
+    torch.testing.assert_close(moments.yx, model(x).detach().T @ hidden)
+    torch.testing.assert_close(moments.yy, model(x).detach().square().sum())
+
+
+def test_pruned_inputs_and_original_outputs() -> None:
+    model, x = mlp(4, 6, 3).double(), torch.randn(5, 4, dtype=torch.float64)
+    weights = {"0.weight": torch.randn(6, 4, dtype=torch.float64)}
+    moments = gather(model, readers_of(model, x), calibrate(model, [x]), weights=weights)["2.weight"]
+    pruned = F.relu(F.linear(x, weights["0.weight"], model.get_parameter("0.bias")))
+    torch.testing.assert_close(moments.yx[:, :6], (model(x).T @ pruned).detach())
+    torch.testing.assert_close(moments.xx[:6, :6], (pruned.T @ pruned).detach())
+
+
+def test_functional_calls_and_shared_weights_are_seen() -> None:
+    model, x = Functional().double(), torch.randn(5, 5, dtype=torch.float64)
+    moments = gather(model, readers_of(model, x), calibrate(model, [x]))
+    assert moments["w2"].count == 10  # used twice
+
+
+def test_a_consumer_that_is_never_called_is_an_error() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h) if len(x) == 3 else h[:, :2]
+
+    model = Branching()
+    with pytest.raises(CalibrationError, match=r"no call of b\.weight was seen in 1 batches"):
+        gather(model, readers_of(model, torch.randn(3, 4)), calibrate(model, [torch.randn(2, 4)]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_layer_and_batch(value: float) -> None:
+    model, x = mlp(4, 6, 3), torch.randn(5, 4)
+    bad = x.clone()
+    bad[0, 0] = value
+    with pytest.raises(CalibrationError, match="layer '2' are not finite in batch 1"):
+        gather(model, readers_of(model, x), calibrate(model, [x, bad]))
+
+
+def test_no_batch_is_an_error() -> None:
+    model = mlp(4, 6, 3)
+    with pytest.raises(CalibrationError, match="no batch"):
+        gather(model, readers_of(model, torch.randn(3, 4)), calibrate(model, []))
+
+
+def test_empty_batches_and_unbatched_inputs_are_fine() -> None:
+    model, x = mlp(4, 6, 3).double(), torch.randn(5, 4, dtype=torch.float64)
+    readers = readers_of(model, x)
+    batched = gather(model, readers, calibrate(model, [x, x[:0]]))["2.weight"]
+    single = gather(model, readers, calibrate(model, list(x)))["2.weight"]
+    torch.testing.assert_close(batched.xx, single.xx)
+    assert batched.count == single.count == 5
+
+
+def test_progress_is_reported_after_every_batch() -> None:
+    model, seen = mlp(4, 6, 3), []
+    x = torch.randn(5, 4)
+    gather(model, readers_of(model, x), calibrate(model, [x, x]), progress=lambda: seen.append(1))
+    assert len(seen) == 2
