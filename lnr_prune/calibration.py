@@ -89,6 +89,18 @@ def shortened(call: Call, size: int = 2) -> Call:
     return cut
 
 
+def short_example(model: nn.Module, data: Calibration) -> Call:
+    """Arguments of a small forward pass: the first batch, cut to two samples where the model allows."""
+    example = data.example()
+    short = shortened(example)
+    try:
+        run(model, short)
+    except CalibrationError:
+        run(model, example)
+        return example
+    return short
+
+
 def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:
     """``model(*args, **kwargs)`` without gradients, with some of its tensors replaced for this call.
 

@@ -1,9 +1,7 @@
 """The front door: prune a model by linear neural reconstruction."""
 
-import math
-import numbers
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,21 +11,20 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from lnr_prune import cost
-from lnr_prune.calibration import Calibration, Inputs, calibrate, run, shortened
+from lnr_prune.amount import choose_channels
+from lnr_prune.calibration import Calibration, Inputs, calibrate, short_example
 from lnr_prune.collapse import collapse, restore_point
-from lnr_prune.errors import CalibrationError
+from lnr_prune.errors import GraphError
 from lnr_prune.graph import ChannelGroup, Graph, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.problem import GroupLasso
 from lnr_prune.problem import debias as debiased
 from lnr_prune.registry import Pair, find
 from lnr_prune.report import GroupReport, Report
-from lnr_prune.selection import SELECTORS, Candidates, Selection, at_lam
+from lnr_prune.selection import Candidates
 from lnr_prune.solvers import Solver
 from lnr_prune.statistics import gather
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
-
-Choice = Callable[[Candidates], Selection]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +93,7 @@ def prune(
     Raises:
         ValueError, TypeError: If an argument is out of range, or names no prunable layer.
         CalibrationError: If the calibration data is empty, not finite, or not accepted by the model.
-        GraphError: If the model cannot be traced or copied.
+        GraphError: If the model cannot be traced or copied, or has no channel that can be pruned.
         VerificationError: If the smaller model does not equal the masked one; the model is left as it was.
 
     Example:
@@ -112,12 +109,15 @@ def prune(
         )
     """
     data = calibrate(model, calibration, inputs)
-    example = shortened_example(model, data)
+    example = short_example(model, data)
     graph = find_groups(model, *example)
     target = model if inplace else copied(model, example)
     groups, fixed = shrinkable(target, graph.groups, example)
     graph = Graph(groups, {**graph.frozen, **fixed})
-    choices = _choices(graph, keep, lam, lam_ratio, selector)
+    if not groups:
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in graph.frozen.items())
+        raise GraphError(f"{type(model).__name__} has no channel that can be pruned. {reasons or 'It has no layers'}")
+    choices = choose_channels(graph, keep=keep, lam=lam, lam_ratio=lam_ratio, selector=selector)
 
     tensors = dict(named_tensors(model))
     masked: dict[str, Tensor] = {}
@@ -131,18 +131,13 @@ def prune(
                 group.name, group.producers, tuple(c.name for c in group.consumers), group.size, group.size
             )
             if group.name in choices:
-                bar.update(task, description=group.name)
+                bar.update(task, description=group.name, advance=1)
                 state = {**tensors, **masked}
                 pairs = _pairs(group, bias)
                 alive = _alive(pairs, supports, state)
                 problem = _problem(model, group, pairs, alive, data, masked, state)
-                candidates = Candidates(
-                    problem,
-                    tuple(p.matrix(state) for p in pairs),
-                    _magnitude(group, state),
-                    solver,
-                    generator,
-                )
+                original = tuple(pair.matrix(state) for pair in pairs)
+                candidates = Candidates(problem, original, _magnitude(group, state), solver, generator)
                 selection = choices[group.name](candidates)
                 M = debiased(problem, selection.support, ridge) if debias else selection.coefficients
                 for pair, M_c, alive_c in zip(pairs, M, alive, strict=True):
@@ -156,7 +151,6 @@ def prune(
                     gap=selection.gap,
                     note=selection.note,
                 )
-                bar.advance(task)
             rows.append(row)
 
     plan = make_plan(supports)
@@ -172,81 +166,6 @@ def prune(
     after = cost.parameters(target), cost.macs(target, example)
     report = Report(tuple(rows), graph.frozen, before[0], after[0], before[1], after[1])
     return Pruned(target, report, plan, masked)
-
-
-def shortened_example(model: nn.Module, data: Calibration) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a small forward pass: the first batch, cut to two samples where the model allows."""
-    example = data.example()
-    short = shortened(example)
-    try:
-        run(model, short)
-    except CalibrationError:
-        run(model, example)
-        return example
-    return short
-
-
-def _choices(
-    graph: Graph,
-    keep: float | Mapping[str, float] | None,
-    lam: float | Mapping[str, float] | None,
-    lam_ratio: float | Mapping[str, float] | None,
-    selector: str,
-) -> dict[str, Choice]:
-    """Name of a group -> how its channels are chosen."""
-    given = {
-        name: value for name, value in (("keep", keep), ("lam", lam), ("lam_ratio", lam_ratio)) if value is not None
-    }
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of keep, lam and lam_ratio, got {', '.join(given) or 'none'}")
-    if selector not in SELECTORS:
-        raise ValueError(f"unknown selector {selector!r}; known selectors: {', '.join(SELECTORS)}")
-    ((kind, wanted),) = given.items()
-    if kind != "keep" and selector != "group_lasso":
-        raise ValueError(f"{kind} is a penalty of the group lasso; the selector {selector!r} takes keep=")
-    by_producer = {producer: group for group in graph.groups for producer in group.producers}
-    if not isinstance(wanted, Mapping):
-        values = {group.name: wanted for group in graph.groups}
-    else:
-        values = {}
-        for producer, value in wanted.items():
-            if producer not in by_producer:
-                why = f" ({graph.frozen[producer]})" if producer in graph.frozen else ""
-                raise ValueError(
-                    f"{kind} names {producer!r}, which is no prunable producer{why}; "
-                    f"prunable: {', '.join(by_producer) or 'none'}"
-                )
-            values[by_producer[producer].name] = value
-    sizes = {group.name: group.size for group in graph.groups}
-    return {name: _choice(kind, value, sizes[name], selector) for name, value in values.items()}
-
-
-def _choice(kind: str, value: float, size: int, selector: str) -> Choice:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{kind} must be a number or a mapping of numbers, got {value!r}")
-    if kind == "keep":
-        count = keep_count(value, size)
-        return lambda candidates: SELECTORS[selector](candidates, count)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{kind} must be finite and >= 0, got {value}")
-    if kind == "lam":
-        return lambda candidates: at_lam(candidates, value)
-    return lambda candidates: at_lam(candidates, value * candidates.problem.lambda_max())
-
-
-def keep_count(keep: float, size: int) -> int:
-    """Number of channels that a count (int) or a fraction (float) keeps of ``size``; at least one.
-
-    Raises:
-        ValueError: If keep is an int below 1 or a float outside (0, 1].
-    """
-    if isinstance(keep, numbers.Integral):
-        if keep < 1:
-            raise ValueError(f"keep must leave at least one channel, got keep={keep}")
-        return min(int(keep), size)
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be a count (int >= 1) or a fraction in (0, 1], got {keep}")
-    return max(1, round(keep * size))
 
 
 def _pairs(group: ChannelGroup, bias: bool) -> list[Pair]:

@@ -262,12 +262,11 @@ def test_the_report_tells_the_error_of_each_group() -> None:
     assert "frozen: output of the model" in str(pruned.report)
 
 
-def test_nothing_to_prune_is_a_report_not_a_crash() -> None:
-    model = mlp(4, 3)
-    pruned = lnr.prune(model, torch.randn(10, 4), keep=0.5)
-    assert pruned.report.groups == ()
-    assert pruned.report.frozen == {"0": "output of the model"}
-    assert not pruned.plan
+def test_nothing_to_prune_is_an_error_that_says_why() -> None:
+    with pytest.raises(GraphError, match=r"Sequential has no channel that can be pruned\. 0: output of the model"):
+        lnr.prune(mlp(4, 3), torch.randn(10, 4), keep=0.5)
+    with pytest.raises(GraphError, match="It has no layers"):
+        lnr.prune(nn.ReLU(), torch.randn(10, 4), keep=0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -1,0 +1,73 @@
+"""How much of every group is kept: the keep, lam and lam_ratio arguments."""
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+
+from lnr_prune.graph import Graph
+from lnr_prune.selection import SELECTORS, Candidates, Selection, at_lam
+
+Choice = Callable[[Candidates], Selection]
+Amount = float | Mapping[str, float] | None
+
+
+def choose_channels(graph: Graph, *, keep: Amount, lam: Amount, lam_ratio: Amount, selector: str) -> dict[str, Choice]:
+    """Name of a group -> how its channels are chosen; arguments as for `lnr_prune.prune`.
+
+    Raises:
+        ValueError, TypeError: If not exactly one amount is given, or one is out of range or names no
+            prunable producer.
+    """
+    given = {
+        name: value for name, value in (("keep", keep), ("lam", lam), ("lam_ratio", lam_ratio)) if value is not None
+    }
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of keep, lam and lam_ratio, got {', '.join(given) or 'none'}")
+    if selector not in SELECTORS:
+        raise ValueError(f"unknown selector {selector!r}; known selectors: {', '.join(SELECTORS)}")
+    ((kind, wanted),) = given.items()
+    if kind != "keep" and selector != "group_lasso":
+        raise ValueError(f"{kind} is a penalty of the group lasso; the selector {selector!r} takes keep=")
+    by_producer = {producer: group for group in graph.groups for producer in group.producers}
+    if not isinstance(wanted, Mapping):
+        values = {group.name: wanted for group in graph.groups}
+    else:
+        values = {}
+        for producer, value in wanted.items():
+            if producer not in by_producer:
+                why = f" ({graph.frozen[producer]})" if producer in graph.frozen else ""
+                raise ValueError(
+                    f"{kind} names {producer!r}, which is no prunable producer{why}; "
+                    f"prunable: {', '.join(by_producer) or 'none'}"
+                )
+            values[by_producer[producer].name] = value
+    sizes = {group.name: group.size for group in graph.groups}
+    return {name: _choice(kind, value, sizes[name], selector) for name, value in values.items()}
+
+
+def _choice(kind: str, value: float, size: int, selector: str) -> Choice:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{kind} must be a number or a mapping of numbers, got {value!r}")
+    if kind == "keep":
+        count = keep_count(value, size)
+        return lambda candidates: SELECTORS[selector](candidates, count)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{kind} must be finite and >= 0, got {value}")
+    if kind == "lam":
+        return lambda candidates: at_lam(candidates, value)
+    return lambda candidates: at_lam(candidates, value * candidates.problem.lambda_max())
+
+
+def keep_count(keep: float, size: int) -> int:
+    """Number of channels that a count (int) or a fraction (float) keeps of ``size``; at least one.
+
+    Raises:
+        ValueError: If keep is an int below 1 or a float outside (0, 1].
+    """
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise ValueError(f"keep must leave at least one channel, got keep={keep}")
+        return min(int(keep), size)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be a count (int >= 1) or a fraction in (0, 1], got {keep}")
+    return max(1, round(keep * size))
