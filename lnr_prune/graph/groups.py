@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lnr_prune.graph.owners import Owners, Slot, collapse_axes
+from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
+from lnr_prune.graph import contractions  # noqa: F401  (registers its rules)
 from lnr_prune.graph.rules import Propagation, propagate
 from lnr_prune.graph.trace import trace
 
@@ -71,12 +72,11 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         GraphError: If the model cannot be traced.
     """
     state = propagate(trace(model, args, kwargs))
-    owners = state.owners
-    label = _components(owners)
-    reasons = _frozen_reasons(owners, label)
+    label = _close(state.owners)
+    reasons = _frozen_reasons(state.owners, label)
     units: dict[int, dict[Slot, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for slot, ids in owners.slots.items():
-        for index, unit in enumerate(label[ids].tolist()):
+    for slot, labels in _labelled_slots(state.owners, label).items():
+        for index, unit in enumerate(labels.tolist()):
             if unit not in reasons:
                 units[unit][slot].append(index)
     members: dict[frozenset[Slot], list[int]] = defaultdict(list)
@@ -104,11 +104,11 @@ def _read_group(state: Propagation, shared: frozenset[Slot], units: list[dict[Sl
     if not sites or not producers or len(units) < 2:
         return None
     slots: dict[Slot, Tensor] = {}
-    for slot in sorted(shared):
-        channels = torch.full_like(state.owners.slots[slot], -1)
+    for name, dim in sorted(shared):
+        channels = torch.full((state.trace.tensors[name].shape[dim],), -1)
         for channel, unit in enumerate(units):
-            channels[unit[slot]] = channel
-        slots[slot] = channels
+            channels[unit[name, dim]] = channel
+        slots[name, dim] = channels
     consumers = tuple(
         Consumer(layer_name(site.weight), site.weight, site.bias, site.op, slots[columns])
         for columns, site in sites.items()
@@ -116,10 +116,28 @@ def _read_group(state: Propagation, shared: frozenset[Slot], units: list[dict[Sl
     return ChannelGroup(next(iter(producers)), len(units), tuple(producers), consumers, slots)
 
 
-def _components(owners: Owners) -> Tensor:
-    """Smallest id that each id is coupled to, (count,): equal labels are one unit."""
+def _close(owners: Owners) -> Tensor:
+    """Unit of each id, (count,): ids that are coupled, until every unit fills whole slabs of every activation.
+
+    Where the owners of an activation vary on several axes, a unit that is not a whole slab along one of
+    them would leave a ragged tensor: it joins the others in the smallest slab that holds it. Attention
+    heads and channel-shuffle pairs come out of this.
+    """
+    for name in owners.elements:
+        if any(parameter == name for parameter, _ in owners.slots):
+            owners.freeze_parameter(name, "used both as a weight and as a value")
     label = torch.arange(owners.count)
     edges = torch.cat(owners.couplings, 1) if owners.couplings else torch.empty(2, 0, dtype=torch.long)
+    grids = [*owners.grids, *owners.elements.values()]
+    while edges.shape[1]:
+        label = _components(label, edges)
+        joined = [pairs for grid in grids for pairs in _ragged(collapse_axes(label[grid]))]
+        edges = torch.cat(joined, 1) if joined else torch.empty(2, 0, dtype=torch.long)
+    return label
+
+
+def _components(label: Tensor, edges: Tensor) -> Tensor:
+    """Smallest label that each label is connected to."""
     while True:
         ends = label[edges]
         least = ends.amin(0)
@@ -130,31 +148,47 @@ def _components(owners: Owners) -> Tensor:
         label = new
 
 
-def _frozen_reasons(owners: Owners, label: Tensor) -> dict[int, str]:
-    """Unit -> why it stays."""
-    reasons: dict[int, str] = {}
-    for ids, reason in owners.frozen:
-        for unit in torch.unique(label[ids]).tolist():
-            reasons.setdefault(unit, reason)
-    for grid in owners.grids:
-        for unit in _not_slabs(collapse_axes(label[grid])):
-            reasons.setdefault(unit, "would leave a ragged tensor")
-    return reasons
-
-
-def _not_slabs(grid: Tensor) -> list[int]:
-    """Units that do not fill whole slices of the grid along some axis: without them it is no rectangle."""
-    if sum(size > 1 for size in grid.shape) < 2:
+def _ragged(grid: Tensor) -> list[Tensor]:
+    """Pairs of units to join, (2, n) each, so that no unit is less than a whole slab of the grid."""
+    axes = varying_axes(grid)
+    if len(axes) < 2:
         return []
     units, index = torch.unique(grid, return_inverse=True)
     count = torch.bincount(index.reshape(-1), minlength=len(units))
-    slab = torch.zeros(len(units), dtype=torch.bool)
-    for axis, size in enumerate(grid.shape):
-        if size > 1:
-            touched = torch.zeros(len(units), size, dtype=torch.bool)
-            touched[index.movedim(axis, 0).reshape(size, -1), torch.arange(size)[:, None]] = True
-            slab |= touched.sum(1) * (grid.numel() // size) == count
-    return [int(unit) for unit in units[~slab].tolist() if unit != 0]
+    touched, sizes = [], []
+    for axis in axes:
+        size = grid.shape[axis]
+        on_axis = torch.zeros(len(units), size, dtype=torch.bool)
+        on_axis[index.movedim(axis, 0).reshape(size, -1), torch.arange(size)[:, None]] = True
+        touched.append(on_axis)
+        sizes.append(on_axis.sum(1) * (grid.numel() // size))
+    smallest = torch.stack(sizes).min(0)
+    joined = []
+    for unit in ((smallest.values != count) & (units != 0)).nonzero()[:, 0].tolist():
+        k = int(smallest.indices[unit])
+        slab = torch.unique(grid.index_select(axes[k], touched[k][unit].nonzero()[:, 0]))
+        joined.append(torch.stack([slab, units[unit].expand(len(slab))]))
+    return joined
+
+
+def _frozen_reasons(owners: Owners, label: Tensor) -> dict[int, str]:
+    """Unit -> why it stays."""
+    reasons = {int(label[0]): "shares an activation with channels of no known owner"}
+    for ids, reason in owners.frozen:
+        for unit in torch.unique(label[ids]).tolist():
+            reasons.setdefault(unit, reason)
+    return reasons
+
+
+def _labelled_slots(owners: Owners, label: Tensor) -> dict[Slot, Tensor]:
+    """Unit of every index of every dimension of every parameter that ownership has reached."""
+    labelled = {slot: label[ids] for slot, ids in owners.slots.items()}
+    for name, ids in owners.elements.items():
+        grid = collapse_axes(label[ids])
+        axes = varying_axes(grid)
+        if len(axes) == 1:  # closure made the units slabs; those of one axis can be told
+            labelled.setdefault((name, axes[0]), grid.reshape(-1))
+    return labelled
 
 
 def _explain(

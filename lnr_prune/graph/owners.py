@@ -1,8 +1,9 @@
 """Owner ids: who produced each element of each activation.
 
-An owner is one index of one dimension of one parameter ("row 7 of fc1.weight"). The owners of an
-activation are an int64 tensor of its shape, collapsed to size 1 along the axes on which they do not
-vary; 0 is nobody. Owners that must leave together are *coupled*; owners that cannot leave are *frozen*.
+An owner is one index of one dimension of one parameter ("row 7 of fc1.weight"), or one element of a
+parameter that is used as a value (a position embedding). The owners of an activation are an int64 tensor
+of its shape, collapsed to size 1 along the axes on which they do not vary; 0 is nobody. Owners that must
+leave together are *coupled*; owners that cannot leave are *frozen*.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,26 +23,48 @@ class Owners:
     tensors: Mapping[str, Tensor]
     count: int = 1
     slots: dict[Slot, Tensor] = field(default_factory=dict)
+    elements: dict[str, Tensor] = field(default_factory=dict)
     couplings: list[Tensor] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
+    produced: list[Tensor] = field(default_factory=list)
 
     def slot(self, name: str, dim: int) -> Tensor:
         """The ids of a parameter's dimension, (size,)."""
         if (name, dim) not in self.slots:
-            size = self.tensors[name].shape[dim]
-            self.slots[name, dim] = torch.arange(self.count, self.count + size)
-            self.count += size
+            self.slots[name, dim] = self._new(self.tensors[name].shape[dim])
         return self.slots[name, dim]
+
+    def value(self, name: str) -> Tensor:
+        """The ids of a parameter that is used as a value: of its slot if it varies on one axis, else its own."""
+        shape = self.tensors[name].shape
+        varying = [axis for axis, size in enumerate(shape) if size > 1]
+        if len(varying) == 1:
+            return along(self.slot(name, varying[0]), varying[0], shape)
+        if name not in self.elements:
+            self.elements[name] = self._new(shape.numel()).view(shape)
+        return self.elements[name]
+
+    def rows(self, name: str, dim: int) -> Tensor:
+        """The ids of a weight's dimension of outputs: channels that the weight produces."""
+        rows = self.slot(name, dim)
+        self.produced.append(rows)
+        return rows
+
+    def is_produced(self, ids: Tensor) -> bool:
+        """Whether a weight produces some of these channels, not only parameters that go along with them."""
+        largest = int(ids.max())
+        return any(int(rows[0]) <= largest <= int(rows[-1]) for rows in self.produced if len(rows))
 
     def couple(self, a: Tensor, b: Tensor, reason: str) -> None:
         """What meets leaves together; what meets nobody stays."""
         shape = torch.broadcast_shapes(a.shape, b.shape)
-        pairs = torch.stack([a.expand(shape).reshape(-1), b.expand(shape).reshape(-1)])
-        pairs = torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1)
-        orphaned = (pairs == 0).any(0)
-        self.freeze(pairs[:, orphaned], reason)
-        if bool((~orphaned).any()):
+        key = a.expand(shape) * 2**32 + b.expand(shape)  # one number a pair: unique() is quick on these
+        key = torch.unique(key[a.expand(shape) != b.expand(shape)])
+        if len(key):
+            pairs = torch.stack([key // 2**32, key % 2**32])
+            orphaned = (pairs == 0).any(0)
+            self.freeze(pairs[:, orphaned], reason)
             self.couplings.append(pairs[:, ~orphaned])
 
     def couple_axis(self, ids: Tensor, axis: int, slot: Tensor, reason: str) -> None:
@@ -70,6 +93,12 @@ class Owners:
         """No dimension of this parameter may shrink."""
         for dim in range(self.tensors[name].dim()):
             self.freeze(self.slot(name, dim), reason)
+        if name in self.elements:
+            self.freeze(self.elements[name], reason)
+
+    def _new(self, size: int) -> Tensor:
+        self.count += size
+        return torch.arange(self.count - size, self.count)
 
 
 def nobody(shape: Sequence[int]) -> Tensor:
@@ -88,6 +117,11 @@ def collapse_axes(ids: Tensor) -> Tensor:
     """Drops the axes on which the ids do not vary to size 1."""
     for axis in range(ids.dim()):
         first = ids.narrow(axis, 0, 1)
-        if ids.shape[axis] > 1 and bool((ids == first).all()):
+        if ids.shape[axis] > 1 and (ids.stride(axis) == 0 or bool((ids == first).all())):
             ids = first
     return ids.clone()
+
+
+def varying_axes(ids: Tensor) -> list[int]:
+    """Axes on which the ids vary."""
+    return [axis for axis, size in enumerate(ids.shape) if size > 1]

@@ -1,31 +1,39 @@
 """How ownership passes through ATen operations; an operation without a rule freezes what it touches."""
 
 import logging
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from lnr_prune.graph.owners import Owners, Slot, along, collapse_axes, nobody
+from lnr_prune.graph.owners import Owners, Slot, collapse_axes, nobody, varying_axes
 from lnr_prune.graph.trace import Trace
 
 logger = logging.getLogger("lnr_prune")
 TORCH = str(Path(torch.__file__).parent)
 
-# Only the view of the data changes: the operation itself is run on the ids.
-MOVES = {
-    "alias", "clone", "contiguous", "detach", "expand", "flatten", "permute", "reshape", "squeeze", "t",
-    "transpose", "unflatten", "unsqueeze", "view",
-}  # fmt: skip
-SAME = {"dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy", "type_as"}
+Ids = Tensor | list[Tensor]
+"""The ids of a value; one tensor for each output of an operation that has several."""
+
+# Only the place of the data changes: the operation itself is run on the ids.
+MOVES = set(
+    """alias channel_shuffle chunk clone contiguous detach diagonal expand expand_as flatten flip gather im2col
+    index index_select narrow permute pixel_shuffle pixel_unshuffle repeat repeat_interleave reshape roll select
+    slice split split_with_sizes squeeze t take_along_dim tensor_split tile transpose tril triu unbind unflatten
+    unfold unsqueeze view""".split()
+)
+JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
+SAME = {"dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy", "type_as", "lift_fresh_copy"}
 # Pointwise operations that lack PyTorch's tag for it.
-POINTWISE = {"hardswish", "hardsigmoid", "softplus", "relu6", "selu", "elu", "celu", "gelu", "prelu"}
-POOLS = {
-    f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)
-} | {f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "bilinear2d", "bicubic2d")}  # fmt: skip
+POINTWISE = {"hardswish", "hardsigmoid", "softplus", "relu6", "selu", "elu", "celu", "gelu"}
+POOLS = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)} | {
+    "max_pool2d_with_indices",
+    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "bilinear2d", "bicubic2d")),
+}
 
 
 @dataclass(frozen=True)
@@ -53,25 +61,45 @@ class Propagation:
 
     trace: Trace
     owners: Owners
-    ids: dict[fx.Node, Tensor]
-    sites: list[Site]
+    ids: dict[fx.Node, Ids] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    known: dict[fx.Node, Any] = field(default_factory=dict)
 
     def of(self, node: fx.Node) -> Tensor:
-        """The ids of a value. A parameter that is used as a value owns itself, if it varies on one axis."""
+        """The ids of a value; a parameter that is used as a value owns itself."""
         if node not in self.ids:
-            shape = shape_of(node)
-            varying = [axis for axis, size in enumerate(shape) if size > 1]
             name = self.trace.names.get(node)
-            if name is not None and len(varying) == 1:
-                self.ids[node] = along(self.owners.slot(name, varying[0]), varying[0], shape)
+            floating = name is not None and self.trace.tensors[name].is_floating_point()
+            self.ids[node] = collapse_axes(self.owners.value(name)) if name and floating else nobody(shape_of(node))
+        ids = self.ids[node]
+        if isinstance(ids, list):
+            raise TypeError(f"{op_name(node)} has several outputs")
+        return ids
+
+    def constant(self, node: fx.Node) -> Any:
+        """The actual value of a node that does not depend on the model's inputs, such as an index table.
+
+        Raises:
+            ValueError: If it does.
+        """
+        if node not in self.known:
+            if node in self.trace.names:
+                self.known[node] = self.trace.tensors[self.trace.names[node]]
+            elif node in self.trace.constants:
+                self.known[node] = self.trace.constants[node]
+            elif node.op == "get_attr":
+                self.known[node] = getattr(self.trace.module, str(node.target))
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.constant)
+                target: Any = node.target
+                with torch.no_grad():
+                    self.known[node] = target(*args, **kwargs)
             else:
-                self.ids[node] = nobody(shape)
-                if name is not None:
-                    self.owners.freeze_parameter(name, "a parameter used as a value")
-        return self.ids[node]
+                raise ValueError(f"{node.name} is an input of the model")
+        return self.known[node]
 
 
-Rule = Callable[[Propagation, fx.Node], Tensor | None]
+Rule = Callable[[Propagation, fx.Node], Ids | None]
 RULES: dict[str, Rule] = {}
 
 
@@ -87,19 +115,169 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def propagate(trace: Trace) -> Propagation:
     """Walks the graph once and returns the ownership of every value."""
-    state = Propagation(trace, Owners(trace.tensors), {}, [])
+    state = Propagation(trace, Owners(trace.tensors))
     for node in trace.nodes:
         if node.op == "output":
             for value in node.all_input_nodes:
-                state.owners.freeze(state.of(value), "output of the model")
-        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-            ids = _visit(state, node)
-            state.ids[node] = ids
-            if sum(size > 1 for size in ids.shape) > 1:
-                state.owners.grids.append(ids)
-        elif node.op == "call_function" and not op_name(node).startswith("_assert"):
-            _freeze_inputs(state, node)  # several outputs, or none
+                state.owners.freeze(_all_ids(state, value), "output of the model")
+        elif node.op == "call_function":
+            state.ids[node] = _visit(state, node)
+            outputs = state.ids[node]
+            for ids in outputs if isinstance(outputs, list) else [outputs]:
+                if len(varying_axes(ids)) > 1:
+                    state.owners.grids.append(ids)
     return state
+
+
+def _visit(state: Propagation, node: fx.Node) -> Ids:
+    shape = node.meta.get("val")
+    untouched: Ids = [nobody(s.shape) for s in shape if isinstance(s, Tensor)] if _several(node) else nobody(shape_of(node))
+    touches_parameter = any(value in state.trace.names for value in node.all_input_nodes)
+    if not touches_parameter and not any(bool(_all_ids(state, value).any()) for value in node.all_input_nodes):
+        return untouched
+    try:
+        ids = _apply_rule(state, node)
+    except Exception:  # a rule that does not expect this use of its operation: less is pruned
+        logger.debug("the rule of %s failed", describe(node), exc_info=True)
+        ids = None
+    if ids is None:
+        if not op_name(node).startswith(("_assert", "sym_")):
+            _freeze_inputs(state, node)
+        return untouched
+    if isinstance(untouched, list) and isinstance(ids, Tensor):
+        return [ids, *untouched[1:]]  # statistics and indices beside the result
+    return ids
+
+
+def _apply_rule(state: Propagation, node: fx.Node) -> Ids | None:
+    name = op_name(node)
+    if node.target is operator.getitem:
+        outputs = state.ids[argument(node, 0, "self")]
+        return outputs[argument(node, 1, "index")] if isinstance(outputs, list) else None
+    if name in RULES:
+        return RULES[name](state, node)
+    if name in MOVES:
+        return _move(state, node)
+    if name in JOINS:
+        return _join(state, node)
+    if name in SAME:
+        return state.of(argument(node, 0, "self"))
+    if name in POOLS:
+        ids = state.of(argument(node, 0, "self"))
+        return state.owners.mix(ids, range(ids.dim() - spatial_axes(node), ids.dim()), describe(node))
+    if name in POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return meet(state, node, [(state.of(value), shape_of(value)) for value in node.all_input_nodes])
+    return None
+
+
+def _freeze_inputs(state: Propagation, node: fx.Node) -> None:
+    reason = describe(node)
+    for value in node.all_input_nodes:
+        if value in state.trace.names:
+            state.owners.freeze_parameter(state.trace.names[value], reason)
+        state.owners.freeze(_all_ids(state, value), reason)
+
+
+def _all_ids(state: Propagation, node: fx.Node) -> Tensor:
+    ids = state.ids.get(node)
+    if isinstance(ids, list):
+        return torch.cat([part.reshape(-1) for part in ids]) if ids else nobody(())
+    return state.of(node)
+
+
+def _move(state: Propagation, node: fx.Node) -> Ids:
+    source = argument(node, 0, "self")
+    name, ids, shape = op_name(node), state.of(source), shape_of(source)
+    for axis in _indexed_axes(node):  # positions that constants name must stay where they are
+        ids = state.owners.mix(ids, [axis % len(shape)], f"positions are named in {describe(node)}")
+    if name == "im2col":
+        channels = state.owners.mix(ids, [2, 3], describe(node)).reshape(-1)
+        return channels.expand(shape[1]).repeat_interleave(shape_of(node)[1] // shape[1]).view(1, -1, 1)
+    args = fx.node.map_arg(node.args[1:], state.constant)
+    kwargs = {key: fx.node.map_arg(value, state.constant) for key, value in node.kwargs.items()}
+    kwargs.pop("memory_format", None)
+    target: Any = torch.reshape if name == "view" else node.target  # expanded ids cannot be viewed
+    if name == "chunk":  # Python's chunk(k) has no size to change: its parts must shrink alike
+        axis = argument(node, 2, "dim", 0) % len(shape)
+        if ids.shape[axis] > 1 and shape[axis] % args[0] == 0:
+            state.owners.grids.append(ids.unflatten(axis, (args[0], -1)))
+    moved = target(ids.expand(shape), *args, **kwargs)
+    return [collapse_axes(part) for part in moved] if isinstance(moved, list | tuple) else collapse_axes(moved)
+
+
+def _indexed_axes(node: fx.Node) -> list[int]:
+    name = op_name(node)
+    if name == "index":
+        return [axis for axis, index in enumerate(argument(node, 1, "indices")) if index is not None]
+    if name in ("index_select", "gather"):
+        return [argument(node, 1, "dim")]
+    if name == "take_along_dim":
+        return [argument(node, 2, "dim")]
+    if name == "roll":
+        return list(argument(node, 2, "dims", ()))
+    if name in ("tril", "triu"):
+        return [-1, -2]
+    return []
+
+
+def _join(state: Propagation, node: fx.Node) -> Tensor:
+    """Concatenation: ids side by side, expanded only where they must be."""
+    values, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+    values = [value for value in values if shape_of(value) != (0,)]
+    stack = op_name(node) == "stack"
+    rank = len(shape_of(values[0]))
+    axis = dim % (rank + stack)
+    ids = [state.of(value) for value in values]
+    common = [max(each.shape[k] for each in ids) for k in range(rank)]
+    full = []
+    for value, each in zip(values, ids, strict=True):
+        sizes = [shape_of(value)[k] if k == axis and not stack else common[k] for k in range(rank)]
+        full.append(each.expand(sizes))
+    return collapse_axes(JOINS[op_name(node)](full, axis))
+
+
+def meet(
+    state: Propagation,
+    node: fx.Node,
+    operands: list[tuple[Tensor, tuple[int, ...]]],
+    shape: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Pointwise: what meets is coupled; what meets an unowned value that varies with it cannot leave.
+
+    Args:
+        state: The propagation.
+        node: The operation.
+        operands: Ids and true shape of each operand.
+        shape: What they broadcast to; default: the operation's own shape.
+    """
+    shape, reason, owners = shape_of(node) if shape is None else shape, describe(node), state.owners
+    padded = []
+    for ids, size in operands:
+        lead = [1] * (len(shape) - len(size))
+        padded.append((ids.reshape(lead + list(ids.shape)), lead + list(size)))
+    owned = [(ids, size) for ids, size in padded if bool(ids.any())]
+    if not owned:
+        return nobody(shape)
+    # any representative will do: one that a weight produces, and the smallest
+    owned.sort(key=lambda operand: (not owners.is_produced(operand[0]), operand[0].numel()))
+    met, produced = owned[0][0], owners.is_produced(owned[0][0])
+    for ids, size in owned[1:]:
+        shared = {axis for axis in varying_axes(met) if size[axis] > 1}
+        if produced and not owners.is_produced(ids) and shared != set(varying_axes(met)):
+            # a parameter that several slabs share (a rotary table, a norm per head) stays; slabs go as a whole
+            met = owners.mix(met, sorted(shared), reason)
+            owners.freeze(ids, f"shared by several channels in {reason}")
+        else:
+            owners.couple(met, ids, reason)
+            met = torch.where(met != 0, met, ids)
+    for ids, size in padded:
+        if not bool(ids.any()):
+            shared = {axis for axis in varying_axes(met) if size[axis] > 1}
+            if shared and shared == set(varying_axes(met)):
+                owners.freeze(met, f"meets a value of no known channel in {reason}")
+            elif shared:
+                met = owners.mix(met, sorted(shared), reason)
+    return met
 
 
 def describe(node: fx.Node) -> str:
@@ -118,8 +296,9 @@ def describe(node: fx.Node) -> str:
 def op_name(node: fx.Node) -> str:
     """ATen name of a node's operation, without overload and namespace; in-place variants like the others."""
     schema = getattr(node.target, "_schema", None)
-    name = schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target))
-    return name if name.startswith("__") else str(name).rstrip("_")
+    name = str(schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target)))
+    name = name.removeprefix("_unsafe_")
+    return name if name.startswith("__") else name.rstrip("_")
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -127,134 +306,15 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(size) for size in getattr(node.meta.get("val"), "shape", ()))
 
 
+def _several(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), list | tuple)
+
+
 def spatial_axes(node: fx.Node) -> int:
     """2 for "conv2d", 1 for "max_pool1d", ..."""
-    return int(op_name(node).removesuffix("d")[-1])
+    return next(int(letter) for letter in reversed(op_name(node)) if letter.isdigit())
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a node, by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _visit(state: Propagation, node: fx.Node) -> Tensor:
-    touches_parameter = any(value in state.trace.names for value in node.all_input_nodes)
-    if not touches_parameter and not any(bool(state.of(value).any()) for value in node.all_input_nodes):
-        return nobody(shape_of(node))
-    try:
-        ids = _apply_rule(state, node)
-    except Exception:  # a rule that does not expect this use of its operation: less is pruned
-        logger.debug("the rule of %s failed", describe(node), exc_info=True)
-        ids = None
-    return _freeze_inputs(state, node) if ids is None else ids
-
-
-def _apply_rule(state: Propagation, node: fx.Node) -> Tensor | None:
-    name = op_name(node)
-    if name in RULES:
-        return RULES[name](state, node)
-    if name in MOVES:
-        return _move(state, node)
-    if name in SAME:
-        return state.of(argument(node, 0, "self"))
-    if name in POOLS:
-        return _pool(state, node)
-    if name in POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return _meet(state, node)
-    return None
-
-
-def _freeze_inputs(state: Propagation, node: fx.Node) -> Tensor:
-    reason = describe(node)
-    for value in node.all_input_nodes:
-        if value in state.trace.names:
-            state.owners.freeze_parameter(state.trace.names[value], reason)
-        else:
-            state.owners.freeze(state.of(value), reason)
-    return nobody(shape_of(node))
-
-
-def _move(state: Propagation, node: fx.Node) -> Tensor:
-    source = argument(node, 0, "self")
-    ids = state.of(source).expand(shape_of(source))
-    target: Any = torch.reshape if op_name(node) == "view" else node.target  # expanded ids cannot be viewed
-    options = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
-    return collapse_axes(target(ids, *node.args[1:], **options))
-
-
-def _pool(state: Propagation, node: fx.Node) -> Tensor:
-    ids = state.of(argument(node, 0, "self"))
-    return state.owners.mix(ids, range(ids.dim() - spatial_axes(node), ids.dim()), describe(node))
-
-
-def _meet(state: Propagation, node: fx.Node) -> Tensor:
-    """Pointwise: what meets is coupled; what meets an unowned value that varies with it is frozen."""
-    shape, reason = shape_of(node), describe(node)
-    met = nobody(shape)
-    operands = []
-    for value in node.all_input_nodes:
-        lead = [1] * (len(shape) - len(shape_of(value)))
-        operands.append((state.of(value).reshape(lead + list(state.of(value).shape)), lead + list(shape_of(value))))
-    for ids, _ in operands:
-        if bool(ids.any()):
-            if bool(met.any()):
-                state.owners.couple(met, ids, reason)
-                met = torch.where(met != 0, met, ids)
-            else:
-                met = ids
-    for ids, size in operands:
-        if not bool(ids.any()) and any(a > 1 and b > 1 for a, b in zip(met.shape, size, strict=True)):
-            state.owners.freeze(met, f"meets a value of no known channel in {reason}")
-    return met
-
-
-@rule("linear", "conv1d", "conv2d", "conv3d")
-def _contraction(state: Propagation, node: fx.Node) -> Tensor | None:
-    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
-    names, owners, reason = state.trace.names, state.owners, describe(node)
-    if weight not in names or (bias is not None and bias not in names):  # a computed weight
-        return None
-    name, shape = names[weight], shape_of(node)
-    axis = len(shape) - 1 - (0 if op_name(node) == "linear" else spatial_axes(node))
-    rows = owners.slot(name, 0)
-    groups = argument(node, 6, "groups", 1)
-    if groups == 1:
-        owners.couple_axis(state.of(x), axis, owners.slot(name, 1), f"input of {reason}")
-        state.sites.append(Site(name, names.get(bias), op_name(node), (name, 0), (name, 1)))
-    elif groups == shape_of(x)[axis] == len(rows):  # depthwise: channel by channel
-        owners.couple_axis(state.of(x), axis, rows, f"input of {reason}")
-    else:
-        return None
-    if bias is not None:
-        owners.couple(rows, owners.slot(names[bias], 0), reason)
-    return along(rows, axis, shape)
-
-
-@rule("batch_norm")
-def _batch_norm(state: Propagation, node: fx.Node) -> Tensor | None:
-    ids, reason = state.of(argument(node, 0, "self")), describe(node)
-    for entry in node.args[1:5]:
-        if isinstance(entry, fx.Node):
-            name = state.trace.names.get(entry)
-            if name is None:
-                return None
-            state.owners.couple_axis(ids, 1, state.owners.slot(name, 0), reason)
-    return ids
-
-
-@rule("mean", "sum", "amax", "amin")
-def _reduction(state: Propagation, node: fx.Node) -> Tensor | None:
-    source = argument(node, 0, "self")
-    ids = state.of(source)
-    dims = argument(node, 1, "dim") or list(range(ids.dim()))
-    dims = {dim % ids.dim() for dim in ([dims] if isinstance(dims, int) else dims)}
-    ids = state.owners.mix(ids, dims, describe(node))
-    if len(shape_of(node)) == ids.dim():
-        return ids
-    return ids.reshape([size for axis, size in enumerate(ids.shape) if axis not in dims])
-
-
-@rule("cat")
-def _concatenation(state: Propagation, node: fx.Node) -> Tensor:
-    full = [state.of(value).expand(shape_of(value)) for value in argument(node, 0, "tensors")]
-    return collapse_axes(torch.cat(full, argument(node, 1, "dim", 0)))

@@ -1,5 +1,6 @@
 """From an nn.Module to a torch.fx graph of ATen operations whose parameters have names."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +17,21 @@ class Trace:
     """What a forward pass of the model does.
 
     Attributes:
-        nodes: The ATen graph, in order of execution.
+        module: The ATen graph, with the submodules that it calls.
         names: Placeholder node -> name of its parameter or buffer; tied tensors share one name.
         tensors: Name -> parameter or buffer.
+        constants: Placeholder node -> tensor that the forward makes up itself.
     """
 
-    nodes: tuple[fx.Node, ...]
+    module: fx.GraphModule
     names: Mapping[fx.Node, str]
     tensors: Mapping[str, Tensor]
+    constants: Mapping[fx.Node, Any]
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The operations, in order of execution."""
+        return tuple(self.module.graph.nodes)
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
@@ -33,8 +41,11 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         GraphError: If torch.export cannot follow the model's forward.
     """
     try:
-        with evaluating(model):
+        with evaluating(model), unfused_attention():
             program = torch.export.export(model, args, dict(kwargs), strict=False)
+            if any(_hides_something(node) for node in program.graph.nodes):
+                with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's own
+                    program = program.run_decompositions({})  # inlines regions, replaces writes through views
     except Exception as error:  # torch.export raises errors of many kinds
         raise GraphError(
             f"torch.export could not trace {type(model).__name__}: {str(error).strip().splitlines()[0]}. "
@@ -46,12 +57,38 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     state = named_tensors(model)
     first: dict[int, str] = {}
     canonical = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
-    names = {
-        node: canonical[placeholders[node.name]]
-        for node in program.graph.nodes
-        if node.op == "placeholder" and placeholders.get(node.name) in canonical
-    }
-    return Trace(tuple(program.graph.nodes), names, {name: state[name] for name in names.values()})
+    names, constants = {}, {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and placeholders.get(node.name) in canonical:
+            names[node] = canonical[placeholders[node.name]]
+        elif node.op == "placeholder" and node.name in signature.inputs_to_lifted_tensor_constants:
+            constants[node] = program.constants[signature.inputs_to_lifted_tensor_constants[node.name]]
+    tensors = {name: state[name] for name in names.values()}
+    return Trace(program.graph_module, names, tensors, constants)
+
+
+def _hides_something(node: fx.Node) -> bool:
+    """Whether a node runs a region of its own, or writes to a tensor through a view of it."""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not node.all_input_nodes:
+        return False
+    written = node.all_input_nodes[0]
+    return getattr(written.target, "is_view", False) or any(user > node for user in written.users)
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Keeps nn.MultiheadAttention from its fused path, where no layer can be seen."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,237 @@
+"""Rules of the operations that mix channels: contractions, attention, reductions, norms."""
+
+import torch
+from torch import Tensor, fx
+
+from lnr_prune.graph.owners import along, collapse_axes
+from lnr_prune.graph.rules import (
+    Propagation,
+    Site,
+    argument,
+    describe,
+    meet,
+    op_name,
+    rule,
+    shape_of,
+    spatial_axes,
+)
+
+
+def _apply_weight(
+    state: Propagation, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int, rows: int, columns: int
+) -> Tensor | None:
+    """``y = W x``: x's channels along the axis are the weight's columns, y's its rows."""
+    names, owners, reason = state.trace.names, state.owners, describe(node)
+    weight, (rows, columns) = _undo_transpose(state, weight, (rows, columns))
+    if weight not in names or (bias is not None and bias not in names):  # a computed weight
+        return None
+    name = names[weight]
+    row_ids = owners.rows(name, rows)
+    owners.couple_axis(state.of(x), axis, owners.slot(name, columns), f"input of {reason}")
+    state.sites.append(Site(name, names[bias] if bias else None, op_name(node), (name, rows), (name, columns)))
+    if bias is not None:
+        owners.couple(row_ids, owners.value(names[bias]), reason)
+    return along(row_ids, axis, shape_of(node))
+
+
+def _undo_transpose(
+    state: Propagation, weight: fx.Node, dims: tuple[int, int]
+) -> tuple[fx.Node, tuple[int, int]]:
+    """``W.t()`` is W with its dimensions exchanged."""
+    while weight not in state.trace.names and weight.op == "call_function":
+        source = argument(weight, 0, "self")
+        if op_name(weight) in ("t", "transpose", "permute") and len(shape_of(weight)) == 2:
+            exchanged = shape_of(weight) == shape_of(source)[::-1] and op_name(weight) != "permute"
+            if op_name(weight) == "permute":
+                exchanged = list(argument(weight, 1, "dims")) in ([1, 0], [-1, -2], [-1, 0], [1, -2])
+            dims = dims[::-1] if exchanged else dims
+        elif op_name(weight) not in ("detach", "alias", "contiguous", "clone", "to", "_to_copy"):
+            break
+        weight = source
+    return weight, dims
+
+
+@rule("linear")
+def _linear(state: Propagation, node: fx.Node) -> Tensor | None:
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    return _apply_weight(state, node, x, weight, bias, len(shape_of(node)) - 1, 0, 1)
+
+
+@rule("addmm")
+def _addmm(state: Propagation, node: fx.Node) -> Tensor | None:
+    bias, x, weight = node.args[:3]
+    if node.kwargs:  # beta, alpha
+        return None
+    return _apply_weight(state, node, x, weight, bias, 1, 1, 0)  # type: ignore[arg-type]
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def _convolution(state: Propagation, node: fx.Node) -> Tensor | None:
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    groups, axis = argument(node, 6, "groups", 1), len(shape_of(node)) - 1 - spatial_axes(node)
+    if groups == 1:
+        return _apply_weight(state, node, x, weight, bias, axis, 0, 1)
+    return _whole_groups(state, node, groups, axis, 0)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _transposed_convolution(state: Propagation, node: fx.Node) -> Tensor | None:
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    axis = len(shape_of(node)) - 1 - spatial_axes(node)
+    if argument(node, 6, "groups", 1) == 1:
+        return _apply_weight(state, node, x, weight, bias, axis, 1, 0)
+    return None
+
+
+def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int, rows: int) -> Tensor | None:
+    """A grouped convolution loses whole groups, inputs and outputs; depthwise, that is channel by channel."""
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    names, owners, reason = state.trace.names, state.owners, describe(node)
+    if weight not in names or (bias is not None and bias not in names):
+        return None
+    row_ids = owners.slot(names[weight], rows)
+    first = row_ids.view(groups, -1)[:, :1]
+    owners.couple(row_ids.view(groups, -1), first, reason)
+    per_group = shape_of(x)[axis] // groups
+    owners.couple_axis(state.of(x), axis, first.expand(groups, per_group).reshape(-1), f"input of {reason}")
+    if bias is not None:
+        owners.couple(row_ids, owners.value(names[bias]), reason)
+    return along(row_ids, axis, shape_of(node))
+
+
+@rule("embedding")
+def _embedding(state: Propagation, node: fx.Node) -> Tensor | None:
+    weight = argument(node, 0, "weight")
+    if weight not in state.trace.names:
+        return None
+    name, owners = state.trace.names[weight], state.owners
+    owners.freeze(owners.slot(name, 0), f"vocabulary of {describe(node)}")
+    return along(owners.rows(name, 1), len(shape_of(node)) - 1, shape_of(node))
+
+
+@rule("matmul", "mm", "bmm")
+def _product(state: Propagation, node: fx.Node) -> Tensor | None:
+    a, b = argument(node, 0, "self"), argument(node, 1, "other")
+    left, right = shape_of(a), shape_of(b)
+    if len(right) == 2 and _undo_transpose(state, b, (0, 1))[0] in state.trace.names:
+        return _apply_weight(state, node, a, b, None, len(shape_of(node)) - 1, 1, 0)
+    if len(left) < 2 or len(right) < 2:
+        return None
+    reason = describe(node)
+    rows = state.owners.mix(state.of(a), [len(left) - 1], reason)
+    columns = state.owners.mix(state.of(b), [len(right) - 2], reason)
+    _couple_contracted(state, state.of(a), state.of(b), reason)
+    return meet(state, node, [(rows, (*left[:-1], 1)), (columns, (*right[:-2], 1, right[-1]))])
+
+
+def _couple_contracted(state: Propagation, a: Tensor, b: Tensor, reason: str) -> None:
+    """The contracted axis shrinks on both sides or on neither."""
+    left, right = a.movedim(-1, 0), b.movedim(-2, 0)
+    state.owners.couple(left.reshape(len(left), -1)[:, :1], right.reshape(len(right), -1)[:, :1], reason)
+
+
+@rule("scaled_dot_product_attention")
+def _attention(state: Propagation, node: fx.Node) -> Tensor:
+    q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    mask, reason, owners = argument(node, 3, "attn_mask"), describe(node), state.owners
+    size_q, size_k = shape_of(q), shape_of(k)
+    repeat = size_q[-3] // size_k[-3] if len(size_q) > 3 else 1
+
+    def every_head(ids: Tensor) -> Tensor:
+        return ids if repeat == 1 or ids.shape[-3] == 1 else ids.repeat_interleave(repeat, -3)
+
+    rank = len(size_q)
+    ids_q = owners.mix(state.of(q), [rank - 1], reason)
+    ids_k = owners.mix(every_head(state.of(k)), [rank - 1], reason).transpose(-1, -2)
+    ids_v = owners.mix(every_head(state.of(v)), [rank - 2], reason)
+    scores = [(ids_q, (*size_q[:-1], 1)), (ids_k, (*size_q[:-2], 1, size_k[-2]))]
+    if mask is not None:
+        scores.append((state.of(mask), shape_of(mask)))
+    weights = meet(state, node, scores, (*size_q[:-1], size_k[-2]))
+    weights = owners.mix(weights, [rank - 1], reason)
+    return meet(state, node, [(weights, (*size_q[:-1], 1)), (ids_v, (*size_q[:-2], 1, shape_of(v)[-1]))])
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum")
+def _along_one_axis(state: Propagation, node: fx.Node) -> Tensor:
+    ids = state.of(argument(node, 0, "self"))
+    return state.owners.mix(ids, [argument(node, 1, "dim") % ids.dim()], describe(node))
+
+
+@rule("glu")
+def _glu(state: Propagation, node: fx.Node) -> Tensor:
+    x, axis = argument(node, 0, "self"), argument(node, 1, "dim", -1)
+    shape = shape_of(x)
+    halves = state.of(x).expand(shape).chunk(2, axis)
+    state.owners.grids.append(collapse_axes(state.of(x).expand(shape).unflatten(axis, (2, -1))))
+    return meet(state, node, [(collapse_axes(half), shape_of(node)) for half in halves])
+
+
+@rule("batch_norm", "_native_batch_norm_legit_no_training", "prelu", "_prelu_kernel", "instance_norm")
+def _per_channel(state: Propagation, node: fx.Node) -> Tensor | None:
+    x = argument(node, 0, "self")
+    ids, reason = state.of(x), describe(node)
+    for entry in node.args[1:5]:
+        if isinstance(entry, fx.Node) and shape_of(entry) != (1,):
+            if len(shape_of(entry)) != 1:
+                return None
+            channels = state.of(entry).expand(shape_of(entry))
+            state.owners.couple_axis(ids, 1, channels, reason)
+    if op_name(node) == "instance_norm":
+        ids = state.owners.mix(ids, range(2, ids.dim()), reason)
+    return ids
+
+
+@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
+def _layer_norm(state: Propagation, node: fx.Node) -> Tensor:
+    x, normalized = argument(node, 0, "input"), argument(node, 1, "normalized_shape")
+    parameters = [entry for entry in node.args[2:4] if isinstance(entry, fx.Node)]
+    ids = meet(
+        state, node, [(state.of(x), shape_of(x)), *((state.of(p), shape_of(p)) for p in parameters)], shape_of(x)
+    )
+    return state.owners.mix(ids, range(ids.dim() - len(normalized), ids.dim()), describe(node))
+
+
+@rule("group_norm", "native_group_norm")
+def _group_norm(state: Propagation, node: fx.Node) -> Tensor | None:
+    if op_name(node) != "group_norm":
+        return None
+    x, groups = argument(node, 0, "input"), argument(node, 1, "num_groups")
+    ids, reason, channels = state.of(x), describe(node), shape_of(x)[1]
+    for entry in node.args[2:4]:
+        if isinstance(entry, fx.Node):
+            state.owners.couple_axis(ids, 1, state.of(entry).expand(channels), reason)
+    if ids.shape[1] > 1:
+        grid = ids.unflatten(1, (groups, -1))
+        state.owners.couple(grid, grid[:, :, :1], reason)
+    return state.owners.mix(ids, range(2, ids.dim()), reason)
+
+
+@rule("mean", "sum", "amax", "amin", "max", "min", "logsumexp", "var", "std", "any", "all", "linalg_vector_norm")
+def _reduction(state: Propagation, node: fx.Node) -> Tensor:
+    ids = state.of(argument(node, 0, "self"))
+    names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]
+    dims = argument(node, names.index("dim"), "dim") if "dim" in names else None
+    if dims is None or dims == []:
+        dims = list(range(ids.dim()))
+    dims = {dim % ids.dim() for dim in ([dims] if isinstance(dims, int) else dims)}
+    ids = state.owners.mix(ids, dims, describe(node))
+    value = node.meta["val"]
+    rank = (value[0] if isinstance(value, list | tuple) else value).dim()
+    if rank == ids.dim():
+        return ids
+    return ids.reshape([size for axis, size in enumerate(ids.shape) if axis not in dims])
+
+
+@rule("constant_pad_nd", "pad", "reflection_pad2d", "replication_pad2d", "reflection_pad1d", "replication_pad1d")
+def _pad(state: Propagation, node: fx.Node) -> Tensor | None:
+    ids, padding = state.of(argument(node, 0, "self")), argument(node, 1, "pad")
+    for index in range(len(padding) // 2):
+        axis = ids.dim() - 1 - index
+        before, after = padding[2 * index], padding[2 * index + 1]
+        if (before or after) and ids.shape[axis] > 1:
+            if before < 0 or after < 0 or "constant" not in (op_name(node) + str(argument(node, 2, "mode", "constant"))):
+                return None
+            pads = [0] * (2 * index) + [before, after]
+            ids = torch.nn.functional.pad(ids, pads)  # nobody owns the padding
+    return ids
