@@ -10,10 +10,8 @@ from torch import Tensor
 
 from lnr_prune import Block, GroupLasso
 
-ACCURATE = {"solver": cp.CLARABEL, "tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Consumer:
     """Samples of one consumer's input and wanted output, one a row."""
 
@@ -22,7 +20,7 @@ class Consumer:
     groups: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Case:
     """A problem and the samples that it summarises."""
 
@@ -82,7 +80,7 @@ def group_lasso(case: Case, lam: float) -> list[Tensor]:
         columns = [(c.groups == g).nonzero()[:, 0].numpy() for c in case.consumers]
         pieces = [cp.vec(M[:, k], order="F") for M, k in zip(variables, columns, strict=True) if len(k)]
         terms.append(lam * float(w) * cp.norm(cp.hstack(pieces)))
-    cp.Problem(cp.Minimize(sum(terms))).solve(**ACCURATE)
+    cp.Problem(cp.Minimize(sum(terms))).solve(solver=cp.CLARABEL)
     return [torch.from_numpy(M.value) for M in variables]
 
 
@@ -95,7 +93,7 @@ def prox(matrices: Sequence[Tensor], thresholds: Sequence[float], groups: Sequen
         pieces = [cp.vec(U[:, k], order="F") for U, k in zip(variables, columns, strict=True) if len(k)]
         if pieces:
             terms.append(t * cp.norm(cp.hstack(pieces)))
-    cp.Problem(cp.Minimize(sum(terms))).solve(**ACCURATE)
+    cp.Problem(cp.Minimize(sum(terms))).solve(solver=cp.CLARABEL)
     return [torch.from_numpy(U.value) for U in variables]
 
 
@@ -107,16 +105,14 @@ def least_squares(case: Case, support: Tensor, ridge: float = 0.0) -> list[Tenso
     """
     answers = []
     for c in case.consumers:
-        n, free = len(c.x), c.x[:, c.groups < 0]
-        rest = c.x - free @ _solve(free, c.x)  # residuals from the unpenalised columns
-        kept = support[c.groups] & (c.groups >= 0)
-        diagonal = ridge * rest[:, c.groups >= 0].square().sum(0).mean()
-        rows = diagonal.sqrt() * torch.eye(int(kept.sum()), dtype=torch.float64)
-        M = torch.zeros(c.y.shape[1], c.x.shape[1], dtype=torch.float64)
-        targets = torch.cat([c.y - free @ _solve(free, c.y), torch.zeros(len(rows), c.y.shape[1], dtype=torch.float64)])
-        M[:, kept] = _solve(torch.cat([rest[:, kept], rows]), targets).T
+        free, kept = c.x[:, c.groups < 0], torch.cat([support, support.new_zeros(1)])[c.groups]
+        x, y = (a - free @ _solve(free, a) for a in (c.x, c.y))  # what the unpenalised columns leave
+        x = x * (x.norm(dim=0) > 1e-9 * c.x.norm(dim=0))
+        root = (ridge * x[:, c.groups >= 0].square().sum(0).mean()).sqrt()
+        rows = root * torch.eye(int(kept.sum()), dtype=torch.float64)
+        M = x.new_zeros(y.shape[1], x.shape[1])
+        M[:, kept] = _solve(torch.cat([x[:, kept], rows]), torch.cat([y, y.new_zeros(len(rows), y.shape[1])])).T
         M[:, c.groups < 0] = _solve(free, c.y - c.x @ M.T).T
-        assert len(rest) == n
         answers.append(M)
     return answers
 

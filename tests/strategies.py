@@ -1,14 +1,11 @@
 """Random group-lasso problems with the samples they summarise, as hypothesis strategies."""
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lnr_prune import Block, GroupLasso
 from tests.references import Case, Consumer
-
-deterministic = settings(deadline=None, derandomize=True, max_examples=40)
-"""The same examples on every run and every machine."""
 
 seeds = st.integers(0, 2**32 - 1)
 ratios = st.floats(-4, -0.05).map(lambda exponent: 10.0**exponent)
@@ -25,13 +22,16 @@ def make_case(
     weighted: bool = False,
     deficient: bool = False,
     dead: bool = False,
+    constant: bool = False,
     duplicated: bool = False,
     linear: bool = False,
+    uneven: bool = True,
 ) -> Case:
     """Consumers that share ``groups`` groups of 1 to 4 columns, in a random order.
 
-    The first of the unpenalised columns is the constant 1 of a bias; group 1 is dead, the last group a
-    copy of group 0, y exactly linear in x, and x of half the rank, where asked.
+    The first of the unpenalised columns is the constant 1 of a bias. Where asked, x has half the rank,
+    group 1 is dead (0), group 2 constant, the last group a copy of group 0, and y exactly linear in x.
+    Uneven columns have a mean and a scale of their own, which makes R badly conditioned.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -45,9 +45,13 @@ def make_case(
         group = torch.arange(groups).repeat_interleave(widths)
         d, h = len(group), int(torch.randint(1, 5, (), generator=generator))
         rank = (d + 1) // 2 if deficient else d
-        x = (randn(samples, rank) @ randn(rank, d) / rank**0.5 + randn(d)) * randn(d).exp()
+        x = randn(samples, rank) @ randn(rank, d) / rank**0.5
+        if uneven:
+            x = (x + randn(d)) * randn(d).exp()
         if dead and groups > 1:
             x[:, group == 1] = 0
+        if constant and groups > 2:
+            x[:, group == 2] = x[0, group == 2]
         if duplicated and groups > 2:
             x[:, group == groups - 1] = x[:, group == 0]
         free = torch.cat([torch.ones(samples, 1, dtype=torch.float64), randn(samples, 1)], dim=1)[:, :unpenalised]
@@ -68,8 +72,16 @@ def cases(**fixed: int | bool) -> st.SearchStrategy[Case]:
         "seed": seeds,
         "consumers": st.integers(1, 3),
         "groups": st.integers(1, 12),
-        "samples": st.integers(2, 60),
+        "samples": st.integers(3, 60),
         "unpenalised": st.integers(0, 2),
-        **{name: st.booleans() for name in ("weighted", "deficient", "dead", "duplicated", "linear")},
     }
-    return st.builds(make_case, **(options | {name: st.just(value) for name, value in fixed.items()}))
+    flags = ("weighted", "deficient", "dead", "constant", "duplicated", "linear", "uneven")
+    options |= {name: st.booleans() for name in flags} | {name: st.just(value) for name, value in fixed.items()}
+    return st.builds(make_case, **options)
+
+
+def twins() -> GroupLasso:
+    """Six groups, two and two equal: they enter together."""
+    (block,) = make_case(groups=3).problem.blocks
+    R, B = block.R.repeat(2, 2), block.B.repeat(1, 2)
+    return GroupLasso((Block(R, B, block.t, torch.cat([block.groups, block.groups + 3])),))

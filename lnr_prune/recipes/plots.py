@@ -19,24 +19,26 @@ def pareto(curves: Mapping[str, Sequence[Mapping[str, Any]]], dense_accuracy: fl
         dense_accuracy: Accuracy of the original model.
         path: PNG file to write.
     """
+    ticker = require("matplotlib.ticker")
     figure = require("matplotlib.figure").Figure(figsize=(6 * len(curves), 4.5), layout="constrained")
     for axes, (title, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         axes.axhline(100 * dense_accuracy, color="grey", linestyle=":", label="dense")
-        for key, label, marker in (
-            ("accuracy", "no retraining", "o"),
-            ("accuracy_retrained", "one epoch of retraining", "^"),
+        for key, label, marker, colour in (
+            ("accuracy", "no retraining", "o", "C0"),
+            ("accuracy_retrained", "one epoch of retraining", "^", "C1"),
         ):
-            known = sorted((p for p in points if p[key] is not None), key=lambda p: float(p["compression_rate"]))
-            if not known:
-                continue
-            x, y = [100 * p["compression_rate"] for p in known], [100 * p[key] for p in known]
-            hollow = ["none" if p["all_zero"] else "C0" if marker == "o" else "C1" for p in known]
-            colour = "C0" if marker == "o" else "C1"
-            axes.plot(x, y, color=colour, linewidth=1, alpha=0.6)
-            axes.scatter(x, y, marker=marker, facecolors=hollow, edgecolors=colour, label=label)
+            known = [point for point in points if point[key] is not None]
+            if known:
+                x = [100 * point["compression_rate"] for point in known]
+                y = [100 * point[key] for point in known]
+                axes.plot(x, y, color=colour, marker=marker, markevery=[not p["all_zero"] for p in known], label=label)
+                axes.plot(x, y, color=colour, marker=marker, linestyle="none", markerfacecolor="none")
         axes.set(title=title, xlabel="parameters kept (%)", ylabel="test accuracy (%)", xscale="log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="center right")
     figure.savefig(path, dpi=120)
 
 
@@ -52,8 +54,10 @@ def convergence(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
     figure = require("matplotlib.figure").Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, history in curves.items():
-            axes.plot([math.log10(max(value - optimum, 0.0) + FLOOR) for value in history], label=name)
-        axes.set(title=title, xlabel="iterations", ylabel="log10(objective - optimum)", xscale="symlog", xlim=(0, None))
+            axes.plot([math.log10(value - optimum + FLOOR) for value in history], label=name)
+        lengths = [len(history) for history in curves.values()]
+        scale = "symlog" if 10 * min(lengths) < max(lengths) else "linear"  # a few Newton steps beside 1,000 of FISTA
+        axes.set(title=title, xlabel="iterations", ylabel="log10(objective - optimum)", xscale=scale, xlim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper right")
     figure.savefig(path, dpi=120)

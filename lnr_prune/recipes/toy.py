@@ -54,7 +54,7 @@ def problem(size: Size, seed: int = 0) -> GroupLasso:
     return GroupLasso((Block(R, B, float((B * W).sum())),))
 
 
-def compare_solvers(toy: GroupLasso, max_iterations: int = 1_200) -> list[Run]:
+def compare_solvers(toy: GroupLasso, max_iterations: int) -> list[Run]:
     """Every solver from zero, to the rounding floor or ``max_iterations``."""
     solvers: dict[str, Solver] = {
         "proximal gradient": ProximalGradient(max_iterations=max_iterations),
@@ -65,7 +65,7 @@ def compare_solvers(toy: GroupLasso, max_iterations: int = 1_200) -> list[Run]:
     return [_timed(name, toy, solver, tol=1e-14) for name, solver in solvers.items()]
 
 
-def compare_momenta(toy: GroupLasso, max_iterations: int = 1_200) -> list[Run]:
+def compare_momenta(toy: GroupLasso, max_iterations: int) -> list[Run]:
     """FISTA with every q of the reference, from its start: 0.01 everywhere."""
     start = tuple(M + 0.01 for M in toy.zeros())
     return [

@@ -1,0 +1,65 @@
+"""What the LeNet-5 session may be asked."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from lnr_prune.recipes import data as datasets
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a session is asked; None stands for a default that depends on the data and on ``quick``.
+
+    Attributes:
+        data: "digits", "mnist" or "fashion".
+        data_root: Folder of MNIST or Fashion-MNIST.
+        weights: Trained weights (safetensors) to load instead of training.
+        out: Folder for everything that is written.
+        epochs: Passes over the training images.
+        batch_size: Images a training step.
+        calibration: Training images used for calibration.
+        lam: The reference's penalty of fc2.
+        lam_ratio: Penalty of the whole network, as a fraction of every layer's lambda_max.
+        sweep: Points of each Pareto sweep.
+        retrain: Whether the points of the sweeps are also retrained for one epoch.
+        seed: Of initialisation, shuffling and the toy problem.
+        quick: A small session, for tests.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    data: str = "digits"
+    data_root: Path | None = None
+    weights: Path | None = None
+    out: Path = Path("lenet5-results")
+    epochs: int | None = None
+    batch_size: int | None = None
+    calibration: int | None = None
+    lam: float = 0.01
+    lam_ratio: float = 0.1
+    sweep: int | None = None
+    retrain: bool = True
+    seed: int = 0
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data not in datasets.NAMES:
+            raise ValueError(f"unknown data set: got {self.data!r}, expected one of {', '.join(datasets.NAMES)}")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("calibration", 2), ("sweep", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("lam", "lam_ratio"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The values in use of the settings that may be None."""
+        digits = self.data == "digits"
+        default = {"epochs": 20 if digits else 8, "batch_size": 64 if digits else 256, "calibration": 5000, "sweep": 10}
+        if self.quick:
+            default |= {"epochs": 2, "calibration": 300, "sweep": 3}
+        return {name: getattr(self, name) or value for name, value in default.items()}

@@ -1,0 +1,81 @@
+"""The lam that keeps a wanted number of groups."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lnr_prune import Block, GroupLasso, solve
+from lnr_prune.path import lam_for_count
+from tests.references import Case
+from tests.strategies import cases, make_case, twins
+
+
+@settings(max_examples=30)
+@given(cases(samples=60, deficient=False, dead=False, constant=False, duplicated=False), st.data())
+def test_exact_count_on_continuous_data(case: Case, data: st.DataObject) -> None:
+    problem = case.problem
+    count = data.draw(st.integers(1, problem.n_groups))
+    solution = lam_for_count(problem, count)
+    assert solution.n_kept == count
+    assert solution.gap <= 1e-6
+    assert 0 <= solution.lam < problem.lambda_max()
+    again = solve(problem, solution.lam, tol=1e-9)
+    assert math.isclose(solution.history[-1], again.history[-1], abs_tol=1e-6 * problem.scale)
+
+
+@pytest.mark.parametrize("solver", ["newton", "fista"])
+def test_every_count_with_falling_lam(solver: str) -> None:
+    problem = make_case(groups=8, consumers=2, unpenalised=1, weighted=True).problem
+    lams = []
+    for count in range(1, 9):
+        solution = lam_for_count(problem, count, solver=solver)
+        assert solution.n_kept == count
+        assert solution.solver in (solver, "least_squares")
+        lams.append(solution.lam)
+    assert lams == sorted(lams, reverse=True)
+
+
+def test_tol_is_passed_on() -> None:
+    problem = make_case(groups=8).problem
+    assert lam_for_count(problem, 4, tol=1e-11).gap <= 1e-11
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_ties_keep_more_rather_than_fewer(count: int) -> None:
+    assert lam_for_count(twins(), count).n_kept == count + count % 2
+
+
+def test_more_than_can_be_kept() -> None:
+    """A dead channel enters at no lam: least squares keeps all the others."""
+    problem = make_case(groups=5, deficient=True, dead=True).problem
+    solution = lam_for_count(problem, 5)
+    assert solution.lam == 0
+    assert solution.support.tolist() == [True, False, True, True, True]
+
+
+def test_no_signal_keeps_nothing() -> None:
+    (block,) = make_case().problem.blocks
+    solution = lam_for_count(GroupLasso((replace(block, B=0 * block.B, t=0.0),)), 2)
+    assert solution.n_kept == 0
+    assert math.isclose(solution.gap, 0.0)
+
+
+def test_an_output_that_the_bias_explains_keeps_nothing() -> None:
+    x = torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 1
+    y = torch.full((40, 2), 3.0, dtype=torch.float64)
+    block = Block(x.T @ x / 40, y.T @ x / 40, float(y.square().sum() / 40), torch.tensor([0, 1, 2, -1]))
+    solution = lam_for_count(GroupLasso((block,)), 2)
+    torch.testing.assert_close(
+        solution.coefficients[0], torch.tensor([[0.0, 0, 0, 3], [0, 0, 0, 3]], dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("count", [-1, 0, 7])
+def test_count_out_of_range(count: int) -> None:
+    with pytest.raises(ValueError, match="between 1 and the 6 groups"):
+        lam_for_count(make_case().problem, count)
