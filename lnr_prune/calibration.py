@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lnr_prune.errors import CalibrationError
-from lnr_prune.graph import evaluating
+from lnr_prune.graph import evaluating, unfused_attention
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one forward pass."""
@@ -109,7 +109,7 @@ def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = Non
     """
     args, kwargs = call
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), unfused_attention():
             return functional_call(model, dict(weights or {}), args, kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.graph import named_tensors
+from lnr_prune.multihead import shrink_attention
 from lnr_prune.plan import Plan
 
 
@@ -25,26 +26,29 @@ def collapse(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None 
     for name, old in named_tensors(model).items():
         if id(old) not in new and (name in plan.indices or name in weights):
             new[id(old)] = _kept(weights.get(name, old), old, plan.indices.get(name, {}))
+    changed = []
     for module in model.modules():
-        changed = False
         for tensors in _registries(module):
             for leaf, old in tensors.items():
                 if id(old) in new:
                     tensors[leaf] = new[id(old)]
-                    changed = True
+                    changed.append(module)
+    for module in dict.fromkeys(changed):
         for kind, update in ATTRIBUTES.items():
-            if changed and isinstance(module, kind):
+            if isinstance(module, kind):
                 update(module)
 
 
 def restore_point(model: nn.Module) -> Callable[[], None]:
     """Remembers every submodule's attributes and parameters; the function returned puts them back."""
     saved = [
-        (module, dict(vars(module)), [dict(entries) for entries in _registries(module)]) for module in model.modules()
+        (module, type(module), dict(vars(module)), [dict(entries) for entries in _registries(module)])
+        for module in model.modules()
     ]
 
     def restore() -> None:
-        for module, attributes, registries in saved:
+        for module, kind, attributes, registries in saved:
+            module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
             for entries, before in zip(_registries(module), registries, strict=True):
@@ -72,21 +76,44 @@ def _linear(module: nn.Linear) -> None:
 
 
 def _conv(module: nn.modules.conv._ConvNd) -> None:
-    module.out_channels = module.weight.shape[0]
-    if module.groups == 1:
-        module.in_channels = module.weight.shape[1]
-    else:  # of grouped convolutions only depthwise ones shrink
-        module.in_channels = module.groups = module.out_channels
+    if module.transposed:
+        module.in_channels, module.out_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+    else:
+        rows = module.weight.shape[0]
+        module.groups = module.groups * rows // module.out_channels if module.groups > 1 else 1
+        module.out_channels, module.in_channels = rows, module.weight.shape[1] * module.groups
 
 
-def _batch_norm(module: nn.modules.batchnorm._BatchNorm) -> None:
+def _batch_norm(module: nn.modules.batchnorm._NormBase) -> None:
     entries = [tensor for tensor in (module.weight, module.running_mean) if tensor is not None]
-    if entries:
-        module.num_features = len(entries[0])
+    module.num_features = len(entries[0])
+
+
+def _layer_norm(module: nn.LayerNorm | nn.RMSNorm) -> None:
+    module.normalized_shape = tuple(module.weight.shape)
+
+
+def _group_norm(module: nn.GroupNorm) -> None:
+    module.num_groups = module.num_groups * len(module.weight) // module.num_channels
+    module.num_channels = len(module.weight)
+
+
+def _embedding(module: nn.Embedding) -> None:
+    module.embedding_dim = module.weight.shape[1]
+
+
+def _prelu(module: nn.PReLU) -> None:
+    module.num_parameters = len(module.weight)
 
 
 ATTRIBUTES: dict[type[nn.Module], Callable[..., None]] = {
     nn.Linear: _linear,
     nn.modules.conv._ConvNd: _conv,
-    nn.modules.batchnorm._BatchNorm: _batch_norm,
+    nn.modules.batchnorm._NormBase: _batch_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.Embedding: _embedding,
+    nn.PReLU: _prelu,
+    nn.MultiheadAttention: shrink_attention,
 }

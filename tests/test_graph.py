@@ -122,19 +122,34 @@ class Lambda(nn.Module):
 
 @pytest.mark.parametrize(
     "name",
-    ["flip", "cumsum", "positions", "constant", "normalise", "sort", "matmul", "slice", "write", "where"],
+    ["complex", "positions", "constant", "sort", "write", "where"],
 )
 def test_operations_without_a_rule_freeze_what_they_touch(name: str) -> None:
     graph = groups_of(Applies(Lambda(name)), 3, 4)
     assert graph.groups == ()
     assert graph.frozen["first"] != "output of the model"
+    assert "can only leave together" not in graph.frozen["first"]
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.Softmax(-1), nn.GroupNorm(2, 6)])
-def test_channels_that_are_mixed_are_frozen_with_the_operation_named(norm: nn.Module) -> None:
-    graph = groups_of(Applies(norm), 3, 4)
+def test_data_movement_is_followed_exactly() -> None:
+    for name, order in (("flip", [5, 4, 3, 2, 1, 0]), ("slice", [1, 2, 3, 4, 5, 0])):
+        (group,) = groups_of(Applies(Lambda(name)), 3, 4).groups
+        assert group.consumers[0].channels.tolist() == order
+
+
+@pytest.mark.parametrize(
+    "mixing", [nn.LayerNorm(6), nn.Softmax(-1), Lambda("cumsum"), Lambda("normalise"), Lambda("matmul")]
+)
+def test_channels_that_are_mixed_can_only_leave_together(mixing: nn.Module) -> None:
+    graph = groups_of(Applies(mixing), 3, 4)
     assert graph.groups == ()
     assert "operation" in graph.frozen["first"]
+    assert "can only leave together" in graph.frozen["first"]
+
+
+def test_a_group_norm_keeps_its_groups_whole() -> None:
+    (group,) = groups_of(Applies(nn.GroupNorm(2, 6)), 3, 4).groups
+    assert group.slots["first.weight", 0].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("form", ["unary", "scalar", "dtype", "reshape", "dropout", "prelu"])
@@ -165,8 +180,8 @@ def test_weights_that_are_computed_are_frozen() -> None:
     assert groups_of(model, 3, 4).groups == ()
 
 
-def test_units_that_would_leave_a_ragged_tensor_are_frozen() -> None:
-    class Ragged(nn.Module):
+def test_units_are_whole_slabs_of_every_activation() -> None:
+    class Grid(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
@@ -175,9 +190,8 @@ def test_units_that_would_leave_a_ragged_tensor_are_frozen() -> None:
             grid = self.first(x).unflatten(1, (2, 3))
             return self.second(grid.relu().flatten(1))
 
-    graph = groups_of(Ragged(), 3, 4)
-    assert graph.groups == ()
-    assert "ragged" in graph.frozen["first"]
+    (group,) = groups_of(Grid(), 3, 4).groups
+    assert group.slots["first.weight", 0].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_the_trace_leaves_modes_alone_and_fixed_sizes_are_no_matter_here() -> None:

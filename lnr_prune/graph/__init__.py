@@ -2,6 +2,6 @@
 
 from lnr_prune.graph.groups import ChannelGroup, Consumer, Graph, find_groups
 from lnr_prune.graph.owners import Slot
-from lnr_prune.graph.trace import evaluating, named_tensors
+from lnr_prune.graph.trace import evaluating, named_tensors, unfused_attention
 
-__all__ = ["ChannelGroup", "Consumer", "Graph", "Slot", "evaluating", "find_groups", "named_tensors"]
+__all__ = ["ChannelGroup", "Consumer", "Graph", "Slot", "evaluating", "find_groups", "named_tensors", "unfused_attention"]

@@ -23,14 +23,14 @@ def _apply_weight(
     """``y = W x``: x's channels along the axis are the weight's columns, y's its rows."""
     names, owners, reason = state.trace.names, state.owners, describe(node)
     weight, (rows, columns) = _undo_transpose(state, weight, (rows, columns))
-    if weight not in names or (bias is not None and bias not in names):  # a computed weight
+    if weight not in names:  # a computed weight
         return None
     name = names[weight]
     row_ids = owners.rows(name, rows)
     owners.couple_axis(state.of(x), axis, owners.slot(name, columns), f"input of {reason}")
-    state.sites.append(Site(name, names[bias] if bias else None, op_name(node), (name, rows), (name, columns)))
+    state.sites.append(Site(name, names.get(bias), op_name(node), (name, rows), (name, columns)))
     if bias is not None:
-        owners.couple(row_ids, owners.value(names[bias]), reason)
+        owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), reason)
     return along(row_ids, axis, shape_of(node))
 
 
@@ -87,7 +87,7 @@ def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int, row
     """A grouped convolution loses whole groups, inputs and outputs; depthwise, that is channel by channel."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     names, owners, reason = state.trace.names, state.owners, describe(node)
-    if weight not in names or (bias is not None and bias not in names):
+    if weight not in names:
         return None
     row_ids = owners.slot(names[weight], rows)
     first = row_ids.view(groups, -1)[:, :1]
@@ -95,7 +95,7 @@ def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int, row
     per_group = shape_of(x)[axis] // groups
     owners.couple_axis(state.of(x), axis, first.expand(groups, per_group).reshape(-1), f"input of {reason}")
     if bias is not None:
-        owners.couple(row_ids, owners.value(names[bias]), reason)
+        owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), reason)
     return along(row_ids, axis, shape_of(node))
 
 

@@ -196,13 +196,15 @@ def _explain(
 ) -> dict[str, str]:
     """Layer -> why its outputs are in no group."""
     found = {producer for group in groups for producer in group.producers}
+    mixed = {}
+    for ids, reason in state.owners.mixed:
+        for unit in torch.unique(label[ids]).tolist():
+            mixed.setdefault(unit, f"its channels can only leave together: mixed by {reason}")
     why: dict[str, str] = {}
     for site in state.sites:
         name = layer_name(site.weight)
         if name not in found:
             units = label[state.owners.slots[site.rows]].tolist()
-            why[name] = next(
-                (reasons[unit] for unit in units if unit in reasons),
-                "its channels can only leave together" if len(units) > 1 else "has a single channel",
-            )
+            stated = (said[unit] for said in (reasons, mixed) for unit in units if unit in said)
+            why[name] = next(stated, "no layer that could be refitted reads its channels")
     return why

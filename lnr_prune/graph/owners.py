@@ -26,6 +26,7 @@ class Owners:
     elements: dict[str, Tensor] = field(default_factory=dict)
     couplings: list[Tensor] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+    mixed: list[tuple[Tensor, str]] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
     produced: list[Tensor] = field(default_factory=list)
 
@@ -79,6 +80,7 @@ class Owners:
             if ids.shape[axis] > 1:
                 first = ids.narrow(axis, 0, 1)
                 self.couple(ids, first, reason)
+                self.mixed.append((first, reason))
                 ids = first
         return ids
 

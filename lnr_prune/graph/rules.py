@@ -21,10 +21,10 @@ Ids = Tensor | list[Tensor]
 
 # Only the place of the data changes: the operation itself is run on the ids.
 MOVES = set(
-    """alias channel_shuffle chunk clone contiguous detach diagonal expand expand_as flatten flip gather im2col
-    index index_select narrow permute pixel_shuffle pixel_unshuffle repeat repeat_interleave reshape roll select
-    slice split split_with_sizes squeeze t take_along_dim tensor_split tile transpose tril triu unbind unflatten
-    unfold unsqueeze view""".split()
+    """adjoint alias channel_shuffle chunk clone contiguous detach diagonal flatten flip gather im2col index
+    index_select mT matrix_H movedim moveaxis narrow numpy_T permute pixel_shuffle pixel_unshuffle repeat
+    repeat_interleave reshape roll select slice split split_with_sizes squeeze swapaxes swapdims t take_along_dim
+    tensor_split tile transpose tril triu unbind unflatten unfold unsqueeze view""".split()
 )
 JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
 SAME = {"dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy", "type_as", "lift_fresh_copy"}
@@ -158,6 +158,9 @@ def _apply_rule(state: Propagation, node: fx.Node) -> Ids | None:
         return RULES[name](state, node)
     if name in MOVES:
         return _move(state, node)
+    if name in ("expand", "expand_as"):  # only axes of size 1 grow
+        ids = state.of(argument(node, 0, "self"))
+        return ids.reshape([1] * (len(shape_of(node)) - ids.dim()) + list(ids.shape))
     if name in JOINS:
         return _join(state, node)
     if name in SAME:
@@ -175,7 +178,8 @@ def _freeze_inputs(state: Propagation, node: fx.Node) -> None:
     for value in node.all_input_nodes:
         if value in state.trace.names:
             state.owners.freeze_parameter(state.trace.names[value], reason)
-        state.owners.freeze(_all_ids(state, value), reason)
+        else:
+            state.owners.freeze(_all_ids(state, value), reason)
 
 
 def _all_ids(state: Propagation, node: fx.Node) -> Tensor:

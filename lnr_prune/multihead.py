@@ -1,0 +1,83 @@
+"""nn.MultiheadAttention with fewer heads than its embedding has room for."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FewerHeads(nn.MultiheadAttention):
+    """What an nn.MultiheadAttention becomes when heads leave it: the class changes, the module stays.
+
+    nn.MultiheadAttention's own forward insists on ``embed_dim = num_heads * head_dim``; this one takes the
+    same arguments and computes the same function for any number of heads.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output and, if asked for, the weights; as nn.MultiheadAttention.forward."""
+        batched = query.dim() == 3
+        tokens = [x if batched else x[None] for x in (query, key, value)]
+        if batched and not self.batch_first:
+            tokens = [x.transpose(0, 1) for x in tokens]
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for x, weight, bias in zip(tokens, *self._projections(), strict=True)
+        )
+        mask = self._mask(attn_mask, key_padding_mask, q, is_causal)
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            scores = q @ k.transpose(-1, -2) / self.head_dim**0.5
+            weights = torch.softmax(scores if mask is None else scores + mask, -1)
+            mixed = F.dropout(weights, dropout) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        output = output[0] if not batched else output if self.batch_first else output.transpose(0, 1)
+        if not need_weights:
+            return output, None
+        weights = weights.mean(1) if average_attn_weights else weights
+        return output, weights if batched else weights[0]
+
+    def _projections(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases: tuple[Tensor | None, ...] = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return weights, biases
+
+    def _mask(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, is_causal: bool
+    ) -> Tensor | None:
+        """Additive mask that broadcasts to (batch, heads, targets, sources)."""
+        attn_mask, key_padding_mask = (self._additive(m, q) for m in (attn_mask, key_padding_mask))
+        if attn_mask is not None and attn_mask.dim() == 3:  # one for each sample and head of the original
+            attn_mask = attn_mask.unflatten(0, (q.shape[0], -1))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.view(q.shape[0], 1, 1, -1)
+            return key_padding_mask if attn_mask is None else attn_mask + key_padding_mask
+        return attn_mask
+
+    @staticmethod
+    def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
+
+
+def shrink_attention(module: nn.MultiheadAttention) -> None:
+    """Gives a module whose projections lost whole heads the number of heads that is left."""
+    rows = module.out_proj.weight.shape[1]
+    if rows != module.num_heads * module.head_dim:
+        module.num_heads = rows // module.head_dim
+        module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from its fused path
+        module.__class__ = FewerHeads
