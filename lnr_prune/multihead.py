@@ -1,5 +1,8 @@
 """nn.MultiheadAttention with fewer heads than its embedding has room for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,6 +75,19 @@ class FewerHeads(nn.MultiheadAttention):
         if mask is None or mask.dtype != torch.bool:
             return mask
         return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
+
+
+@contextmanager
+def visible_attention(model: nn.Module) -> Iterator[None]:
+    """Lets every nn.MultiheadAttention apply its projections where a TorchFunctionMode can see them."""
+    plain = [module for module in model.modules() if type(module) is nn.MultiheadAttention and module.bias_k is None]
+    for module in plain:
+        module.__class__ = FewerHeads
+    try:
+        yield
+    finally:
+        for module in plain:
+            module.__class__ = nn.MultiheadAttention
 
 
 def shrink_attention(module: nn.MultiheadAttention) -> None:

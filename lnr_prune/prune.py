@@ -201,10 +201,9 @@ def _problem(
 def _magnitude(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
     """L1 norm of every channel's filters over the producers."""
     magnitude = torch.zeros(group.size, dtype=torch.float64)
-    for producer in group.producers:
-        weight = next(name for name in (f"{producer}.weight", producer) if name in tensors)
-        rows = tensors[weight].detach().double().abs().flatten(1).sum(1).cpu()
-        channels = group.slots[weight, 0]
+    for weight, dim in group.rows:
+        rows = tensors[weight].detach().double().abs().movedim(dim, 0).flatten(1).sum(1).cpu()
+        channels = group.slots[weight, dim]
         magnitude.index_add_(0, channels[channels >= 0], rows[channels >= 0])
     return magnitude.to(tensors[weight].device)
 

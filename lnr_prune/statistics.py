@@ -14,16 +14,20 @@ from lnr_prune.calibration import Calibration, run
 from lnr_prune.calibration import Call as ModelCall
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import named_tensors
+from lnr_prune.multihead import visible_attention
 from lnr_prune.problem import Block
 
 CHUNK = 2**23  # elements of x in float64 that are held at a time: 64 MiB
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_PRODUCT = ("input", "weight")
 _SIGNATURES: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
-    F.conv1d: _CONV,
-    F.conv2d: _CONV,
-    F.conv3d: _CONV,
+    torch.addmm: ("bias", "input", "weight"),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__), _PRODUCT),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONV),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED),
 }
 
 
@@ -161,7 +165,7 @@ def _accumulate(reader: Reader, layer: LayerCall, y: Tensor) -> Iterator[SecondM
     if layer.input.device.type == "mps":  # has no float64
         layer = LayerCall(layer.input.cpu(), layer.output.cpu(), layer.weight.cpu(), None, layer.options)
         y = y.cpu()
-    d = layer.weight[0].numel() + 1
+    d = layer.weight.numel() // min(layer.weight.shape[:2]) + 1
     size = max(1, CHUNK // (d * max(1, len(y) // samples)))
     rows = torch.split(y, size * (len(y) // samples))
     for chunk, y_chunk in zip(layer.chunks(size), rows, strict=True):
@@ -192,11 +196,11 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _SIGNATURES:
             named = {**dict(zip(_SIGNATURES[func], args, strict=False)), **kwargs}
-            name = self.watched.get(id(named["weight"]))
+            name = self.watched.get(id(named.get("weight")))
             if name is not None:
                 x, weight, bias = named.pop("input"), named.pop("weight"), named.pop("bias", None)
                 y = result
-                if x.dim() == 1 or (func is not F.linear and x.dim() < weight.dim()):  # without batch axis
+                if x.dim() == 1 or x.dim() < weight.dim():  # without batch axis
                     x, y = x[None], y[None]
                 self.on_call(name, LayerCall(x, y, weight, bias, named))
         return result
@@ -219,5 +223,5 @@ def watch(
         on_call: Gets the weight's name and the call.
     """
     tensors = {**named_tensors(model), **weights}
-    with _Watch({id(tensors[name]): name for name in names}, on_call):
+    with visible_attention(model), _Watch({id(tensors[name]): name for name in names}, on_call):
         run(model, call, weights)

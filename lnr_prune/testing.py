@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lnr_prune.errors import AdapterError
-from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
+from lnr_prune.graph import ChannelGroup, along, find_groups, named_tensors
 from lnr_prune.prune import prune
 from lnr_prune.registry import Adapter, Pair, adapters, find
 from lnr_prune.statistics import LayerCall, watch
@@ -78,10 +78,11 @@ def _check_pair(group: ChannelGroup, pair: Pair, model: nn.Module, example: Tens
     same = all(torch.allclose(value, tensors[key]) for key, value in written.items())
     _require(same, pair, "write(matrix()) does not give the layer back")
     for channel in (0, group.size - 1):
-        weight = pair.write(M * (groups != channel), tensors)[name]
-        removed = pair.consumer.channels == channel
-        expected = tensors[name].detach() * ~removed.view(-1, *[1] * (weight.dim() - 2))
-        _require(torch.allclose(weight, expected), pair, "zero columns of a channel do not zero its input weights")
+        kept = along(pair.consumer.channels != channel, pair.consumer.dim, tensors[name].shape)
+        expected = {**tensors, name: tensors[name].detach() * kept}
+        written = pair.write(M * (groups != channel), tensors)
+        zeroed = all(torch.allclose(value, expected[key]) for key, value in written.items())
+        _require(zeroed, pair, "zero columns of a channel do not zero its input weights, and nothing else")
 
 
 def _require(condition: bool, pair: Pair, message: str) -> None:

@@ -120,7 +120,7 @@ def test_broken_adapters_are_caught(method: str) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_columns_of_the_wrong_channel_are_caught() -> None:
+def test_columns_of_the_wrong_channel_and_a_penalised_bias_are_caught() -> None:
     class Shifted(ColumnsBias):
         name = "doubled"
 
@@ -128,9 +128,16 @@ def test_columns_of_the_wrong_channel_are_caught() -> None:
             groups = super().groups(consumer, weight)
             return torch.cat([groups[:-1].roll(1), groups[-1:]])
 
-    lnr.register(Shifted())
-    with pytest.raises(AdapterError, match="do not zero its input weights"):
-        check_adapter(adapters()["doubled"], mlp(4, 6, 3), torch.randn(5, 4))
+    class Penalised(ColumnsBias):
+        name = "doubled"
+
+        def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
+            return super().groups(consumer, weight).clamp_min(0)  # the bias goes with channel 0
+
+    for broken in (Shifted(), Penalised()):
+        lnr.register(broken, replace=True)
+        with pytest.raises(AdapterError, match="do not zero its input weights, and nothing else"):
+            check_adapter(broken, mlp(4, 6, 3), torch.randn(5, 4))
 
 
 def test_the_registry_refuses_duplicates_and_strangers() -> None:

@@ -159,6 +159,7 @@ def test_the_trial_finds_a_wrong_group_that_real_weights_would_hide() -> None:
         ("a",),
         (Consumer("b", "b.weight", "b.bias", "linear", torch.arange(6)),),
         {("a.weight", 0): torch.arange(6), ("a.bias", 0): torch.arange(6), ("b.weight", 1): torch.arange(6)},
+        (("a.weight", 0),),
     )
     assert shrinkable(model, (group,), example)[0] == ()
     assert find_groups(model, *example).groups == ()

@@ -30,12 +30,12 @@ class Columns:
         return consumer.channels
 
     def matrix(self, consumer: Consumer, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The weight itself."""
-        return weight
+        """The weight itself; transposed, where the layer stores it the other way round."""
+        return weight if consumer.dim == 1 else weight.T
 
     def write(self, consumer: Consumer, M: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """M is the weight."""
-        return M, None
+        return M if consumer.dim == 1 else M.T, None
 
 
 def one_column_each(consumer: Consumer) -> bool:

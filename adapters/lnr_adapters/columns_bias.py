@@ -36,17 +36,16 @@ class ColumnsBias(Columns):
 
     def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
         """The channel that each column reads; -1 for the bias."""
-        columns = weight[0].numel() // len(consumer.channels)
-        channels = consumer.channels.repeat_interleave(columns)
+        kernel = weight.shape[2:].numel()
+        channels = consumer.channels.repeat_interleave(kernel)
         return channels if consumer.bias is None else torch.cat([channels, channels.new_tensor([-1])])
 
     def matrix(self, consumer: Consumer, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``[W b]``."""
-        W = weight.flatten(1)
+        W = weight.movedim(consumer.dim, 1).flatten(1)
         return W if bias is None else torch.cat([W, bias[:, None]], 1)
 
     def write(self, consumer: Consumer, M: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """``M = [W b]``."""
-        if consumer.bias is None:
-            return M.reshape(weight.shape), None
-        return M[:, :-1].reshape(weight.shape), M[:, -1]
+        W, bias = (M, None) if consumer.bias is None else (M[:, :-1], M[:, -1])
+        return W.reshape(weight.movedim(consumer.dim, 1).shape).movedim(1, consumer.dim), bias

@@ -21,8 +21,8 @@ class ConvFilters(ColumnsBias):
     channel_axis = 1
 
     def matches(self, consumer: Consumer) -> bool:
-        """Convolutions that are not grouped (the graph offers no others)."""
-        return consumer.op in ("conv1d", "conv2d", "conv3d")
+        """Convolutions, transposed ones too, that are not grouped (the graph offers no others)."""
+        return consumer.op.startswith("conv")
 
     def samples(self, consumer: Consumer, call: LayerCall) -> Tensor:
         """The unfolded patches, (samples * positions, channels * kernel entries)."""
@@ -30,12 +30,33 @@ class ConvFilters(ColumnsBias):
         n = len(kernel)
         stride = per_axis(call.options.get("stride", 1), n)
         dilation = per_axis(call.options.get("dilation", 1), n)
-        x = F.pad(call.input, _padding(call.options.get("padding", 0), kernel, dilation))
+        if consumer.op.startswith("conv_transpose"):
+            x = _spread(call, kernel, stride, dilation)
+            stride = (1,) * n
+        else:
+            x = F.pad(call.input, _padding(call.options.get("padding", 0), kernel, dilation))
         for axis in range(n):
             span = dilation[axis] * (kernel[axis] - 1) + 1
             x = x.unfold(2 + axis, span, stride[axis])[..., :: dilation[axis]]
+        if consumer.op.startswith("conv_transpose"):
+            x = x.flip(list(range(2 + n, 2 + 2 * n)))
         # (samples, channels, positions..., kernel...) -> (samples, positions..., channels, kernel...)
         return x.movedim(1, 1 + n).reshape(-1, x.shape[1] * math.prod(kernel))
+
+
+def _spread(call: LayerCall, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """The input with stride - 1 zeros between its entries, padded: a transposed convolution slides over this."""
+    n = len(kernel)
+    sizes = [s * (size - 1) + 1 for s, size in zip(stride, call.input.shape[2:], strict=True)]
+    x = call.input.new_zeros(*call.input.shape[:2], *sizes)
+    x[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = call.input
+    padding = per_axis(call.options.get("padding", 0), n)
+    before = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    after = [
+        out + d * (k - 1) - size - b
+        for out, size, b, d, k in zip(call.output.shape[2:], sizes, before, dilation, kernel, strict=True)
+    ]
+    return F.pad(x, [amount for side in reversed(list(zip(before, after, strict=True))) for amount in side])
 
 
 def per_axis(value: int | Sequence[int], n: int) -> tuple[int, ...]:

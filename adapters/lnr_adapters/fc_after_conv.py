@@ -15,5 +15,5 @@ class FcAfterConv(ColumnsBias):
     name = "fc_after_conv"
 
     def matches(self, consumer: Consumer) -> bool:
-        """Linear layers that read several columns of a channel."""
-        return consumer.op == "linear" and not one_column_each(consumer)
+        """Linear layers that read several columns of a channel, each from one row of the producer."""
+        return consumer.op == "linear" and not one_column_each(consumer) and not consumer.blocks

@@ -18,51 +18,40 @@ from lnr_prune.graph.rules import (
 
 
 def _apply_weight(
-    state: Propagation, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int, rows: int, columns: int
+    state: Propagation,
+    node: fx.Node,
+    operands: tuple[fx.Node, fx.Node, fx.Node | None],
+    axis: int,
+    rows: int = 0,
+    columns: int = 1,
 ) -> Tensor | None:
     """``y = W x``: x's channels along the axis are the weight's columns, y's its rows."""
+    x, weight, bias = operands
     names, owners, reason = state.trace.names, state.owners, describe(node)
-    weight, (rows, columns) = _undo_transpose(state, weight, (rows, columns))
     if weight not in names:  # a computed weight
         return None
     name = names[weight]
+    op = "linear" if op_name(node) in ("addmm", "matmul", "mm") else op_name(node)
     row_ids = owners.rows(name, rows)
     owners.couple_axis(state.of(x), axis, owners.slot(name, columns), f"input of {reason}")
-    state.sites.append(Site(name, names.get(bias), op_name(node), (name, rows), (name, columns)))
+    state.sites.append(Site(name, names.get(bias) if bias is not None else None, op, (name, rows), (name, columns)))
     if bias is not None:
         owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), reason)
     return along(row_ids, axis, shape_of(node))
 
 
-def _undo_transpose(
-    state: Propagation, weight: fx.Node, dims: tuple[int, int]
-) -> tuple[fx.Node, tuple[int, int]]:
-    """``W.t()`` is W with its dimensions exchanged."""
-    while weight not in state.trace.names and weight.op == "call_function":
-        source = argument(weight, 0, "self")
-        if op_name(weight) in ("t", "transpose", "permute") and len(shape_of(weight)) == 2:
-            exchanged = shape_of(weight) == shape_of(source)[::-1] and op_name(weight) != "permute"
-            if op_name(weight) == "permute":
-                exchanged = list(argument(weight, 1, "dims")) in ([1, 0], [-1, -2], [-1, 0], [1, -2])
-            dims = dims[::-1] if exchanged else dims
-        elif op_name(weight) not in ("detach", "alias", "contiguous", "clone", "to", "_to_copy"):
-            break
-        weight = source
-    return weight, dims
-
-
 @rule("linear")
 def _linear(state: Propagation, node: fx.Node) -> Tensor | None:
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
-    return _apply_weight(state, node, x, weight, bias, len(shape_of(node)) - 1, 0, 1)
+    return _apply_weight(state, node, (x, weight, bias), len(shape_of(node)) - 1)
 
 
 @rule("addmm")
 def _addmm(state: Propagation, node: fx.Node) -> Tensor | None:
-    bias, x, weight = node.args[:3]
+    bias, x, weight = (argument(node, i, name) for i, name in enumerate(("self", "mat1", "mat2")))
     if node.kwargs:  # beta, alpha
         return None
-    return _apply_weight(state, node, x, weight, bias, 1, 1, 0)  # type: ignore[arg-type]
+    return _apply_weight(state, node, (x, weight, bias), 1, rows=1, columns=0)
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -70,7 +59,7 @@ def _convolution(state: Propagation, node: fx.Node) -> Tensor | None:
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     groups, axis = argument(node, 6, "groups", 1), len(shape_of(node)) - 1 - spatial_axes(node)
     if groups == 1:
-        return _apply_weight(state, node, x, weight, bias, axis, 0, 1)
+        return _apply_weight(state, node, (x, weight, bias), axis)
     return _whole_groups(state, node, groups, axis, 0)
 
 
@@ -79,7 +68,7 @@ def _transposed_convolution(state: Propagation, node: fx.Node) -> Tensor | None:
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     axis = len(shape_of(node)) - 1 - spatial_axes(node)
     if argument(node, 6, "groups", 1) == 1:
-        return _apply_weight(state, node, x, weight, bias, axis, 1, 0)
+        return _apply_weight(state, node, (x, weight, bias), axis, rows=1, columns=0)
     return None
 
 
@@ -113,8 +102,8 @@ def _embedding(state: Propagation, node: fx.Node) -> Tensor | None:
 def _product(state: Propagation, node: fx.Node) -> Tensor | None:
     a, b = argument(node, 0, "self"), argument(node, 1, "other")
     left, right = shape_of(a), shape_of(b)
-    if len(right) == 2 and _undo_transpose(state, b, (0, 1))[0] in state.trace.names:
-        return _apply_weight(state, node, a, b, None, len(shape_of(node)) - 1, 1, 0)
+    if len(right) == 2 and b in state.trace.names:
+        return _apply_weight(state, node, (a, b, None), len(shape_of(node)) - 1, rows=1, columns=0)
     if len(left) < 2 or len(right) < 2:
         return None
     reason = describe(node)
@@ -226,11 +215,12 @@ def _reduction(state: Propagation, node: fx.Node) -> Tensor:
 @rule("constant_pad_nd", "pad", "reflection_pad2d", "replication_pad2d", "reflection_pad1d", "replication_pad1d")
 def _pad(state: Propagation, node: fx.Node) -> Tensor | None:
     ids, padding = state.of(argument(node, 0, "self")), argument(node, 1, "pad")
+    constant = op_name(node) == "constant_pad_nd" or argument(node, 2, "mode", "constant") == "constant"
     for index in range(len(padding) // 2):
         axis = ids.dim() - 1 - index
         before, after = padding[2 * index], padding[2 * index + 1]
         if (before or after) and ids.shape[axis] > 1:
-            if before < 0 or after < 0 or "constant" not in (op_name(node) + str(argument(node, 2, "mode", "constant"))):
+            if not constant or before < 0 or after < 0:
                 return None
             pads = [0] * (2 * index) + [before, after]
             ids = torch.nn.functional.pad(ids, pads)  # nobody owns the padding

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph import contractions  # noqa: F401  (registers its rules)
+from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph.rules import Propagation, propagate
 from lnr_prune.graph.trace import trace
 
@@ -22,8 +22,10 @@ class Consumer:
         name: Name of the layer, such as "features.3".
         weight: Name of its weight.
         bias: Name of its bias; None if it has none, or if the bias is to stay as it is.
-        op: "linear", "conv2d", ...
+        op: "linear", "conv2d", "conv_transpose2d", ...
         channels: Channel that each index of the weight's input dimension reads, -1 = not of this group.
+        dim: That dimension: 1, or 0 where the weight is stored the other way round.
+        blocks: Whether a channel is several rows of its producers (an attention head), not one.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Consumer:
     bias: str | None
     op: str
     channels: Tensor
+    dim: int = 1
+    blocks: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,7 @@ class ChannelGroup:
         producers: Names of the layers whose rows (filters) are the channels.
         consumers: The layers that read them.
         slots: (parameter, dimension) -> channel of every index, -1 = stays: all that shrinks.
+        rows: Those among the slots that produce: the dimensions of outputs of the producers' weights.
     """
 
     name: str
@@ -50,6 +55,7 @@ class ChannelGroup:
     producers: tuple[str, ...]
     consumers: tuple[Consumer, ...]
     slots: Mapping[Slot, Tensor]
+    rows: tuple[Slot, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +106,8 @@ def layer_name(parameter: str) -> str:
 def _read_group(state: Propagation, shared: frozenset[Slot], units: list[dict[Slot, list[int]]]) -> ChannelGroup | None:
     """The group whose units share these slots; None if nobody produces it, reads it, or it is one channel."""
     sites = {site.columns: site for site in state.sites if site.columns in shared}
-    producers = dict.fromkeys(layer_name(site.weight) for site in state.sites if site.rows in shared)
-    if not sites or not producers or len(units) < 2:
+    rows = tuple(dict.fromkeys(site.rows for site in state.sites if site.rows in shared))
+    if not sites or not rows or len(units) < 2:
         return None
     slots: dict[Slot, Tensor] = {}
     for name, dim in sorted(shared):
@@ -109,11 +115,13 @@ def _read_group(state: Propagation, shared: frozenset[Slot], units: list[dict[Sl
         for channel, unit in enumerate(units):
             channels[unit[name, dim]] = channel
         slots[name, dim] = channels
+    producers = tuple(layer_name(name) for name, _ in rows)
+    blocks = any(int(torch.bincount(slots[row][slots[row] >= 0]).max()) > 1 for row in rows)
     consumers = tuple(
-        Consumer(layer_name(site.weight), site.weight, site.bias, site.op, slots[columns])
+        Consumer(layer_name(site.weight), site.weight, site.bias, site.op, slots[columns], columns[1], blocks)
         for columns, site in sites.items()
     )
-    return ChannelGroup(next(iter(producers)), len(units), tuple(producers), consumers, slots)
+    return ChannelGroup(producers[0], len(units), producers, consumers, slots, rows)
 
 
 def _close(owners: Owners) -> Tensor:
@@ -196,7 +204,7 @@ def _explain(
 ) -> dict[str, str]:
     """Layer -> why its outputs are in no group."""
     found = {producer for group in groups for producer in group.producers}
-    mixed = {}
+    mixed: dict[int, str] = {}
     for ids, reason in state.owners.mixed:
         for unit in torch.unique(label[ids]).tolist():
             mixed.setdefault(unit, f"its channels can only leave together: mixed by {reason}")

@@ -20,12 +20,13 @@ Ids = Tensor | list[Tensor]
 """The ids of a value; one tensor for each output of an operation that has several."""
 
 # Only the place of the data changes: the operation itself is run on the ids.
-MOVES = set(
-    """adjoint alias channel_shuffle chunk clone contiguous detach diagonal flatten flip gather im2col index
-    index_select mT matrix_H movedim moveaxis narrow numpy_T permute pixel_shuffle pixel_unshuffle repeat
-    repeat_interleave reshape roll select slice split split_with_sizes squeeze swapaxes swapdims t take_along_dim
-    tensor_split tile transpose tril triu unbind unflatten unfold unsqueeze view""".split()
-)
+MOVES = {
+    "adjoint", "alias", "channel_shuffle", "chunk", "clone", "contiguous", "detach", "diagonal", "flatten",
+    "flip", "gather", "im2col", "index", "index_select", "mT", "matrix_H", "moveaxis", "movedim", "narrow",
+    "numpy_T", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "take_along_dim",
+    "tensor_split", "tile", "transpose", "tril", "triu", "unbind", "unflatten", "unfold", "unsqueeze", "view",
+}  # fmt: skip
 JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
 SAME = {"dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy", "type_as", "lift_fresh_copy"}
 # Pointwise operations that lack PyTorch's tag for it.
@@ -130,8 +131,10 @@ def propagate(trace: Trace) -> Propagation:
 
 
 def _visit(state: Propagation, node: fx.Node) -> Ids:
-    shape = node.meta.get("val")
-    untouched: Ids = [nobody(s.shape) for s in shape if isinstance(s, Tensor)] if _several(node) else nobody(shape_of(node))
+    value = node.meta.get("val")
+    untouched: Ids = nobody(shape_of(node))
+    if isinstance(value, list | tuple):
+        untouched = [nobody(getattr(part, "shape", ())) for part in value]
     touches_parameter = any(value in state.trace.names for value in node.all_input_nodes)
     if not touches_parameter and not any(bool(_all_ids(state, value).any()) for value in node.all_input_nodes):
         return untouched
@@ -258,7 +261,7 @@ def meet(
     padded = []
     for ids, size in operands:
         lead = [1] * (len(shape) - len(size))
-        padded.append((ids.reshape(lead + list(ids.shape)), lead + list(size)))
+        padded.append((ids.reshape(lead + list(ids.shape)), (*lead, *size)))
     owned = [(ids, size) for ids, size in padded if bool(ids.any())]
     if not owned:
         return nobody(shape)
@@ -308,10 +311,6 @@ def op_name(node: fx.Node) -> str:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of a node's value; () where it is not a tensor."""
     return tuple(int(size) for size in getattr(node.meta.get("val"), "shape", ()))
-
-
-def _several(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), list | tuple)
 
 
 def spatial_axes(node: fx.Node) -> int:

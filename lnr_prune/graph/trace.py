@@ -41,11 +41,10 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         GraphError: If torch.export cannot follow the model's forward.
     """
     try:
-        with evaluating(model), unfused_attention():
+        with evaluating(model), unfused_attention(), warnings.catch_warnings(action="ignore"):  # torch's own
             program = torch.export.export(model, args, dict(kwargs), strict=False)
             if any(_hides_something(node) for node in program.graph.nodes):
-                with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's own
-                    program = program.run_decompositions({})  # inlines regions, replaces writes through views
+                program = program.run_decompositions({})  # inlines regions, replaces writes through views
     except Exception as error:  # torch.export raises errors of many kinds
         raise GraphError(
             f"torch.export could not trace {type(model).__name__}: {str(error).strip().splitlines()[0]}. "

@@ -1,0 +1,172 @@
+"""The patterns of modern networks, each in a few lines."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ChannelShuffle(nn.Module):
+    """ShuffleNet's: halves of the channels are interleaved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        x = torch.cat([x, self.b(x)], 1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        left, right = x.chunk(2, 1)
+        return self.c(torch.cat([left, right.tanh()], 1))
+
+
+class PaddedShortcut(nn.Module):
+    """CIFAR ResNet's option A: the shortcut is subsampled and padded with zero channels on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        x = (self.conv2(self.conv1(x).relu()) + shortcut).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class PackedAttention(nn.Module):
+    """A transformer block: packed q, k, v; layer norm, layer scale, MLP, position embedding."""
+
+    def __init__(self, d: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, d // heads
+        self.position = nn.Parameter(torch.randn(1, 5, d))
+        self.norm, self.qkv, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.scale = nn.Parameter(torch.rand(d) + 0.5)
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-1, -2) / self.head_dim**0.5).softmax(-1)
+        x = x + self.scale * self.out((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class GroupedQueries(nn.Module):
+    """Llama's: fewer key-value heads, rotary positions, RMS norm a head, gated MLP, no biases."""
+
+    def __init__(self, d: int = 16, heads: int = 4, shared: int = 2) -> None:
+        super().__init__()
+        self.head_dim = d // heads
+        self.repeat = heads // shared
+        self.embed = nn.Embedding(11, d)
+        self.norm, self.head_norm = nn.RMSNorm(d), nn.RMSNorm(self.head_dim)
+        self.q, self.k, self.v = (nn.Linear(d, n * self.head_dim, bias=False) for n in (heads, shared, shared))
+        self.o = nn.Linear(d, d, bias=False)
+        self.gate, self.up, self.down = (nn.Linear(*s, bias=False) for s in ((d, 24), (d, 24), (24, d)))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        angles = torch.outer(torch.arange(x.shape[2]).to(x), torch.arange(self.head_dim // 2).to(x) + 1).repeat(1, 2)
+        half = x.shape[-1] // 2
+        return x * angles.cos() + torch.cat([-x[..., half:], x[..., :half]], -1) * angles.sin()
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        y = self.norm(x)
+        q, k = self.rotate(self.head_norm(self.heads(self.q(y)))), self.rotate(self.heads(self.k(y)))
+        k, v = (z.repeat_interleave(self.repeat, 1) for z in (k, self.heads(self.v(y))))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        y = self.norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class TorchAttention(nn.Module):
+    """nn.MultiheadAttention: as self-attention, as cross-attention, and inside nn.TransformerEncoderLayer."""
+
+    def __init__(self, d: int = 12, batch_first: bool = True) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(d, 3, batch_first=batch_first)
+        self.cross = nn.MultiheadAttention(d, 3, kdim=7, vdim=9, batch_first=batch_first)
+        self.layer = nn.TransformerEncoderLayer(d, 3, 24, batch_first=batch_first)
+        self.keys, self.values = nn.Linear(d, 7), nn.Linear(d, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x, x, x, need_weights=False)[0]
+        y, weights = self.cross(x, self.keys(x), self.values(x))
+        return self.layer(x + y) * (1 + weights.mean())
+
+
+class Gated(nn.Module):
+    """GLU by chunk, a transposed convolution, group norm and instance norm, one-dimensional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 16, 3, padding=1), nn.Conv1d(8, 8, 1)
+        self.group, self.instance = nn.GroupNorm(4, 8), nn.InstanceNorm1d(6, affine=True)
+        self.up, self.out = nn.ConvTranspose1d(8, 6, 4, stride=2, padding=1, output_padding=1), nn.Conv1d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.group(self.b(F.glu(self.a(x), 1))).relu()
+        return self.out(self.instance(self.up(x)).relu())
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, whose weight is stored the other way round; and a plain matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 10)), nn.Parameter(torch.randn(10))
+        self.second = nn.Parameter(torch.randn(10, 8))
+        self.third = nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.addmm(self.bias, x, self.weight).relu()
+        return (x @ self.second).relu() @ self.third
+
+
+class Grouped(nn.Module):
+    """ResNeXt's grouped convolution, squeezed to whole groups; PReLU a channel; interpolation; pixel shuffle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12)
+        self.b, self.act = nn.Conv2d(12, 24, 3, padding=1, groups=4), nn.PReLU(24)
+        self.c, self.d = nn.Conv2d(24, 8, 1), nn.Conv2d(2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.b(self.norm(self.a(x)).relu()))
+        x = F.interpolate(self.c(x), scale_factor=2.0, mode="nearest")
+        return self.d(F.pixel_shuffle(x, 2))
+
+
+class ChannelsLast(nn.Module):
+    """ConvNeXt's block: depthwise convolution, permuted to channels last for norm and MLP, layer scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 6, 2, stride=2), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 24), nn.Linear(24, 6)
+        self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.scale * self.down(F.gelu(self.up(y))).permute(0, 3, 1, 2)
+
+
+class Recurrent(nn.Module):
+    """An LSTM between linear layers: not understood, so it freezes what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.lstm, self.b, self.c = nn.Linear(4, 6), nn.LSTM(6, 5), nn.Linear(5, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.lstm(self.a(x))[0]).relu())

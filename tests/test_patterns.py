@@ -1,0 +1,93 @@
+"""Patterns of modern networks: the right groups, and pruned == masked in float64."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lnr_prune as lnr
+from lnr_prune.collapse import collapse
+from lnr_prune.graph import find_groups, named_tensors
+from lnr_prune.plan import make_plan
+from lnr_prune.verify import Reference, masked_weights, shrinkable
+from tests import patterns
+from tests.models import randomised
+
+Sizes = dict[str, int]
+IMAGE, SEQUENCE = torch.randn(4, 3, 8, 8), torch.randn(4, 5, 12)
+
+CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
+    (patterns.ChannelShuffle, IMAGE, {"a": 4}),
+    (patterns.PaddedShortcut, IMAGE, {"stem": 4, "conv1": 8}),
+    (patterns.PackedAttention, SEQUENCE, {"qkv": 3, "up": 48}),
+    (patterns.GroupedQueries, torch.randint(11, (4, 5)), {"q": 2, "gate": 24}),
+    (patterns.TorchAttention, SEQUENCE, {}),
+    (lambda: patterns.TorchAttention(batch_first=False), SEQUENCE, {}),
+    (patterns.Gated, torch.randn(4, 3, 7), {"a": 8, "b": 4, "up": 6}),
+    (patterns.Conv1D, torch.randn(4, 4), {"weight": 10, "second": 8}),
+    (patterns.Grouped, IMAGE, {"a": 4, "c": 2}),
+    (patterns.ChannelsLast, IMAGE, {"up": 24}),
+    (patterns.Recurrent, torch.randn(3, 2, 4), {"b": 7}),
+]
+IDS = [getattr(make, "__name__", "sequence-first") for make, _, _ in CASES]
+
+
+@pytest.mark.parametrize(("make", "x", "sizes"), CASES, ids=IDS)
+def test_the_right_groups(make: Callable[[], nn.Module], x: Tensor, sizes: Sizes) -> None:
+    graph = find_groups(make(), (x,), {})
+    if sizes:
+        assert {group.name: group.size for group in graph.groups} == sizes
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("make", "x", "sizes"), CASES, ids=IDS)
+def test_pruned_equals_masked(make: Callable[[], nn.Module], x: Tensor, sizes: Sizes, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = randomised(make())
+    groups, refused = shrinkable(model, find_groups(model, (x,), {}).groups, ((x,), {}))
+    assert not refused
+    supports = []
+    for group in groups:
+        support = torch.rand(group.size) < 0.5
+        support[torch.randint(group.size, (1,))] = True
+        supports.append((group, support))
+    masked = masked_weights(supports, named_tensors(model))
+    reference = Reference(model, masked, ((x,), {}))
+    assert reference.wide
+    collapse(model, make_plan(supports), masked)
+    reference.check(model)
+    assert not any(support.all() and group.size > 4 for group, support in supports)
+
+
+@pytest.mark.parametrize(("make", "x", "sizes"), CASES, ids=IDS)
+def test_the_front_door(make: Callable[[], nn.Module], x: Tensor, sizes: Sizes) -> None:
+    model = randomised(make())
+    pruned = lnr.prune(model, [x], keep=0.5)
+    assert all(group.kept < group.size for group in pruned.report.groups)
+    again = copy.deepcopy(pruned.model)
+    torch.testing.assert_close(again(x), pruned.model(x))
+
+
+@pytest.mark.parametrize("masking", ["none", "bool", "float", "padding"])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_with_fewer_heads_computes_the_same_function(masking: str, need_weights: bool) -> None:
+    torch.manual_seed(0)
+    dense = nn.MultiheadAttention(12, 3, batch_first=True).double().eval()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    options = {
+        "none": {},
+        "bool": {"attn_mask": torch.rand(5, 5) < 0.3},
+        "float": {"attn_mask": torch.randn(6, 5, 5, dtype=torch.float64)},
+        "padding": {"key_padding_mask": torch.arange(5).expand(2, 5) > 3},
+    }[masking]
+    same = copy.deepcopy(dense)
+    same.__class__ = lnr.multihead.FewerHeads
+    expected, weights = dense(x, x, x, need_weights=need_weights, **options)
+    output, same_weights = same(x, x, x, need_weights=need_weights, **options)
+    torch.testing.assert_close(output, expected)
+    if need_weights:
+        torch.testing.assert_close(same_weights, weights)
+    unbatched, _ = same(x[0], x[0], x[0], need_weights=need_weights)
+    torch.testing.assert_close(unbatched, dense(x[0], x[0], x[0])[0])
