@@ -6,7 +6,7 @@ from lnr_prune.problem import GroupLasso
 from lnr_prune.solvers import Solution, Solver, solve
 
 DESCENT = 5.0  # factor between two lam while the bracket is open below
-NARROW = 1e-4  # relative width of a bracket that no count can be told apart in
+NARROW = 1e-5  # relative width of a bracket that no count can be told apart in
 
 
 def lam_for_count(problem: GroupLasso, count: int, *, solver: str | Solver = "newton", tol: float = 1e-6) -> Solution:
@@ -20,7 +20,7 @@ def lam_for_count(problem: GroupLasso, count: int, *, solver: str | Solver = "ne
         problem: The problem.
         count: Wanted number of non-zero groups, from 1 to ``problem.n_groups``.
         solver: As for `solve`.
-        tol: As for `solve`.
+        tol: As for `solve`; lowered where groups enter so close together that only a small gap tells them apart.
 
     Returns:
         The `Solution`; compare its ``n_kept`` with ``count``.
@@ -35,14 +35,13 @@ def lam_for_count(problem: GroupLasso, count: int, *, solver: str | Solver = "ne
         return solve(problem, 0.0, solver=solver, tol=tol)
     high, low = top, 0.0
     more: Solution | None = None  # the sparsest solution that keeps at least count
-    start = None
+    start, sharp = None, False
     while more is None or high / low > 1 + NARROW:
-        if more is None:
-            lam = high / DESCENT
-            if lam < 1e-9 * top:
-                return solve(problem, 0.0, solver=solver, tol=tol)
-        else:
-            lam = math.sqrt(high * low)
+        if more is not None and not sharp and high / low < 1.01:  # groups enter close together here
+            sharp, tol, high = True, tol * 1e-4, min(top, 1.01 * high)
+        lam = high / DESCENT if more is None else math.sqrt(high * low)
+        if lam < 1e-9 * top:
+            return solve(problem, 0.0, solver=solver, tol=tol)
         solution = solve(problem, lam, solver=solver, tol=tol, start=start)
         start = solution.coefficients
         if solution.n_kept == count:

@@ -22,7 +22,7 @@ class Block:
             channel that is not up for removal). Default: every column is its own group.
 
     Raises:
-        ValueError: If shapes do not fit, or a value is not finite.
+        ValueError: If shapes or dtypes do not fit, or a value is out of range or not finite.
     """
 
     R: Tensor
@@ -31,18 +31,21 @@ class Block:
     groups: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        d = self.R.shape[0]
+        d = self.R.shape[-1] if self.R.dim() else 0
         if self.R.shape != (d, d) or self.B.dim() != 2 or self.B.shape[1] != d:
             raise ValueError(f"R must be (d, d) and B (h, d), got {tuple(self.R.shape)} and {tuple(self.B.shape)}")
         if self.R.dtype != self.B.dtype or not self.R.is_floating_point():
             raise ValueError(f"R and B must share a floating-point dtype, got {self.R.dtype}, {self.B.dtype}")
         if not all(bool(torch.isfinite(a).all()) for a in (self.R, self.B, torch.as_tensor(self.t))):
             raise ValueError("R, B and t must be finite: look for NaN or Inf in the calibration data")
+        if self.t < 0:
+            raise ValueError(f"t = E||y||^2 must be >= 0, got {self.t}")
         if self.groups is None:
             object.__setattr__(self, "groups", torch.arange(d, device=self.R.device))
-        elif self.groups.shape != (d,):
+        elif self.groups.shape != (d,) or self.groups.is_floating_point() or bool((self.groups < -1).any()):
             raise ValueError(
-                f"groups must have one entry for each of the {d} columns, got shape {tuple(self.groups.shape)}"
+                f"groups must have one integer >= -1 for each of the {d} columns, got {self.groups.dtype} "
+                f"{tuple(self.groups.shape)}"
             )
 
     @cached_property
@@ -86,12 +89,15 @@ class GroupLasso:
         if not self.blocks:
             raise ValueError("a problem needs at least one block")
         named = 1 + max(int(block.groups.max()) if len(block.groups) else -1 for block in self.blocks)
-        if self.weights is None:
-            object.__setattr__(self, "weights", self.blocks[0].R.new_ones(named))
-        if named < 1 or named > len(self.weights):
-            raise ValueError(f"the blocks name {named} groups, the weights {len(self.weights)}; need 1 or more")
-        if not bool((self.weights > 0).all()):
-            raise ValueError("group weights must be positive; mark unpenalised columns with group -1 instead")
+        R = self.blocks[0].R
+        if any(block.R.dtype != R.dtype or block.R.device != R.device for block in self.blocks):
+            raise ValueError("all blocks must share one dtype and device")
+        weights = R.new_ones(named) if self.weights is None else self.weights.to(R)
+        object.__setattr__(self, "weights", weights)
+        if named < 1 or named > len(weights):
+            raise ValueError(f"the blocks name {named} groups, the weights {len(weights)}; need 1 or more")
+        if not bool((weights > 0).all() and weights.isfinite().all()):
+            raise ValueError("group weights must be positive and finite; mark unpenalised columns with group -1")
 
     @property
     def n_groups(self) -> int:
@@ -217,7 +223,7 @@ def _schur(block: Block) -> tuple[Block, Callable[[Tensor], Tensor], float]:
     T = R_pu @ R_uu_inverse
     explained = float((B_u @ R_uu_inverse * B_u).sum())
     R, B = block.R[p][:, p], block.B[:, p]
-    remains = R.diagonal() - (T * R_pu).sum(1) > 1e3 * torch.finfo(R.dtype).eps * R.diagonal()
+    remains = R.diagonal() - (T * R_pu).sum(1) > torch.finfo(R.dtype).eps ** (2 / 3) * R.diagonal()
     R = (R - T @ R_pu.T) * remains * remains[:, None]  # columns that u explains to rounding have no say
     t = block.t - explained if explained < (1 - 1e-14) * block.t else 0.0
     reduced = Block((R + R.T) / 2, (B - B_u @ T.T) * remains, t, block.groups[p])
@@ -271,4 +277,4 @@ def _least_squares(R: Tensor, B: Tensor) -> Tensor:
     if well_posed:
         return torch.cholesky_solve(B.T, L).T
     R_inverse: Tensor = torch.linalg.pinv(R, hermitian=True, rtol=1e2 * len(R) * torch.finfo(R.dtype).eps)
-    return B @ R_inverse
+    return B @ R_inverse * (R.diagonal() > 0)  # nothing of dead columns, not even rounding

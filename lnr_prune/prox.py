@@ -76,7 +76,10 @@ def prox_group_lasso(
     t = torch.as_tensor(threshold, dtype=matrices[0].dtype, device=matrices[0].device)
     if not bool((t >= 0).all()):
         raise ValueError(f"threshold must be >= 0, got {threshold}")
-    n_groups = len(t) if t.dim() else 1 + max(int(group.max()) if len(group) else -1 for group in groups)
+    named = 1 + max(int(group.max()) if len(group) else -1 for group in groups)
+    n_groups = len(t) if t.dim() else named
+    if named > n_groups or any(bool((group < -1).any()) for group in groups):
+        raise ValueError(f"groups must lie between -1 and {n_groups - 1}, one threshold each, got up to {named - 1}")
     return shrink(matrices, t, groups, n_groups)
 
 

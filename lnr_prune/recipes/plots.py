@@ -51,7 +51,7 @@ def convergence(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
         path: PNG file to write.
     """
     optimum = min(min(history) for curves in panels.values() for history in curves.values())
-    figure = require("matplotlib.figure").Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    figure = require("matplotlib.figure").Figure(figsize=(6 * len(panels), 5), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, history in curves.items():
             axes.plot([math.log10(value - optimum + FLOOR) for value in history], label=name)
@@ -59,5 +59,5 @@ def convergence(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
         scale = "symlog" if 10 * min(lengths) < max(lengths) else "linear"  # a few Newton steps beside 1,000 of FISTA
         axes.set(title=title, xlabel="iterations", ylabel="log10(objective - optimum)", xscale=scale, xlim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.savefig(path, dpi=120)

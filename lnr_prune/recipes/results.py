@@ -91,7 +91,7 @@ def solver_table(title: str, runs: Sequence[Run]) -> Table:
 
 
 def _table(title: str, *numbers: str, first: str = "") -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)  # narrow: fits 80 columns
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
     table.add_column(first)
     for name in numbers:
         table.add_column(name, justify="right")

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Protocol
 
+import torch
+
 from lnr_prune.problem import GroupLasso, debias
 from lnr_prune.prox import Matrices
 from lnr_prune.solvers.alternate_minimization import AlternateMinimization
@@ -98,10 +100,9 @@ def solve(
             M_c[:, block.penalised]
             for M_c, block in zip(debias(problem, problem.weights > 0), problem.blocks, strict=True)
         )
-        value = reduced.value(M)
-        quadratic = sum(float((MR * M_c).sum()) for MR, M_c in zip(reduced.products(M), M, strict=True))
-        gap = (value + quadratic / 2) / reduced.scale  # the normal equations make P = -1/2 Tr(M R M^T)
-        return solution(M, gap, [value], Status.CONVERGED, "least_squares")
+        value, gap = _least_squares_gap(reduced, M)
+        status = Status.CONVERGED if gap <= tol else Status.STALLED
+        return solution(M, gap, [value], status, "least_squares")
     if lam >= problem.lambda_max():
         return solution(reduced.zeros(), 0.0, [0.0], Status.CONVERGED)
 
@@ -122,7 +123,21 @@ def solve(
         if len(history) > solver.max_iterations:
             status = Status.MAX_ITERATIONS
             break
+    if not history:
+        value, best_gap = reduced.certificate(best, reduced.products(best), lam)
+        history.append(value)
     return solution(best, best_gap, history, status)
+
+
+def _least_squares_gap(problem: GroupLasso, M: Matrices) -> tuple[float, float]:
+    """Objective and gap of a least-squares solution: zero if ``M R = B`` to rounding, else what t can tell."""
+    MR = problem.products(M)
+    value, gap = problem.certificate(M, MR, 0.0)
+    for M_c, MR_c, block in zip(M, MR, problem.blocks, strict=True):
+        eps = 10 * max(1, len(block.R)) * torch.finfo(block.R.dtype).eps
+        if float((MR_c - block.B).norm()) > eps * float(M_c.norm() * block.R.norm() + block.B.norm()):
+            return value, gap
+    return value, 0.0
 
 
 def find_solver(solver: str | Solver) -> Solver:

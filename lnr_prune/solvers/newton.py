@@ -209,5 +209,10 @@ def _curvature(problem: GroupLasso, candidates: Tensor) -> float:
 
 def _ridge_solution(block: Block) -> Tensor:
     W = block.R.clone()
-    W.diagonal().add_(1e-2 * block.R.diagonal().mean() + torch.finfo(W.dtype).tiny)
-    return torch.cholesky_solve(block.B.T, torch.linalg.cholesky(W)).T
+    ridge = 1e-2 * block.R.diagonal().mean() + torch.finfo(W.dtype).tiny if len(W) else 1.0
+    while True:
+        W.diagonal().add_(ridge)
+        L, info = torch.linalg.cholesky_ex(W)
+        if int(info) == 0:
+            return torch.cholesky_solve(block.B.T, L).T
+        ridge = 10 * ridge  # rounding has made R indefinite

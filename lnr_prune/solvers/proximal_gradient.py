@@ -31,7 +31,7 @@ class ProximalGradient:
 
 def lipschitz(problem: GroupLasso) -> float:
     """``max_c lambda_max(R_c)``: the Lipschitz constant of the gradient (1 if every R is zero)."""
-    largest = max(float(torch.linalg.eigvalsh(block.R)[-1]) for block in problem.blocks)
+    largest = max(float(torch.linalg.eigvalsh(block.R).amax()) for block in problem.blocks if len(block.R))
     return largest if largest > 0 else 1.0
 
 
