@@ -1,6 +1,7 @@
 """lnr-prune: make a trained PyTorch model smaller and faster by linear neural reconstruction, without retraining."""
 
 from lnr_prune.errors import AdapterError, CalibrationError, GraphError, LnrPruneError, VerificationError
+from lnr_prune.inspection import Inspection, inspect
 from lnr_prune.problem import Block, GroupLasso, debias
 from lnr_prune.prox import prox_group_lasso
 from lnr_prune.prune import Pruned, prune
@@ -26,6 +27,7 @@ __all__ = [
     "Fista",
     "GraphError",
     "GroupLasso",
+    "Inspection",
     "LnrPruneError",
     "Newton",
     "ProximalGradient",
@@ -34,6 +36,7 @@ __all__ = [
     "Status",
     "VerificationError",
     "debias",
+    "inspect",
     "prox_group_lasso",
     "prune",
     "register",

@@ -15,7 +15,7 @@ from lnr_prune.amount import choose_channels
 from lnr_prune.calibration import Calibration, Inputs, calibrate, short_example
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.errors import GraphError
-from lnr_prune.graph import ChannelGroup, Graph, find_groups, named_tensors
+from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.problem import GroupLasso
 from lnr_prune.problem import debias as debiased
@@ -113,7 +113,7 @@ def prune(
     graph = find_groups(model, *example)
     target = model if inplace else copied(model, example)
     groups, fixed = shrinkable(target, graph.groups, example)
-    graph = Graph(groups, {**graph.frozen, **fixed})
+    graph = replace(graph, groups=groups, frozen={**graph.frozen, **fixed})
     if not groups:
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in graph.frozen.items())
         raise GraphError(f"{type(model).__name__} has no channel that can be pruned. {reasons or 'It has no layers'}")

@@ -170,3 +170,24 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.b(self.lstm(self.a(x))[0]).relu())
+
+
+class RelativeBias(nn.Module):
+    """Swin's: attention scores get a bias a head, looked up in a table by relative position."""
+
+    index: Tensor
+
+    def __init__(self, d: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.head_dim = d // heads
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.table = nn.Parameter(torch.randn(9, heads))
+        self.register_buffer("index", torch.arange(5)[:, None] - torch.arange(5) + 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.roll(1, 1)
+        qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        bias = self.table[self.index.view(-1)].view(5, 5, -1).permute(2, 0, 1)
+        scores = torch.matmul(q, k.mT) + bias.unsqueeze(0)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))

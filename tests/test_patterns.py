@@ -25,6 +25,7 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.GroupedQueries, torch.randint(11, (4, 5)), {"q": 2, "gate": 24}),
     (patterns.TorchAttention, SEQUENCE, {}),
     (lambda: patterns.TorchAttention(batch_first=False), SEQUENCE, {}),
+    (patterns.RelativeBias, SEQUENCE, {"qkv": 3}),
     (patterns.Gated, torch.randn(4, 3, 7), {"a": 8, "b": 4, "up": 6}),
     (patterns.Conv1D, torch.randn(4, 4), {"weight": 10, "second": 8}),
     (patterns.Grouped, IMAGE, {"a": 4, "c": 2}),

@@ -1,5 +1,7 @@
 """Rules of the operations that mix channels: contractions, attention, reductions, norms."""
 
+import math
+
 import torch
 from torch import Tensor, fx
 
@@ -35,8 +37,23 @@ def _apply_weight(
     row_ids = owners.rows(name, rows)
     owners.couple_axis(state.of(x), axis, owners.slot(name, columns), f"input of {reason}")
     state.sites.append(Site(name, names.get(bias) if bias is not None else None, op, (name, rows), (name, columns)))
+    return _produce(state, node, operands, axis, row_ids)
+
+
+def _produce(
+    state: Propagation,
+    node: fx.Node,
+    operands: tuple[fx.Node, fx.Node, fx.Node | None],
+    axis: int,
+    row_ids: Tensor,
+) -> Tensor:
+    """The ids of a contraction's output: its weight's rows, which the bias goes along with."""
+    x, weight, bias = operands
     if bias is not None:
-        owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), reason)
+        state.owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), describe(node))
+    applied = x if op_name(node).startswith("conv_transpose") else node  # the weight meets each of its positions
+    name, shape = state.trace.names[weight], shape_of(applied)
+    state.macs[name] += math.prod(shape) // shape[axis] * state.trace.tensors[name].numel()
     return along(row_ids, axis, shape_of(node))
 
 
@@ -83,9 +100,7 @@ def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int, row
     owners.couple(row_ids.view(groups, -1), first, reason)
     per_group = shape_of(x)[axis] // groups
     owners.couple_axis(state.of(x), axis, first.expand(groups, per_group).reshape(-1), f"input of {reason}")
-    if bias is not None:
-        owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), reason)
-    return along(row_ids, axis, shape_of(node))
+    return _produce(state, node, (x, weight, bias), axis, row_ids)
 
 
 @rule("embedding")

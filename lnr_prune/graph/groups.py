@@ -65,10 +65,12 @@ class Graph:
     Attributes:
         groups: What can be pruned, in order of execution.
         frozen: Name of a layer whose outputs cannot -> why.
+        macs: Name of a weight -> multiply-accumulates that it takes part in, in the traced call.
     """
 
     groups: tuple[ChannelGroup, ...]
     frozen: Mapping[str, str]
+    macs: Mapping[str, int]
 
 
 def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
@@ -95,7 +97,7 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     ]
     order = {site.weight: position for position, site in reversed(list(enumerate(state.sites)))}
     groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers))
-    return Graph(tuple(groups), _explain(state, groups, label, reasons))
+    return Graph(tuple(groups), _explain(state, groups, label, reasons), state.macs)
 
 
 def layer_name(parameter: str) -> str:

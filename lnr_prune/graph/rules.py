@@ -2,6 +2,7 @@
 
 import logging
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,13 +59,14 @@ class Site:
 
 @dataclass(eq=False)
 class Propagation:
-    """Ownership of every value in a trace."""
+    """Ownership of every value in a trace, and the multiply-accumulates that each weight takes part in."""
 
     trace: Trace
     owners: Owners
     ids: dict[fx.Node, Ids] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     known: dict[fx.Node, Any] = field(default_factory=dict)
+    macs: Counter[str] = field(default_factory=Counter)
 
     def of(self, node: fx.Node) -> Tensor:
         """The ids of a value; a parameter that is used as a value owns itself."""

@@ -1,0 +1,115 @@
+"""Looking at a model's channel groups before anything is pruned."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lnr_prune.calibration import Inputs, calibrate, short_example
+from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
+from lnr_prune.verify import shrinkable
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """One channel group, and what a channel of it costs.
+
+    Attributes:
+        name: Name of the group, its first producer's: the name that ``keep={...}`` takes.
+        size: Number of channels.
+        producers: Layers whose rows or filters are the channels.
+        consumers: Layers that read them.
+        parameters: Parameters that leave with one channel, other groups untouched.
+        macs: Multiply-accumulates that leave with it, for one sample.
+    """
+
+    name: str
+    size: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What can be pruned in a model, and what cannot.
+
+    Attributes:
+        groups: The channel groups, in order of execution.
+        frozen: Layer whose outputs cannot be pruned -> why.
+        reachable: Share of the parameters that belongs to some group.
+    """
+
+    groups: tuple[GroupCost, ...]
+    frozen: Mapping[str, str]
+    reachable: float
+
+    def __rich__(self) -> Table:
+        table = Table(title="channel groups", caption=f"{self.reachable:.1%} of the parameters are in groups")
+        for column in ("producers", "consumers"):
+            table.add_column(column)
+        for column in ("channels", "parameters each", "MACs each"):
+            table.add_column(column, justify="right")
+        for group in self.groups:
+            costs = (f"{group.size:,}", f"{group.parameters:,}", f"{group.macs:,}")
+            table.add_row(", ".join(group.producers), ", ".join(group.consumers), *costs)
+        for layer, reason in self.frozen.items():
+            table.add_row(layer, f"frozen: {reason}", "-", "-", "-")
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue()
+
+
+def inspect(model: nn.Module, example: Any, *, inputs: Inputs | None = None) -> Inspection:
+    """The channel groups of a model: what `lnr_prune.prune` can remove, what it costs, what is frozen and why.
+
+    Args:
+        model: The model; it is left as it is.
+        example: A batch, in any form that `lnr_prune.prune` takes.
+        inputs: Turns a batch of any other form into ``(args, kwargs)`` of the model.
+
+    Returns:
+        An `Inspection`, which prints as a table.
+
+    Raises:
+        GraphError: If the model cannot be traced.
+        CalibrationError: If the model does not accept the example.
+
+    Example:
+        >>> import torch, lnr_prune as lnr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> found = lnr.inspect(model, torch.randn(2, 8))
+        >>> [(group.name, group.size, group.parameters, group.macs) for group in found.groups]
+        [('0', 32, 13, 12)]
+        >>> dict(found.frozen)
+        {'2': 'output of the model'}
+    """
+    call = short_example(model, calibrate(model, [example], inputs))
+    graph = find_groups(model, *call)
+    groups, fixed = shrinkable(model, graph.groups, call)
+    tensors = named_tensors(model)
+    trained = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    samples = next((leaf.shape[0] for leaf in (*call[0], *call[1].values()) if isinstance(leaf, Tensor)), 1)
+    reached = {name for group in groups for name, _ in group.slots}
+
+    def cost(group: ChannelGroup) -> GroupCost:
+        # of each tensor, the share of one dimension's indices that a channel owns
+        share = {
+            (name, dim): int((channels == 0).sum()) / tensors[name].shape[dim]
+            for (name, dim), channels in group.slots.items()
+        }
+        parameters = sum(trained.get(name, 0) * part for (name, _), part in share.items())
+        macs = sum(graph.macs.get(name, 0) * part for (name, _), part in share.items()) / samples
+        consumers = tuple(consumer.name for consumer in group.consumers)
+        return GroupCost(group.name, group.size, group.producers, consumers, round(parameters), round(macs))
+
+    reachable = sum(size for name, size in trained.items() if name in reached) / max(1, sum(trained.values()))
+    return Inspection(tuple(cost(group) for group in groups), {**graph.frozen, **fixed}, reachable)
