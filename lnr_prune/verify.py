@@ -103,7 +103,7 @@ def shrinkable(
 def _trial(model: nn.Module, groups: tuple[ChannelGroup, ...], example: Call) -> str | None:
     """Why the model does not survive losing a third of the channels of each group; None if it does."""
     generator = torch.Generator().manual_seed(0)
-    weights = _random_weights(model)
+    weights = random_weights(model)
     restore = restore_point(model)
     for end in (0, -1) if groups else ():  # a forward that names positions often names the first or the last
         supports = []
@@ -183,7 +183,7 @@ def _wide(value: Any) -> Any:
     return value.detach().double() if floating else value
 
 
-def _random_weights(model: nn.Module) -> dict[str, Tensor]:
+def random_weights(model: nn.Module) -> dict[str, Tensor]:
     """Values that hide nothing: gates and scales away from zero, variances positive."""
     generator = torch.Generator().manual_seed(0)
     weights = {}

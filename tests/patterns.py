@@ -191,3 +191,17 @@ class RelativeBias(nn.Module):
         bias = self.table[self.index.view(-1)].view(5, 5, -1).permute(2, 0, 1)
         scores = torch.matmul(q, k.mT) + bias.unsqueeze(0)
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class AuxiliaryHead(nn.Module):
+    """GoogLeNet's: a head that runs in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3)
+        self.auxiliary, self.head = nn.Linear(8, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.norm(self.a(x)).relu()
+        y = self.head(self.b(x).mean((2, 3)))
+        return (y, self.auxiliary(x.mean((2, 3)))) if self.training else y

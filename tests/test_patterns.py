@@ -25,6 +25,7 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.GroupedQueries, torch.randint(11, (4, 5)), {"q": 2, "gate": 24}),
     (patterns.TorchAttention, SEQUENCE, {}),
     (lambda: patterns.TorchAttention(batch_first=False), SEQUENCE, {}),
+    (patterns.AuxiliaryHead, IMAGE, {"a": 8, "b": 6}),
     (patterns.RelativeBias, SEQUENCE, {"qkv": 3}),
     (patterns.Gated, torch.randn(4, 3, 7), {"a": 8, "b": 4, "up": 6}),
     (patterns.Conv1D, torch.randn(4, 4), {"weight": 10, "second": 8}),
@@ -69,6 +70,15 @@ def test_the_front_door(make: Callable[[], nn.Module], x: Tensor, sizes: Sizes) 
     assert all(group.kept < group.size for group in pruned.report.groups)
     again = copy.deepcopy(pruned.model)
     torch.testing.assert_close(again(x), pruned.model(x))
+
+
+def test_heads_that_run_in_training_only_shrink_too() -> None:
+    model = randomised(patterns.AuxiliaryHead())
+    pruned = lnr.prune(model, [IMAGE], keep=0.5)
+    assert pruned.report.groups[0].consumers == ("b",)
+    y, auxiliary = pruned.model.train()(IMAGE)
+    assert y.shape == auxiliary.shape == (4, 4)
+    assert pruned.model.get_parameter("auxiliary.weight").shape == (4, 4)
 
 
 @pytest.mark.parametrize("masking", ["none", "bool", "float", "padding"])

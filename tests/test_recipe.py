@@ -189,7 +189,7 @@ def test_missing_data_say_where_they_belong(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("writable", [True, False])
 def test_files_that_cannot_be_had_are_named(tmp_path: Path, writable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: writable)
-    monkeypatch.setattr(datasets._torchvision_datasets().MNIST, "mirrors", [])
+    monkeypatch.setattr(datasets.import_torchvision().datasets.MNIST, "mirrors", [])
     with pytest.raises(LnrPruneError, match=r"expected .*raw to hold its four \.gz files"):
         datasets.load("mnist", tmp_path)
 

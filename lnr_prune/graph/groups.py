@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lnr_prune.errors import GraphError
 from lnr_prune.graph import contractions  # noqa: F401  (registers its rules)
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
-from lnr_prune.graph.rules import Propagation, propagate
+from lnr_prune.graph.rules import Propagation, logger, propagate
 from lnr_prune.graph.trace import trace
 
 
@@ -80,6 +81,12 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         GraphError: If the model cannot be traced.
     """
     state = propagate(trace(model, args, kwargs))
+    if any(
+        isinstance(state.trace.tensors[name], nn.Parameter)
+        for node, name in state.trace.names.items()
+        if not node.users
+    ):
+        _add_training(state, model, args, kwargs)
     label = _close(state.owners)
     reasons = _frozen_reasons(state.owners, label)
     units: dict[int, dict[Slot, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -98,6 +105,16 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     order = {site.weight: position for position, site in reversed(list(enumerate(state.sites)))}
     groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers))
     return Graph(tuple(groups), _explain(state, groups, label, reasons), state.macs)
+
+
+def _add_training(state: Propagation, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Lets heads that only run in training read the same channels: they shrink too, but cannot be refitted."""
+    try:
+        training = trace(model, args, kwargs, training=True)
+    except GraphError:
+        logger.warning("parameters that are not used in evaluation were not followed: no trace in training mode")
+        return
+    propagate(training, state.owners)
 
 
 def layer_name(parameter: str) -> str:

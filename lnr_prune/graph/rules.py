@@ -116,9 +116,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def propagate(trace: Trace) -> Propagation:
-    """Walks the graph once and returns the ownership of every value."""
-    state = Propagation(trace, Owners(trace.tensors))
+def propagate(trace: Trace, owners: Owners | None = None) -> Propagation:
+    """Walks the graph once and returns the ownership of every value; owners of another trace of the model go on."""
+    state = Propagation(trace, Owners(trace.tensors) if owners is None else owners)
     for node in trace.nodes:
         if node.op == "output":
             for value in node.all_input_nodes:

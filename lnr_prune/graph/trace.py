@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +34,14 @@ class Trace:
         return tuple(self.module.graph.nodes)
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
-    """Exports ``model(*args, **kwargs)``, in evaluation mode, to a graph of ATen operations.
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False) -> Trace:
+    """Exports ``model(*args, **kwargs)``, in evaluation or training mode, to a graph of ATen operations.
 
     Raises:
         GraphError: If torch.export cannot follow the model's forward.
     """
     try:
-        with evaluating(model), unfused_attention(), warnings.catch_warnings(action="ignore"):  # torch's own
+        with in_mode(model, training), unfused_attention(), warnings.catch_warnings(action="ignore"):  # torch's own
             program = torch.export.export(model, args, dict(kwargs), strict=False)
             if any(_hides_something(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # inlines regions, replaces writes through views
@@ -99,13 +99,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every submodule into evaluation mode, and back into its own mode afterwards."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Puts every submodule into training or evaluation mode, and back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
-        module.training = False
+        module.training = training
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, own in modes:
+            module.training = own
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Puts every submodule into evaluation mode, and back into its own mode afterwards."""
+    return in_mode(model, False)

@@ -112,7 +112,7 @@ def _data_root(name: str, root: str | Path | None) -> Path:
 
 
 def _open_torchvision(dataset: str, root: Path) -> tuple[Any, Any]:
-    opener = getattr(_torchvision_datasets(), dataset)
+    opener = getattr(import_torchvision().datasets, dataset)
     raw = root / dataset / "raw"
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -128,14 +128,15 @@ def _open_torchvision(dataset: str, root: Path) -> tuple[Any, Any]:
             ) from error
 
 
-def _torchvision_datasets() -> ModuleType:
+def import_torchvision() -> ModuleType:
+    """torchvision, also where a build of it for CUDA lies beside a CPU-only torch."""
     try:
-        return require("torchvision.datasets")
+        return require("torchvision")
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
         _declare_torchvision_operators()
-        return require("torchvision.datasets")
+        return require("torchvision")
 
 
 @functools.cache  # the declarations live as long as the object that made them
