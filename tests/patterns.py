@@ -205,3 +205,16 @@ class AuxiliaryHead(nn.Module):
         x = self.norm(self.a(x)).relu()
         y = self.head(self.b(x).mean((2, 3)))
         return (y, self.auxiliary(x.mean((2, 3)))) if self.training else y
+
+
+class Tokens(nn.Module):
+    """An embedding whose channels are read by a linear layer; and one that is tied to the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.read = nn.Embedding(11, 8), nn.Linear(8, 6)
+        self.tied, self.mix = nn.Embedding(11, 6), nn.Linear(6, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.read(self.free(tokens).tanh()) + self.tied(tokens)
+        return F.linear(self.mix(x), self.tied.weight)

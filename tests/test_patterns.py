@@ -26,6 +26,7 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.TorchAttention, SEQUENCE, {}),
     (lambda: patterns.TorchAttention(batch_first=False), SEQUENCE, {}),
     (patterns.AuxiliaryHead, IMAGE, {"a": 8, "b": 6}),
+    (patterns.Tokens, torch.randint(11, (4, 5)), {"free": 8}),
     (patterns.RelativeBias, SEQUENCE, {"qkv": 3}),
     (patterns.Gated, torch.randn(4, 3, 7), {"a": 8, "b": 4, "up": 6}),
     (patterns.Conv1D, torch.randn(4, 4), {"weight": 10, "second": 8}),

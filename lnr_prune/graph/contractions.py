@@ -5,18 +5,9 @@ import math
 import torch
 from torch import Tensor, fx
 
+from lnr_prune.graph.nodes import argument, describe, op_name, shape_of, spatial_axes
 from lnr_prune.graph.owners import along, collapse_axes
-from lnr_prune.graph.rules import (
-    Propagation,
-    Site,
-    argument,
-    describe,
-    meet,
-    op_name,
-    rule,
-    shape_of,
-    spatial_axes,
-)
+from lnr_prune.graph.rules import Propagation, Site, meet, rule
 
 
 def _apply_weight(

@@ -87,6 +87,9 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         if not node.users
     ):
         _add_training(state, model, args, kwargs)
+    for site in state.sites:
+        if site.columns in state.owners.produced:
+            state.owners.freeze(state.owners.slots[site.columns], "its weight also produces the channels that it reads")
     label = _close(state.owners)
     reasons = _frozen_reasons(state.owners, label)
     units: dict[int, dict[Slot, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -125,7 +128,7 @@ def layer_name(parameter: str) -> str:
 def _read_group(state: Propagation, shared: frozenset[Slot], units: list[dict[Slot, list[int]]]) -> ChannelGroup | None:
     """The group whose units share these slots; None if nobody produces it, reads it, or it is one channel."""
     sites = {site.columns: site for site in state.sites if site.columns in shared}
-    rows = tuple(dict.fromkeys(site.rows for site in state.sites if site.rows in shared))
+    rows = tuple(slot for slot in state.owners.produced if slot in shared)
     if not sites or not rows or len(units) < 2:
         return None
     slots: dict[Slot, Tensor] = {}
@@ -228,10 +231,10 @@ def _explain(
         for unit in torch.unique(label[ids]).tolist():
             mixed.setdefault(unit, f"its channels can only leave together: mixed by {reason}")
     why: dict[str, str] = {}
-    for site in state.sites:
-        name = layer_name(site.weight)
+    for (weight, _), ids in state.owners.produced.items():
+        name = layer_name(weight)
         if name not in found:
-            units = label[state.owners.slots[site.rows]].tolist()
+            units = label[ids].tolist()
             stated = (said[unit] for said in (reasons, mixed) for unit in units if unit in said)
             why[name] = next(stated, "no layer that could be refitted reads its channels")
     return why

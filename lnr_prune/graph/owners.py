@@ -28,7 +28,7 @@ class Owners:
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
-    produced: list[Tensor] = field(default_factory=list)
+    produced: dict[Slot, Tensor] = field(default_factory=dict)
 
     def slot(self, name: str, dim: int) -> Tensor:
         """The ids of a parameter's dimension, (size,)."""
@@ -48,14 +48,13 @@ class Owners:
 
     def rows(self, name: str, dim: int) -> Tensor:
         """The ids of a weight's dimension of outputs: channels that the weight produces."""
-        rows = self.slot(name, dim)
-        self.produced.append(rows)
-        return rows
+        self.produced[name, dim] = self.slot(name, dim)
+        return self.produced[name, dim]
 
     def is_produced(self, ids: Tensor) -> bool:
         """Whether a weight produces some of these channels, not only parameters that go along with them."""
         largest = int(ids.max())
-        return any(int(rows[0]) <= largest <= int(rows[-1]) for rows in self.produced if len(rows))
+        return any(int(rows[0]) <= largest <= int(rows[-1]) for rows in self.produced.values() if len(rows))
 
     def couple(self, a: Tensor, b: Tensor, reason: str) -> None:
         """What meets leaves together; what meets nobody stays."""

@@ -1,0 +1,45 @@
+"""Reading the nodes of an ATen graph."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+TORCH = str(Path(torch.__file__).parent)
+
+
+def describe(node: fx.Node) -> str:
+    """Which operation a node is, in which module, and the line of code that calls it."""
+    modules = list((node.meta.get("nn_module_stack") or {}).values())
+    path = modules[-1][0] if modules else ""
+    lines = [
+        line.strip()
+        for line in (node.meta.get("stack_trace") or "").splitlines()
+        if line.strip().startswith("File") and TORCH not in line
+    ]
+    where = ", ".join(part for part in (path, lines[-1] if lines else "") if part)
+    return f"{op_name(node)} ({where})" if where else op_name(node)
+
+
+def op_name(node: fx.Node) -> str:
+    """ATen name of a node's operation, without overload and namespace; in-place variants like the others."""
+    schema = getattr(node.target, "_schema", None)
+    name = str(schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target)))
+    name = name.removeprefix("_unsafe_")
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's value; () where it is not a tensor."""
+    return tuple(int(size) for size in getattr(node.meta.get("val"), "shape", ()))
+
+
+def spatial_axes(node: fx.Node) -> int:
+    """2 for "conv2d", 1 for "max_pool1d", ..."""
+    return next(int(letter) for letter in reversed(op_name(node)) if letter.isdigit())
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a node, by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
