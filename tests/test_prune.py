@@ -191,7 +191,7 @@ def test_a_forward_that_names_positions_is_found_out() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.a(x).relu()
-            return self.c(self.b(torch.cat([x[:, 1:], x[:, :1]], 1)).relu())
+            return self.c(self.b(torch.cat([x[:, 3:], x[:, :3]], 1)).relu())
 
     pruned = lnr.prune(Rotates(), torch.randn(30, 4), keep=0.5)
     assert rows(pruned) == {"b": (8, 4)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.errors import GraphError
-from lnr_prune.graph import contractions  # noqa: F401  (registers its rules)
+from lnr_prune.graph import contractions, moves  # noqa: F401  (they register their rules)
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph.rules import Propagation, logger, propagate
 from lnr_prune.graph.trace import trace

@@ -19,15 +19,6 @@ logger = logging.getLogger("lnr_prune")
 Ids = Tensor | list[Tensor]
 """The ids of a value; one tensor for each output of an operation that has several."""
 
-# Only the place of the data changes: the operation itself is run on the ids.
-MOVES = {
-    "adjoint", "alias", "channel_shuffle", "chunk", "clone", "contiguous", "detach", "diagonal", "flatten",
-    "flip", "gather", "im2col", "index", "index_select", "mT", "matrix_H", "moveaxis", "movedim", "narrow",
-    "numpy_T", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll",
-    "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "take_along_dim",
-    "tensor_split", "tile", "transpose", "tril", "triu", "unbind", "unflatten", "unfold", "unsqueeze", "view",
-}  # fmt: skip
-JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
 SAME = {"dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy", "type_as", "lift_fresh_copy"}
 # Pointwise operations that lack PyTorch's tag for it.
 POINTWISE = {"hardswish", "hardsigmoid", "softplus", "relu6", "selu", "elu", "celu", "gelu"}
@@ -160,13 +151,6 @@ def _apply_rule(state: Propagation, node: fx.Node) -> Ids | None:
         return outputs[argument(node, 1, "index")] if isinstance(outputs, list) else None
     if name in RULES:
         return RULES[name](state, node)
-    if name in MOVES:
-        return _move(state, node)
-    if name in ("expand", "expand_as"):  # only axes of size 1 grow
-        ids = state.of(argument(node, 0, "self"))
-        return ids.reshape([1] * (len(shape_of(node)) - ids.dim()) + list(ids.shape))
-    if name in JOINS:
-        return _join(state, node)
     if name in SAME:
         return state.of(argument(node, 0, "self"))
     if name in POOLS:
@@ -191,57 +175,6 @@ def _all_ids(state: Propagation, node: fx.Node) -> Tensor:
     if isinstance(ids, list):
         return torch.cat([part.reshape(-1) for part in ids]) if ids else nobody(())
     return state.of(node)
-
-
-def _move(state: Propagation, node: fx.Node) -> Ids:
-    source = argument(node, 0, "self")
-    name, ids, shape = op_name(node), state.of(source), shape_of(source)
-    for axis in _indexed_axes(node):  # positions that constants name must stay where they are
-        ids = state.owners.mix(ids, [axis % len(shape)], f"positions are named in {describe(node)}")
-    if name == "im2col":
-        channels = state.owners.mix(ids, [2, 3], describe(node)).reshape(-1)
-        return channels.expand(shape[1]).repeat_interleave(shape_of(node)[1] // shape[1]).view(1, -1, 1)
-    args = fx.node.map_arg(node.args[1:], state.constant)
-    kwargs = {key: fx.node.map_arg(value, state.constant) for key, value in node.kwargs.items()}
-    kwargs.pop("memory_format", None)
-    target: Any = torch.reshape if name == "view" else node.target  # expanded ids cannot be viewed
-    if name == "chunk":  # Python's chunk(k) has no size to change: its parts must shrink alike
-        axis = argument(node, 2, "dim", 0) % len(shape)
-        if ids.shape[axis] > 1 and shape[axis] % args[0] == 0:
-            state.owners.grids.append(ids.unflatten(axis, (args[0], -1)))
-    moved = target(ids.expand(shape), *args, **kwargs)
-    return [collapse_axes(part) for part in moved] if isinstance(moved, list | tuple) else collapse_axes(moved)
-
-
-def _indexed_axes(node: fx.Node) -> list[int]:
-    name = op_name(node)
-    if name == "index":
-        return [axis for axis, index in enumerate(argument(node, 1, "indices")) if index is not None]
-    if name in ("index_select", "gather"):
-        return [argument(node, 1, "dim")]
-    if name == "take_along_dim":
-        return [argument(node, 2, "dim")]
-    if name == "roll":
-        return list(argument(node, 2, "dims", ()))
-    if name in ("tril", "triu"):
-        return [-1, -2]
-    return []
-
-
-def _join(state: Propagation, node: fx.Node) -> Tensor:
-    """Concatenation: ids side by side, expanded only where they must be."""
-    values, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-    values = [value for value in values if shape_of(value) != (0,)]
-    stack = op_name(node) == "stack"
-    rank = len(shape_of(values[0]))
-    axis = dim % (rank + stack)
-    ids = [state.of(value) for value in values]
-    common = [max(each.shape[k] for each in ids) for k in range(rank)]
-    full = []
-    for value, each in zip(values, ids, strict=True):
-        sizes = [shape_of(value)[k] if k == axis and not stack else common[k] for k in range(rank)]
-        full.append(each.expand(sizes))
-    return collapse_axes(JOINS[op_name(node)](full, axis))
 
 
 def meet(

@@ -1,0 +1,101 @@
+"""Rules of the operations that only move data: they are run on the ids themselves."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
+from lnr_prune.graph.owners import collapse_axes
+from lnr_prune.graph.rules import Ids, Propagation, rule
+
+MOVES = {
+    "adjoint", "alias", "channel_shuffle", "chunk", "clone", "contiguous", "detach", "diagonal", "flatten",
+    "flip", "gather", "im2col", "index", "index_select", "mT", "matrix_H", "moveaxis", "movedim", "narrow",
+    "numpy_T", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "take_along_dim",
+    "tensor_split", "tile", "transpose", "tril", "triu", "unbind", "unflatten", "unfold", "unsqueeze", "view",
+}  # fmt: skip
+JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
+
+
+@rule(*MOVES)
+def _move(state: Propagation, node: fx.Node) -> Ids:
+    source = argument(node, 0, "self")
+    name, ids, shape = op_name(node), state.of(source), shape_of(source)
+    for axis, part in _named_positions(node):
+        if ids.shape[axis] > 1:
+            reason = f"positions that are named in {describe(node)}"
+            parts = ids.unflatten(axis, (-1, part))
+            state.owners.mix(parts, [axis % len(shape)], reason)
+    if name == "im2col":
+        channels = state.owners.mix(ids, [2, 3], describe(node)).reshape(-1)
+        return channels.expand(shape[1]).repeat_interleave(shape_of(node)[1] // shape[1]).view(1, -1, 1)
+    args = fx.node.map_arg(node.args[1:], state.constant)
+    kwargs = {key: fx.node.map_arg(value, state.constant) for key, value in node.kwargs.items()}
+    kwargs.pop("memory_format", None)
+    target: Any = torch.reshape if name == "view" else node.target  # expanded ids cannot be viewed
+    moved = target(ids.expand(shape), *args, **kwargs)
+    return [collapse_axes(part) for part in moved] if isinstance(moved, list | tuple) else collapse_axes(moved)
+
+
+def _named_positions(node: fx.Node) -> list[tuple[int, int]]:
+    """Axes on which the operation names positions, and the length of the equal parts that it cuts them into.
+
+    The forward will name the same positions, or the same fractions of the axis, when channels are gone: so
+    all parts must shrink alike; and where a part is a single position, none may leave.
+    """
+    name = op_name(node)
+    if name == "index":
+        return [(axis, 1) for axis, index in enumerate(argument(node, 1, "indices")) if index is not None]
+    if name in ("index_select", "gather", "select"):
+        return [(argument(node, 1, "dim"), 1)]
+    if name == "take_along_dim":
+        return [(argument(node, 2, "dim"), 1)]
+    if name == "unbind":
+        return [(argument(node, 1, "dim", 0), 1)]
+    if name == "roll":
+        return [(axis, 1) for axis in argument(node, 2, "dims", ())]
+    if name in ("tril", "triu", "diagonal"):
+        return [(-1, 1), (-2, 1)]
+    size = shape_of(argument(node, 0, "self"))
+    if name in ("slice", "narrow"):
+        axis = argument(node, 1, "dim", 0)
+        start, end = argument(node, 2, "start"), argument(node, 3, "end" if name == "slice" else "length")
+        if name == "narrow":
+            end = start + end
+        cuts = range(size[axis])[slice(start, end, argument(node, 4, "step", 1))]
+        whole = len(cuts) == size[axis]
+        part = 1 if cuts.step != 1 else math.gcd(cuts.start, cuts.stop, size[axis])
+        return [] if whole else [(axis, part)]
+    if name in ("chunk", "tensor_split", "split", "split_with_sizes"):
+        axis, wanted = argument(node, 2, "dim", 0), node.args[1]
+        if name in ("chunk", "tensor_split") and isinstance(wanted, int):
+            return [(axis, size[axis] // wanted if size[axis] % wanted == 0 else 1)]
+        return [(axis, math.gcd(size[axis], *(wanted if isinstance(wanted, list | tuple) else [wanted])))]
+    return []
+
+
+@rule("expand", "expand_as")
+def _expand(state: Propagation, node: fx.Node) -> Tensor:
+    """Only axes of size 1 grow."""
+    ids = state.of(argument(node, 0, "self"))
+    return ids.reshape([1] * (len(shape_of(node)) - ids.dim()) + list(ids.shape))
+
+
+@rule(*JOINS)
+def _join(state: Propagation, node: fx.Node) -> Tensor:
+    """Concatenation: ids side by side, expanded only where they must be."""
+    values, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+    values = [value for value in values if shape_of(value) != (0,)]
+    stack = op_name(node) == "stack"
+    rank = len(shape_of(values[0]))
+    axis = dim % (rank + stack)
+    ids = [state.of(value) for value in values]
+    common = [max(each.shape[k] for each in ids) for k in range(rank)]
+    full = []
+    for value, each in zip(values, ids, strict=True):
+        sizes = [shape_of(value)[k] if k == axis and not stack else common[k] for k in range(rank)]
+        full.append(each.expand(sizes))
+    return collapse_axes(JOINS[op_name(node)](full, axis))
