@@ -62,13 +62,11 @@ def calibrate(model: nn.Module, data: Any, inputs: Inputs | None = None) -> Cali
     """
     if isinstance(data, Tensor | Mapping):
         data = [data]
-    try:
-        once = iter(data) is data
-    except TypeError:
+    if not isinstance(data, Iterable):
         raise CalibrationError(
             f"calibration data must be an iterable of batches, got {type(data).__name__}; wrap a batch in a list"
-        ) from None
-    batches = list(data) if once else data
+        )
+    batches = list(data) if isinstance(data, Iterator) else data
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     read = inputs or _reader(model)
 
