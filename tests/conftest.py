@@ -1,7 +1,15 @@
-"""Settings that all tests share."""
+"""Settings that all tests share: the same numbers and the same examples in every run."""
 
+import pytest
+import torch
 from hypothesis import settings
 
-# The same examples in every run, on machines of any speed.
 settings.register_profile("lnr-prune", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("lnr-prune")
+
+torch.manual_seed(0)  # for what test modules draw when they are imported
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Every test draws the same numbers, alone or among others."""
+    torch.manual_seed(0)
