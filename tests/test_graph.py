@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import Graph, find_groups
+from lnr_prune.graph.groups import _close, _ragged
+from lnr_prune.graph.owners import Owners
 from tests.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
 
 
@@ -230,3 +232,12 @@ def test_what_cannot_be_traced_is_refused_with_advice() -> None:
 
     with pytest.raises(GraphError, match=r"could not trace Untraceable.*torch\.export\.export"):
         groups_of(Untraceable(), 2, 3)
+
+
+def test_closing_a_large_table_takes_no_more_memory_than_the_table() -> None:
+    owners = Owners({"mask": torch.zeros(40, 50, 60)})
+    owners.value("mask")  # every element owns itself, and none is a whole slab
+    owners.couple(owners.elements["mask"][0, 0, 0], owners.elements["mask"][1, 1, 1], "to start with")
+    pairs = _ragged(owners.elements["mask"])
+    assert sum(edges.shape[1] for edges in pairs) <= 40 * 50 * 60
+    assert len(torch.unique(_close(owners)[1:])) == 59  # slabs along the longest axis, two of them coupled

@@ -193,11 +193,13 @@ def _ragged(grid: Tensor) -> list[Tensor]:
         touched.append(on_axis)
         sizes.append(on_axis.sum(1) * (grid.numel() // size))
     smallest = torch.stack(sizes).min(0)
+    ragged = (smallest.values != count) & (units != 0)
     joined = []
-    for unit in ((smallest.values != count) & (units != 0)).nonzero()[:, 0].tolist():
-        k = int(smallest.indices[unit])
-        slab = torch.unique(grid.index_select(axes[k], touched[k][unit].nonzero()[:, 0]))
-        joined.append(torch.stack([slab, units[unit].expand(len(slab))]))
+    for k, axis in enumerate(axes):  # everything in a slab that a ragged unit touches leaves together
+        slabs = touched[k][ragged & (smallest.indices == k)].any(0).nonzero()[:, 0]
+        if len(slabs):
+            members = grid.index_select(axis, slabs).movedim(axis, 0).flatten(1)
+            joined.append(torch.stack([members, members[:, :1].expand_as(members)]).flatten(1))
     return joined
 
 
