@@ -59,12 +59,14 @@ def test_gradient_is_that_of_the_samples(case: Case, seed: int) -> None:
 
 
 @given(cases())
-def test_lambda_max_is_that_of_the_residuals(case: Case) -> None:
+def test_lambda_max_and_t_are_those_of_the_residuals(case: Case) -> None:
     """The largest correlation, by group and weight, with what the unpenalised columns leave of y."""
     fitted = references.least_squares(case, torch.zeros(case.problem.n_groups, dtype=torch.bool))
     correlations = [(c.y - c.x @ M.T).T @ c.x / len(c.x) for c, M in zip(case.consumers, fitted, strict=True)]
     expected = max(float(references.group_vector(case, correlations, g).norm() / w) for g, w in enumerate(case.weights))
     assert close(case.problem.lambda_max(), expected, expected + case.problem.t)
+    remaining = 2 * float(references.loss(case, fitted)) + case.problem.t
+    assert close(case.problem.eliminated.problem.t, remaining, case.problem.t)
 
 
 @given(cases(samples=60))

@@ -41,14 +41,16 @@ def make_point(*, seed: int, consumers: int, n_groups: int, whole: bool) -> Poin
     )
 
 
-points = st.builds(make_point, seed=seeds, consumers=st.integers(1, 3), n_groups=st.integers(1, 5), whole=st.booleans())
+def points(*whole: bool) -> st.SearchStrategy[Point]:
+    sizes = {"consumers": st.integers(1, 3), "n_groups": st.integers(1, 5)}
+    return st.builds(make_point, seed=seeds, whole=st.sampled_from(whole), **sizes)
 
 
 def vector(matrices: tuple[Tensor, ...], groups: tuple[Tensor, ...], g: int) -> Tensor:
     return torch.cat([M[:, group == g].flatten() for M, group in zip(matrices, groups, strict=True)])
 
 
-@given(points)
+@given(points(False, True))
 def test_optimality_exact_zeros_and_unpenalised_columns(p: Point) -> None:
     result = prox_group_lasso(p.matrices, p.thresholds, p.groups)
     for g, t in enumerate(p.thresholds):
@@ -61,14 +63,14 @@ def test_optimality_exact_zeros_and_unpenalised_columns(p: Point) -> None:
 
 
 @settings(max_examples=20)
-@given(points)
+@given(points(False))  # ties are too degenerate for an interior-point method
 def test_agrees_with_a_generic_solver(p: Point) -> None:
     expected = references.prox(p.matrices, p.thresholds.tolist(), p.groups)
     actual = prox_group_lasso(p.matrices, p.thresholds, p.groups)
     torch.testing.assert_close(list(actual), expected, atol=1e-3, rtol=1e-3)
 
 
-@given(points)
+@given(points(False, True))
 def test_is_firmly_non_expansive(p: Point) -> None:
     first, second = (prox_group_lasso(M, p.thresholds, p.groups) for M in (p.matrices, p.other))
     moved = torch.cat([(a - b).flatten() for a, b in zip(first, second, strict=True)])
@@ -77,7 +79,7 @@ def test_is_firmly_non_expansive(p: Point) -> None:
     assert moved.norm() <= distance.norm() + 1e-12
 
 
-@given(points)
+@given(points(False, True))
 def test_threshold_zero_is_the_identity(p: Point) -> None:
     for threshold in (0.0, torch.zeros_like(p.thresholds)):
         result = prox_group_lasso(p.matrices, threshold, p.groups)
