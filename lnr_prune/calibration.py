@@ -2,8 +2,9 @@
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ class Calibration:
     def __iter__(self) -> Iterator[Call]:
         for batch in self.batches:
             yield self.as_call(batch)
+
+    @cached_property
+    def samples(self) -> int | None:
+        """Number of samples, where that can be known without reading the data: lists and data loaders."""
+        if isinstance(self.batches, Sequence):
+            return sum(_samples(batch) for batch in self.batches)
+        sampler = getattr(self.batches, "sampler", None)
+        return len(sampler) if isinstance(sampler, Sized) else None
 
     def example(self) -> Call:
         """The arguments of the first batch.
@@ -76,6 +85,11 @@ def calibrate(model: nn.Module, data: Any, inputs: Inputs | None = None) -> Cali
         return moved
 
     return Calibration(batches, as_call)
+
+
+def _samples(batch: Any) -> int:
+    """Length of the first tensor's first axis; 1 for a batch without one."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 def shortened(call: Call, size: int = 2) -> Call:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,16 +15,15 @@ from lnr_prune import cost
 from lnr_prune.amount import choose_channels
 from lnr_prune.calibration import Calibration, Inputs, calibrate, short_example
 from lnr_prune.collapse import collapse, restore_point
-from lnr_prune.errors import GraphError
-from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
+from lnr_prune.errors import AdapterError, GraphError
+from lnr_prune.graph import ChannelGroup, Graph, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
-from lnr_prune.problem import GroupLasso
-from lnr_prune.problem import debias as debiased
-from lnr_prune.registry import Pair, find
+from lnr_prune.refit import LayerFit, Refit, refit
+from lnr_prune.registry import Pair
 from lnr_prune.report import GroupReport, Report
-from lnr_prune.selection import Candidates
 from lnr_prune.solvers import Solver
-from lnr_prune.statistics import gather
+from lnr_prune.statistics import SecondMoments
+from lnr_prune.supports import Selected, paired, select
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
 
 
@@ -56,7 +56,7 @@ def prune(
     solver: str | Solver = "newton",
     bias: bool = True,
     debias: bool = True,
-    ridge: float = 0.0,
+    ridge: float | None = None,
     inputs: Inputs | None = None,
     inplace: bool = False,
     seed: int = 0,
@@ -64,9 +64,10 @@ def prune(
 ) -> Pruned:
     """``min_M 1/2 E||y - M x||^2 + lam sum_g w_g ||M[:, g]||_F`` for every layer, then removes the zero groups.
 
-    One channel group after the other, in order of execution: second moments of its consumers (inputs
-    from the network pruned so far, outputs from the original one), support, least-squares refit on it.
-    At last the channels are taken out physically, and the smaller model is compared with the masked one.
+    One pass over the calibration data gathers the second moments of all layers, on which the channels of each
+    group are chosen. A second one refits every linear layer, in order of execution, whether it lost channels
+    or not: inputs from the network pruned so far, outputs from the original one. At last the channels
+    are taken out physically, and the smaller model is compared with the masked one.
 
     Args:
         model: A trained model that torch.export can trace. It is not modified unless ``inplace``.
@@ -81,7 +82,8 @@ def prune(
         bias: Whether the consumers' biases are refitted too.
         debias: Whether the kept columns are refitted, by least squares. If not, they stay as the selector
             left them: shrunk by the lasso, or the original ones.
-        ridge: Ridge of the refit, as a fraction of the inputs' mean second moment.
+        ridge: Ridge of the refit towards the original weights, as a fraction of the inputs' mean second moment;
+            default: chosen on held-out samples, layer by layer.
         inputs: Turns a batch of any other form into ``(args, kwargs)`` of the model.
         inplace: Shrinks ``model`` itself. If anything fails it is as before.
         seed: Of the "random" selector.
@@ -108,6 +110,8 @@ def prune(
           (2): Linear(in_features=16, out_features=4, bias=True)
         )
     """
+    if ridge is not None and not ridge >= 0:
+        raise ValueError(f"ridge must be >= 0, got {ridge}")
     data = calibrate(model, calibration, inputs)
     example = short_example(model, data)
     graph = find_groups(model, *example)
@@ -119,41 +123,17 @@ def prune(
         raise GraphError(f"{type(model).__name__} has no channel that can be pruned. {reasons or 'It has no layers'}")
     choices = choose_channels(graph, keep=keep, lam=lam, lam_ratio=lam_ratio, selector=selector)
 
-    tensors = dict(named_tensors(model))
-    masked: dict[str, Tensor] = {}
-    supports: list[tuple[ChannelGroup, Tensor]] = []
-    rows: list[GroupReport] = []
-    generator = torch.Generator().manual_seed(seed)
     with _progress_bar(progress) as bar:
-        task = bar.add_task("pruning", total=len(choices))
-        for group in graph.groups:
-            row = GroupReport(
-                group.name, group.producers, tuple(c.name for c in group.consumers), group.size, group.size
-            )
-            if group.name in choices:
-                bar.update(task, description=group.name, advance=1)
-                state = {**tensors, **masked}
-                pairs = _pairs(group, bias)
-                alive = _alive(pairs, supports, state)
-                problem = _problem(model, group, pairs, alive, data, masked, state)
-                original = tuple(pair.matrix(state) for pair in pairs)
-                candidates = Candidates(problem, original, _magnitude(group, state), solver, generator)
-                selection = choices[group.name](candidates)
-                M = debiased(problem, selection.support, ridge) if debias else selection.coefficients
-                for pair, M_c, alive_c in zip(pairs, M, alive, strict=True):
-                    masked |= pair.write(M_c * alive_c, state)
-                supports.append((group, selection.support))
-                row = replace(
-                    row,
-                    kept=int(selection.support.sum()),
-                    error=problem.error(M),
-                    lam=selection.lam,
-                    gap=selection.gap,
-                    note=selection.note,
-                )
-            rows.append(row)
+        generator = torch.Generator().manual_seed(seed)
+        selected, gathered = select(model, graph, choices, data, bias=bias, solver=solver, generator=generator, bar=bar)
+        supports = [(chosen.group, chosen.selection.support) for chosen in selected.values()]
+        if debias:
+            done = _refit(model, graph, selected, gathered, data, bias, ridge, bar)
+        else:
+            done = _as_selected(selected, named_tensors(model))
 
     plan = make_plan(supports)
+    masked = {**masked_weights(supports, named_tensors(model)), **done.weights}
     before = cost.parameters(model), cost.macs(model, example)
     reference = Reference(model, masked, example)
     restore = restore_point(target)
@@ -164,48 +144,76 @@ def prune(
         restore()
         raise
     after = cost.parameters(target), cost.macs(target, example)
-    report = Report(tuple(rows), graph.frozen, before[0], after[0], before[1], after[1])
-    return Pruned(target, report, plan, masked)
+    rows = tuple(_row(group, selected.get(group.name), done.layers) for group in graph.groups)
+    return Pruned(target, Report(rows, graph.frozen, before[0], after[0], before[1], after[1]), plan, masked)
 
 
-def _pairs(group: ChannelGroup, bias: bool) -> list[Pair]:
-    """The group's consumers with their adapters; without ``bias`` the layers keep theirs."""
-    consumers = [c if bias else replace(c, bias=None) for c in group.consumers]
-    return [Pair(consumer, find(consumer)) for consumer in consumers]
-
-
-def _alive(pairs: list[Pair], supports: list[tuple[ChannelGroup, Tensor]], state: Mapping[str, Tensor]) -> list[Tensor]:
-    """Per consumer, the columns whose channels no earlier group has dropped, (d,) bool."""
-    ones = {name: torch.ones_like(tensor) for pair in pairs for name, tensor in pair.parameters(state).items()}
-    ones |= {name: mask for name, mask in masked_weights(supports, {**state, **ones}).items() if name in ones}
-    return [pair.matrix(ones).bool().any(0) for pair in pairs]
-
-
-def _problem(
+def _refit(
     model: nn.Module,
-    group: ChannelGroup,
-    pairs: list[Pair],
-    alive: list[Tensor],
+    graph: Graph,
+    selected: Mapping[str, Selected],
+    gathered: Mapping[str, SecondMoments],
     data: Calibration,
-    masked: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-) -> GroupLasso:
-    moments = gather(model, {pair.consumer.weight: pair for pair in pairs}, data, weights=masked)
-    blocks = tuple(
-        pair.block(moments[pair.consumer.weight].restricted(columns), state[pair.consumer.weight])
-        for pair, columns in zip(pairs, alive, strict=True)
+    bias: bool,
+    ridge: float | None,
+    bar: Progress,
+) -> Refit:
+    """Refits every linear layer, pruned or not, in one sweep."""
+    pruned = {
+        pair.consumer.weight: (pair, kept)
+        for chosen in selected.values()
+        for pair, kept in zip(chosen.pairs, chosen.kept, strict=True)
+    }
+    pairs: dict[str, Pair] = {}
+    for layer in graph.layers:
+        if layer.weight in pruned:
+            pairs[layer.weight] = pruned[layer.weight][0]
+        elif layer.weight not in graph.repeated:
+            with suppress(AdapterError):  # nobody can read it: it stays as it is
+                pairs[layer.weight] = paired(layer, bias)
+    pairs |= {name: pair for name, (pair, _) in pruned.items() if name not in pairs}
+    kept = {name: columns for name, (_, columns) in pruned.items()}
+    repeated = {name: gathered[name] for name in graph.repeated & pruned.keys()}
+    task = bar.add_task("refit", total=len(pairs))
+    return refit(
+        model,
+        pairs,
+        kept,
+        data,
+        repeated=repeated,
+        ridge=ridge,
+        progress=lambda layer: bar.update(task, description=f"refitting {layer}", advance=1),
     )
-    return GroupLasso(blocks, blocks[0].R.new_ones(group.size))
 
 
-def _magnitude(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
-    """L1 norm of every channel's filters over the producers."""
-    magnitude = torch.zeros(group.size, dtype=torch.float64)
-    for weight, dim in group.rows:
-        rows = tensors[weight].detach().double().abs().movedim(dim, 0).flatten(1).sum(1).cpu()
-        channels = group.slots[weight, dim]
-        magnitude.index_add_(0, channels[channels >= 0], rows[channels >= 0])
-    return magnitude.to(tensors[weight].device)
+def _as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]) -> Refit:
+    """The coefficients as the selectors left them."""
+    weights: dict[str, Tensor] = {}
+    for chosen in selected.values():
+        for pair, M, kept in zip(chosen.pairs, chosen.selection.coefficients, chosen.kept, strict=True):
+            weights |= pair.write(M * kept, {**tensors, **weights})
+    return Refit(weights, {})
+
+
+def _row(group: ChannelGroup, chosen: Selected | None, fits: Mapping[str, LayerFit]) -> GroupReport:
+    consumers = tuple(consumer.name for consumer in group.consumers)
+    row = GroupReport(group.name, group.producers, consumers, group.size, group.size)
+    if chosen is None:
+        return row
+    selection, fitted = chosen.selection, [fits[c.weight] for c in group.consumers if c.weight in fits]
+    if fitted:
+        scale = sum(fit.scale for fit in fitted)
+        error = sum(fit.error for fit in fitted) / scale if scale > 0 else 0.0
+    else:
+        error = chosen.problem.error(selection.coefficients)
+    return replace(
+        row,
+        kept=int(selection.support.sum()),
+        error=error,
+        lam=selection.lam,
+        gap=selection.gap,
+        note=selection.note,
+    )
 
 
 def _progress_bar(show: bool | None) -> Progress:

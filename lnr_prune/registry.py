@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lnr_prune.errors import AdapterError
 from lnr_prune.graph import Consumer
-from lnr_prune.problem import Block
-from lnr_prune.statistics import LayerCall, SecondMoments
+from lnr_prune.statistics import LayerCall
 
 ENTRY_POINTS = "lnr_prune.adapters"
 
@@ -125,19 +124,26 @@ class Pair:
         """Y of a call, (n, h)."""
         return self.adapter.outputs(self.consumer, call)
 
-    def parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The consumer's weight and, if it is refitted, its bias, by name."""
-        names = (self.consumer.weight, self.consumer.bias)
-        return {name: tensors[name] for name in names if name is not None}
+    @property
+    def names(self) -> dict[str, str]:
+        """Full names of the consumer's "weight" and, if it is refitted, "bias"."""
+        names = {"weight": self.consumer.weight, "bias": self.consumer.bias}
+        return {key: name for key, name in names.items() if name is not None}
+
+    def columns(self, weight: Tensor, bias: float) -> Tensor:
+        """Columns of M that a weight of this pattern, and a constant bias, make other than zero, (d,) bool."""
+        values = {"weight": weight, "bias": weight.new_full((weight.shape[1 - self.consumer.dim],), bias)}
+        return self.matrix({name: values[key] for key, name in self.names.items()}).bool().any(0)
+
+    def groups(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Channel of every column, (d,), on the weight's device."""
+        weight = tensors[self.consumer.weight]
+        return self.adapter.groups(self.consumer, weight).to(weight.device)
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The layer's matrix under these parameters, (h, d), float64."""
         bias = tensors[self.consumer.bias] if self.consumer.bias else None
         return self.adapter.matrix(self.consumer, tensors[self.consumer.weight], bias).detach().double()
-
-    def block(self, moments: SecondMoments, weight: Tensor) -> Block:
-        """The consumer's block of the group-lasso problem."""
-        return moments.block(self.adapter.groups(self.consumer, weight))
 
     def write(self, M: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters that make the layer's matrix M, of the present ones' shapes, dtypes and devices."""

@@ -1,8 +1,9 @@
-"""Second moments of every consumer's inputs and outputs, in one pass over the calibration data."""
+"""Second moments of the layers' inputs and outputs, and the calls that they are read from."""
 
-from collections import deque
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from lnr_prune.multihead import visible_attention
 from lnr_prune.problem import Block
 
 CHUNK = 2**23  # elements of x in float64 that are held at a time: 64 MiB
+ROWS_PER_COLUMN = 64  # of a convolution's patches, about so many times d rows are read
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -33,7 +35,7 @@ _SIGNATURES: dict[Any, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """One application of a consumer's weight: what an adapter reads x and y from.
+    """One application of a layer's weight: what an adapter reads x and y from.
 
     Attributes:
         input: The layer's input, batched.
@@ -49,14 +51,14 @@ class LayerCall:
     bias: Tensor | None
     options: Mapping[str, Any]
 
-    def chunks(self, samples: int) -> Iterator["LayerCall"]:
-        """The call in pieces of so many samples."""
+    def split(self, samples: int | list[int]) -> Iterator["LayerCall"]:
+        """The call in pieces of so many samples, as torch.split cuts them."""
         for x, y in zip(torch.split(self.input, samples), torch.split(self.output, samples), strict=True):
-            yield LayerCall(x, y, self.weight, self.bias, self.options)
+            yield replace(self, input=x, output=y)
 
 
 class Reader(Protocol):
-    """Turns a layer's call into rows of samples; an adapter does it for its consumer."""
+    """Turns a layer's call into rows of samples; an adapter does it for its layer."""
 
     def inputs(self, call: LayerCall) -> Tensor:
         """x, one row a sample, (n, d)."""
@@ -92,9 +94,23 @@ class SecondMoments:
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
         return SecondMoments(self.xx + other.xx, self.yx + other.yx, self.yy + other.yy, self.count + other.count)
 
+    def through(self, M: Tensor) -> "SecondMoments":
+        """The moments of the same x and ``y = M x``: B = M R, so the outputs need not be read."""
+        yx = M @ self.xx
+        return SecondMoments(self.xx, yx, (yx * M).sum(), self.count)
+
+    def at(self, columns: Tensor) -> "SecondMoments":
+        """The moments of these columns of x alone, (n,) indices."""
+        return replace(self, xx=self.xx[columns][:, columns], yx=self.yx[:, columns])
+
     def restricted(self, columns: Tensor) -> "SecondMoments":
         """The moments as if all but these columns of x, (d,) bool, were zero."""
-        return SecondMoments(self.xx * columns * columns[:, None], self.yx * columns, self.yy, self.count)
+        return replace(self, xx=self.xx * columns * columns[:, None], yx=self.yx * columns)
+
+    def error(self, M: Tensor) -> float:
+        """``E||y - M x||^2``."""
+        total = self.yy + ((M @ self.xx - 2 * self.yx) * M).sum()
+        return max(0.0, float(total) / self.count)
 
     def block(self, groups: Tensor) -> Block:
         """``R = E[x x^T]``, ``B = E[y x^T]``, ``t = E||y||^2``, as a block of a `GroupLasso`."""
@@ -107,44 +123,38 @@ def gather(
     readers: Mapping[str, Reader],
     data: Calibration,
     *,
-    weights: Mapping[str, Tensor] | None = None,
     progress: Callable[[], None] | None = None,
 ) -> dict[str, SecondMoments]:
-    """One pass over the calibration data: the second moments of every consumer at once.
+    """One pass over the calibration data: the second moments of every layer's inputs at once.
 
-    y always comes from the model as it is. x does too, or, if ``weights`` are given, from the model with
-    these tensors in place of its own: the network pruned so far.
+    Outputs are not read: a layer's own y is M x, see `SecondMoments.through`.
 
     Args:
         model: The model, in any mode; it is run in evaluation mode.
-        readers: Name of a consumer's weight -> how to read its calls.
+        readers: Name of a layer's weight -> how to read its calls.
         data: The calibration data.
-        weights: Tensors (parameter name -> full-size value) of the pruned network.
         progress: Called after every batch.
 
     Returns:
-        Name of the weight -> its `SecondMoments`.
+        Name of the weight -> its `SecondMoments`, of an empty y.
 
     Raises:
-        CalibrationError: If there is no batch, a consumer is never called, or an activation is not finite.
+        CalibrationError: If there is no batch, a layer is never called, or an activation is not finite.
     """
     moments: dict[str, SecondMoments] = {}
-    targets: dict[str, deque[Tensor]] = {name: deque() for name in readers}
-
-    def keep_target(name: str, layer: LayerCall) -> None:
-        targets[name].append(readers[name].outputs(layer))
+    seen: Counter[str] = Counter()
 
     def add(name: str, layer: LayerCall) -> None:
-        y = targets[name].popleft() if weights else readers[name].outputs(layer)
-        for term in _accumulate(readers[name], layer, y):
+        for x, _ in rows(readers[name], layer, data.samples, seen[name]):
+            term = SecondMoments.of(x, x.new_empty(len(x), 0))
             moments[name] = moments[name] + term if name in moments else term
+        seen[name] += len(layer.input)
 
     batch = -1
     for batch, call in enumerate(data):
-        if weights:
-            watch(model, call, readers, {}, keep_target)
-        watch(model, call, readers, weights or {}, add)
-        _check_finite(moments, batch)
+        watch(model, call, readers, add)
+        for name, sums in moments.items():
+            check_finite(name, sums, f"batch {batch}")
         if progress:
             progress()
     if batch < 0:
@@ -158,60 +168,98 @@ def gather(
     return moments
 
 
-def _accumulate(reader: Reader, layer: LayerCall, y: Tensor) -> Iterator[SecondMoments]:
-    samples = len(layer.input)
-    if samples == 0:
+def rows(reader: Reader, layer: LayerCall, samples: int | None, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """x, (n, d), and y, (n, h), of one call, in chunks that fit into memory.
+
+    The many patches of one image are much alike. Where all the data has more than `ROWS_PER_COLUMN` times d
+    rows, evenly many of each sample are read; which ones depends on the sample's number alone, not on the
+    batch that it came in.
+
+    Args:
+        reader: How to read the call.
+        layer: The call.
+        samples: Number of samples in all the calibration data; None = not known: every row is read.
+        first: Number of the call's first sample.
+    """
+    count = len(layer.input)
+    if count == 0:
         return
     if layer.input.device.type == "mps":  # has no float64
-        layer = LayerCall(layer.input.cpu(), layer.output.cpu(), layer.weight.cpu(), None, layer.options)
-        y = y.cpu()
-    d = layer.weight.numel() // min(layer.weight.shape[:2]) + 1
-    size = max(1, CHUNK // (d * max(1, len(y) // samples)))
-    rows = torch.split(y, size * (len(y) // samples))
-    for chunk, y_chunk in zip(layer.chunks(size), rows, strict=True):
-        yield SecondMoments.of(reader.inputs(chunk), y_chunk)
+        bias = None if layer.bias is None else layer.bias.cpu()
+        layer = LayerCall(layer.input.cpu(), layer.output.cpu(), layer.weight.cpu(), bias, layer.options)
+    y = reader.outputs(layer)
+    d, positions = reader.inputs(next(layer.split(1))).shape[1], len(y) // count
+    wanted = positions if samples is None else min(positions, math.ceil(ROWS_PER_COLUMN * d / samples))
+    size = max(1, CHUNK // (d * max(1, positions)))
+    for chunk, y_chunk in zip(layer.split(size), torch.split(y, size * positions), strict=True):
+        x = reader.inputs(chunk)
+        if wanted < positions:
+            drawn = _positions(positions, wanted, first, len(chunk.input)).to(x.device)
+            x, y_chunk = x[drawn], y_chunk[drawn]
+        yield x, y_chunk
+        first += len(chunk.input)
 
 
-def _check_finite(moments: Mapping[str, SecondMoments], batch: int) -> None:
-    for name, sums in moments.items():
-        for side, total in (("inputs", sums.xx.diagonal().sum()), ("outputs", sums.yy)):
-            if not bool(torch.isfinite(total)):
-                raise CalibrationError(
-                    f"the {side} of layer {name.removesuffix('.weight')!r} are not finite in batch {batch}: "
-                    "remove NaN and Inf from the calibration data, or calibrate in a wider dtype"
-                )
+def _positions(positions: int, wanted: int, first: int, count: int) -> Tensor:
+    """Indices of the rows to read: for each sample a random set of positions, shifted by its number."""
+    drawn = torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted]
+    number = torch.arange(count)[:, None]
+    shift = ((first + number) * (positions * 0.6180339887498949)).long()  # golden ratio: shifts spread evenly
+    return (number * positions + (drawn + shift) % positions).reshape(-1)
+
+
+def check_finite(weight: str, moments: SecondMoments, where: str) -> None:
+    """Refuses sums that are not finite.
+
+    Raises:
+        CalibrationError: It names the layer and says where, such as "batch 3".
+    """
+    for side, total in (("inputs", moments.xx.diagonal().sum()), ("outputs", moments.yy)):
+        if not bool(torch.isfinite(total)):
+            raise CalibrationError(
+                f"the {side} of layer {weight.removesuffix('.weight')!r} are not finite in {where}: "
+                "remove NaN and Inf from the calibration data, or calibrate in a wider dtype"
+            )
+
+
+See = Callable[[str, LayerCall], None]
+Swap = Callable[[str, Tensor], Mapping[str, Tensor]]
 
 
 class _Watch(TorchFunctionMode):
     """Sees every call that uses a watched weight, modules and functional calls alike."""
 
-    def __init__(self, watched: Mapping[int, str], on_call: Callable[[str, LayerCall], None]) -> None:
+    def __init__(self, watched: Mapping[int, str], see: See | None, swap: Swap | None) -> None:
         super().__init__()
-        self.watched, self.on_call = watched, on_call
+        self.watched, self.see, self.swap = watched, see, swap
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        signature = _SIGNATURES.get(func, ())
+        named = {**dict(zip(signature, args, strict=False)), **kwargs}
+        name = self.watched.get(id(named["weight"])) if "weight" in named else None
+        if name is None:
+            return func(*args, **kwargs)
+        x, weight, bias = named.pop("input"), named.pop("weight"), named.pop("bias", None)
+        if self.swap:
+            new = self.swap(name, _batched(x, weight))
+            args = tuple(new.get(key, value) for key, value in zip(signature, args, strict=False))
+            kwargs = {key: new.get(key, value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
-        if func in _SIGNATURES:
-            named = {**dict(zip(_SIGNATURES[func], args, strict=False)), **kwargs}
-            name = self.watched.get(id(named.get("weight")))
-            if name is not None:
-                x, weight, bias = named.pop("input"), named.pop("weight"), named.pop("bias", None)
-                y = result
-                if x.dim() == 1 or x.dim() < weight.dim():  # without batch axis
-                    x, y = x[None], y[None]
-                self.on_call(name, LayerCall(x, y, weight, bias, named))
+        if self.see:
+            self.see(name, LayerCall(_batched(x, weight), _batched(result, weight), weight, bias, named))
         return result
 
 
+def _batched(value: Tensor, weight: Tensor) -> Tensor:
+    """With a batch axis, which a layer may be called without."""
+    return value[None] if value.dim() == 1 or value.dim() < weight.dim() else value
+
+
 def watch(
-    model: nn.Module,
-    call: ModelCall,
-    names: Iterable[str],
-    weights: Mapping[str, Tensor],
-    on_call: Callable[[str, LayerCall], None],
+    model: nn.Module, call: ModelCall, names: Iterable[str], see: See | None = None, swap: Swap | None = None
 ) -> None:
     """Runs the model once and reports every application of the named weights.
 
@@ -219,9 +267,10 @@ def watch(
         model: The model.
         call: Arguments of the forward pass.
         names: Names of the weights.
-        weights: Tensors to run with in place of the model's own.
-        on_call: Gets the weight's name and the call.
+        see: Gets the weight's name and the call, when it is done.
+        swap: Gets the name and the layer's input before the call; returns the "weight" and "bias" to use
+            instead (what it leaves out stays).
     """
-    tensors = {**named_tensors(model), **weights}
-    with visible_attention(model), _Watch({id(tensors[name]): name for name in names}, on_call):
-        run(model, call, weights)
+    tensors = named_tensors(model)
+    with visible_attention(model), _Watch({id(tensors[name]): name for name in names}, see, swap):
+        run(model, call)

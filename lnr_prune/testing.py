@@ -59,7 +59,7 @@ def _matching(adapter: Adapter, model: nn.Module, example: Tensor) -> Iterator[t
 def _check_pair(group: ChannelGroup, pair: Pair, model: nn.Module, example: Tensor) -> None:
     calls: list[LayerCall] = []
     name = pair.consumer.weight
-    watch(model, ((example,), {}), [name], {}, lambda _, call: calls.append(call))
+    watch(model, ((example,), {}), [name], see=lambda _, call: calls.append(call))
     tensors = named_tensors(model)
     M = pair.matrix(tensors)
     for call in calls:
@@ -68,7 +68,7 @@ def _check_pair(group: ChannelGroup, pair: Pair, model: nn.Module, example: Tens
         fit = x.dim() == y.dim() == M.dim() == 2 and len(x) == len(y) and (y.shape[1], x.shape[1]) == M.shape
         _require(fit, pair, f"expected x (n, d), y (n, h), M (h, d), got {shapes}")
         _require(torch.allclose(x @ M.T, y), pair, "y = x M^T does not hold for the layer's own matrix")
-        parts = torch.cat([pair.inputs(part) for part in call.chunks(1)])
+        parts = torch.cat([pair.inputs(part) for part in call.split(1)])
         _require(torch.equal(parts, x), pair, "inputs() of a batch is not that of its samples, one after the other")
     groups = pair.adapter.groups(pair.consumer, tensors[name])
     every = torch.arange(group.size)

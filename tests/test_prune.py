@@ -3,7 +3,7 @@
 import copy
 import random
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -244,13 +244,15 @@ def test_channels_that_are_combinations_of_others_cost_nothing() -> None:
     torch.testing.assert_close(pruned.model(x), model(x), rtol=1e-8, atol=1e-8)
 
 
-def test_later_layers_see_the_pruned_earlier_ones() -> None:
+def test_later_layers_aim_from_the_pruned_inputs_at_the_original_outputs() -> None:
     torch.manual_seed(0)
-    model, x = mlp(8, 20, 20, 4), torch.randn(300, 8)
-    both = lnr.prune(model, [x], keep={"0": 4, "2": 10})
-    first = lnr.prune(model, [x], keep={"0": 4})
-    then = lnr.prune(first.model, [x], keep={"2": 10})  # aims at the pruned network's outputs
-    assert distance(both.model, model, x) < distance(then.model, model, x)
+    model, x = mlp(8, 20, 20, 4).double(), torch.randn(300, 8, dtype=torch.float64)
+    model.requires_grad_(False)
+    pruned = cast(nn.Sequential, lnr.prune(model, [x], keep={"0": 4}, ridge=0.0).model)  # the last layer loses nothing
+    hidden = torch.cat([pruned[:4](x), torch.ones(300, 1)], 1)
+    residual = model(x) - pruned(x)
+    assert float(residual.abs().mean()) > 1e-3
+    torch.testing.assert_close(hidden.T @ residual / 300, torch.zeros(21, 4, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 def test_debias_and_lasso_lower_the_error() -> None:

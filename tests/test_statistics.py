@@ -5,12 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lnr_prune import statistics
 from lnr_prune.calibration import calibrate
 from lnr_prune.errors import CalibrationError
-from lnr_prune.graph import find_groups
+from lnr_prune.graph import find_groups, named_tensors
 from lnr_prune.registry import Pair, find
 from lnr_prune.statistics import SecondMoments, gather
 from tests.models import Functional, cnn, mlp, randomised
@@ -42,26 +41,29 @@ def test_every_consumer_at_once_and_any_split_of_the_data(chunk: int, monkeypatc
     assert set(whole) == {"3.weight", "6.weight", "10.weight", "12.weight"}
     for name in whole:
         torch.testing.assert_close(whole[name].xx, split[name].xx)
-        torch.testing.assert_close(whole[name].yx, split[name].yx)
         assert whole[name].count == split[name].count
 
 
 def test_moments_of_a_linear_layer_are_those_of_its_samples() -> None:
     model, x = mlp(4, 6, 3).double(), torch.randn(5, 4, dtype=torch.float64)
-    moments = gather(model, readers_of(model, x), calibrate(model, [x]))["2.weight"]
+    readers = readers_of(model, x)
+    moments = gather(model, readers, calibrate(model, [x]))["2.weight"]
+    moments = moments.through(readers["2.weight"].matrix(named_tensors(model)))
     hidden = torch.cat([model[:2](x), torch.ones(5, 1)], 1).detach()
     torch.testing.assert_close(moments.xx, hidden.T @ hidden)
     torch.testing.assert_close(moments.yx, model(x).detach().T @ hidden)
     torch.testing.assert_close(moments.yy, model(x).detach().square().sum())
 
 
-def test_pruned_inputs_and_original_outputs() -> None:
-    model, x = mlp(4, 6, 3).double(), torch.randn(5, 4, dtype=torch.float64)
-    weights = {"0.weight": torch.randn(6, 4, dtype=torch.float64)}
-    moments = gather(model, readers_of(model, x), calibrate(model, [x]), weights=weights)["2.weight"]
-    pruned = F.relu(F.linear(x, weights["0.weight"], model.get_parameter("0.bias")))
-    torch.testing.assert_close(moments.yx[:, :6], (model(x).T @ pruned).detach())
-    torch.testing.assert_close(moments.xx[:6, :6], (pruned.T @ pruned).detach())
+@pytest.mark.parametrize("cut", [1, 3, 6])
+def test_the_rows_that_are_read_do_not_depend_on_the_batches(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "ROWS_PER_COLUMN", 2)
+    model, x = randomised(cnn()).double(), torch.randn(7, 2, 12, 12, dtype=torch.float64)
+    readers = readers_of(model, x)
+    whole, split = (gather(model, readers, calibrate(model, data)) for data in ([x], [x[:cut], x[cut:]]))
+    assert whole["3.weight"].count == 7 * 11  # d = 37: 2 d / 7 of a sample's 42 positions
+    for name in whole:
+        torch.testing.assert_close(whole[name].xx, split[name].xx)
 
 
 def test_functional_calls_and_shared_weights_are_seen() -> None:

@@ -1,8 +1,8 @@
 """Channel groups: what can leave a model together, read off the ownership of its activations."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import contractions, moves  # noqa: F401  (they register their rules)
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
-from lnr_prune.graph.rules import Propagation, logger, propagate
+from lnr_prune.graph.rules import Propagation, Site, logger, propagate
 from lnr_prune.graph.trace import trace
 
 
@@ -67,11 +67,16 @@ class Graph:
         groups: What can be pruned, in order of execution.
         frozen: Name of a layer whose outputs cannot -> why.
         macs: Name of a weight -> multiply-accumulates that it takes part in, in the traced call.
+        layers: Every linear map of which no more than its input may change, in order of execution; each index
+            of its inputs counts as a channel.
+        repeated: Names of weights that are applied more than once in a forward pass.
     """
 
     groups: tuple[ChannelGroup, ...]
     frozen: Mapping[str, str]
     macs: Mapping[str, int]
+    layers: tuple[Consumer, ...] = ()
+    repeated: frozenset[str] = frozenset()
 
 
 def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
@@ -87,6 +92,7 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         if not node.users
     ):
         _add_training(state, model, args, kwargs)
+    state.sites = [_with_own_bias(state, site) for site in state.sites]
     for site in state.sites:
         if site.columns in state.owners.produced:
             state.owners.freeze(state.owners.slots[site.columns], "its weight also produces the channels that it reads")
@@ -107,7 +113,8 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     ]
     order = {site.weight: position for position, site in reversed(list(enumerate(state.sites)))}
     groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers))
-    return Graph(tuple(groups), _explain(state, groups, label, reasons), state.macs)
+    layers, repeated = _linear_maps(state)
+    return Graph(tuple(groups), _explain(state, groups, label, reasons), state.macs, layers, repeated)
 
 
 def _add_training(state: Propagation, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -118,6 +125,31 @@ def _add_training(state: Propagation, model: nn.Module, args: tuple[Any, ...], k
         logger.warning("parameters that are not used in evaluation were not followed: no trace in training mode")
         return
     propagate(training, state.owners)
+
+
+def _with_own_bias(state: Propagation, site: Site) -> Site:
+    """A bias that is used elsewhere too must stay as it is."""
+    if site.bias is None:
+        return site
+    own = sum((site.weight, site.bias) == (other.weight, other.bias) for other in state.sites)
+    return site if own == _uses(state, site.bias) else replace(site, bias=None)
+
+
+def _linear_maps(state: Propagation) -> tuple[tuple[Consumer, ...], frozenset[str]]:
+    """The layers whose weight nothing else uses, and the names of those that are applied more than once."""
+    sites = {site.weight: site for site in state.sites}
+    times = Counter(site.weight for site in state.sites)
+    layers = []
+    for name, site in sites.items():
+        if _uses(state, name) == times[name]:
+            dim = site.columns[1]
+            channels = torch.arange(state.trace.tensors[name].shape[dim])
+            layers.append(Consumer(layer_name(name), name, site.bias, site.op, channels, dim))
+    return tuple(layers), frozenset(name for name, count in times.items() if count > 1)
+
+
+def _uses(state: Propagation, name: str) -> int:
+    return sum(len(node.users) for node, other in state.trace.names.items() if other == name)
 
 
 def layer_name(parameter: str) -> str:
