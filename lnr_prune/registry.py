@@ -29,8 +29,8 @@ class Adapter(Protocol):
         """Whether this adapter, and no other, is the one for the consumer."""
         ...
 
-    def inputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
-        """x: one row a sample, (n, d)."""
+    def inputs(self, consumer: Consumer, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+        """x: one row a sample, (n, d); with ``rows`` only these, (m,) indices: what is not read need not be copied."""
         ...
 
     def outputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
@@ -116,9 +116,9 @@ class Pair:
     consumer: Consumer
     adapter: Adapter
 
-    def inputs(self, call: LayerCall) -> Tensor:
-        """X of a call, (n, d)."""
-        return self.adapter.inputs(self.consumer, call)
+    def inputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+        """X of a call, (n, d), or some of its rows."""
+        return self.adapter.inputs(self.consumer, call, rows)
 
     def outputs(self, call: LayerCall) -> Tensor:
         """Y of a call, (n, h)."""

@@ -60,8 +60,8 @@ class LayerCall:
 class Reader(Protocol):
     """Turns a layer's call into rows of samples; an adapter does it for its layer."""
 
-    def inputs(self, call: LayerCall) -> Tensor:
-        """x, one row a sample, (n, d)."""
+    def inputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+        """x, one row a sample, (n, d), or some of the rows."""
         ...
 
     def outputs(self, call: LayerCall) -> Tensor:
@@ -188,15 +188,15 @@ def rows(reader: Reader, layer: LayerCall, samples: int | None, first: int) -> I
         bias = None if layer.bias is None else layer.bias.cpu()
         layer = LayerCall(layer.input.cpu(), layer.output.cpu(), layer.weight.cpu(), bias, layer.options)
     y = reader.outputs(layer)
-    d, positions = reader.inputs(next(layer.split(1))).shape[1], len(y) // count
+    d, positions = reader.inputs(layer, torch.zeros(1, dtype=torch.long, device=y.device)).shape[1], len(y) // count
     wanted = positions if samples is None else min(positions, math.ceil(ROWS_PER_COLUMN * d / samples))
-    size = max(1, CHUNK // (d * max(1, positions)))
+    size = max(1, CHUNK // (d * max(1, wanted)))
     for chunk, y_chunk in zip(layer.split(size), torch.split(y, size * positions), strict=True):
-        x = reader.inputs(chunk)
         if wanted < positions:
-            drawn = _positions(positions, wanted, first, len(chunk.input)).to(x.device)
-            x, y_chunk = x[drawn], y_chunk[drawn]
-        yield x, y_chunk
+            drawn = _positions(positions, wanted, first, len(chunk.input)).to(y.device)
+            yield reader.inputs(chunk, drawn), y_chunk[drawn]
+        else:
+            yield reader.inputs(chunk), y_chunk
         first += len(chunk.input)
 
 

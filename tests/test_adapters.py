@@ -70,8 +70,8 @@ class Doubled(ColumnsBias):
 
     name = "doubled"
 
-    def samples(self, consumer: Consumer, call: LayerCall) -> Tensor:
-        return 2 * super().samples(consumer, call)
+    def samples(self, consumer: Consumer, call: LayerCall, rows: Tensor | None) -> Tensor:
+        return 2 * super().samples(consumer, call, rows)
 
     def matrix(self, consumer: Consumer, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super().matrix(consumer, weight / 2, bias)
@@ -101,7 +101,14 @@ def test_a_third_partys_adapter_passes_and_prunes() -> None:
 
 
 BREAKAGES = {
-    "inputs": (lambda self, consumer, call: -ColumnsBias.inputs(self, consumer, call), r"y = x M\^T does not hold"),
+    "inputs": (
+        lambda self, consumer, call, rows=None: -ColumnsBias.inputs(self, consumer, call, rows),
+        r"y = x M\^T does not hold",
+    ),
+    "samples": (
+        lambda self, consumer, call, rows: ColumnsBias.samples(self, consumer, call, None),
+        r"inputs\(rows\) is not these rows",
+    ),
     "outputs": (lambda self, consumer, call: call.output, r"expected x \(n, d\), y \(n, h\)"),
     "groups": (lambda self, consumer, weight: consumer.channels, r"groups\(\) must give"),
     "matrix": (lambda self, consumer, weight, bias: weight, r"expected x \(n, d\)"),

@@ -16,9 +16,10 @@ class Columns:
         """Linear layers whose bias is not refitted."""
         return consumer.op == "linear" and consumer.bias is None and one_column_each(consumer)
 
-    def inputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
+    def inputs(self, consumer: Consumer, call: LayerCall, rows: Tensor | None = None) -> Tensor:
         """The layer's input, all leading axes flattened."""
-        return call.input.reshape(-1, call.input.shape[-1])
+        x = call.input.reshape(-1, call.input.shape[-1])
+        return x if rows is None else x[rows]
 
     def outputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
         """The layer's output without its bias."""

@@ -18,13 +18,13 @@ class ColumnsBias(Columns):
         """Linear layers whose bias is refitted."""
         return consumer.op == "linear" and consumer.bias is not None and one_column_each(consumer)
 
-    def samples(self, consumer: Consumer, call: LayerCall) -> Tensor:
+    def samples(self, consumer: Consumer, call: LayerCall, rows: Tensor | None) -> Tensor:
         """X without the constant, (n, d)."""
-        return super().inputs(consumer, call)
+        return super().inputs(consumer, call, rows)
 
-    def inputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
+    def inputs(self, consumer: Consumer, call: LayerCall, rows: Tensor | None = None) -> Tensor:
         """The samples and, if the bias is refitted, a constant 1."""
-        x = self.samples(consumer, call)
+        x = self.samples(consumer, call, rows)
         return x if consumer.bias is None else torch.cat([x, x.new_ones(len(x), 1)], 1)
 
     def outputs(self, consumer: Consumer, call: LayerCall) -> Tensor:

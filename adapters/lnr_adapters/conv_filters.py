@@ -1,8 +1,8 @@
 """Convolution filter groups: all weights of the filters that read one input channel."""
 
-import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,8 +24,8 @@ class ConvFilters(ColumnsBias):
         """Convolutions, transposed ones too, that are not grouped (the graph offers no others)."""
         return consumer.op.startswith("conv")
 
-    def samples(self, consumer: Consumer, call: LayerCall) -> Tensor:
-        """The unfolded patches, (samples * positions, channels * kernel entries)."""
+    def samples(self, consumer: Consumer, call: LayerCall, rows: Tensor | None) -> Tensor:
+        """The unfolded patches, (samples * positions, channels * kernel entries), or some of them."""
         kernel = call.weight.shape[2:]
         n = len(kernel)
         stride = per_axis(call.options.get("stride", 1), n)
@@ -38,10 +38,12 @@ class ConvFilters(ColumnsBias):
         for axis in range(n):
             span = dilation[axis] * (kernel[axis] - 1) + 1
             x = x.unfold(2 + axis, span, stride[axis])[..., :: dilation[axis]]
-        if consumer.op.startswith("conv_transpose"):
-            x = x.flip(list(range(2 + n, 2 + 2 * n)))
         # (samples, channels, positions..., kernel...) -> (samples, positions..., channels, kernel...)
-        return x.movedim(1, 1 + n).reshape(-1, x.shape[1] * math.prod(kernel))
+        x = x.movedim(1, 1 + n)
+        x = x.flatten(0, n) if rows is None else x[torch.unravel_index(rows, x.shape[: 1 + n])]
+        if consumer.op.startswith("conv_transpose"):
+            x = x.flip(list(range(2, 2 + n)))
+        return x.flatten(1)
 
 
 def _spread(call: LayerCall, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
