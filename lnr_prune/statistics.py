@@ -18,8 +18,8 @@ from lnr_prune.graph import named_tensors
 from lnr_prune.multihead import visible_attention
 from lnr_prune.problem import Block
 
-CHUNK = 2**23  # elements of x in float64 that are held at a time: 64 MiB
-ROWS_PER_COLUMN = 64  # of a convolution's patches, about so many times d rows are read
+CHUNK = 2**21  # elements of x that one product sums; the products are added up in float64
+ROWS_PER_COLUMN = 32  # of a convolution's patches, about so many times d rows are read
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -87,9 +87,10 @@ class SecondMoments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> "SecondMoments":
-        """The moments of rows x, (n, d), and y, (n, h)."""
-        x, y = x.double(), y.double()
-        return cls(x.T @ x, y.T @ x, y.square().sum(), len(x))
+        """The moments of rows x, (n, d), and y, (n, h), multiplied in their own precision, float32 at least."""
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        x, y = x.to(dtype), y.to(dtype)
+        return cls((x.T @ x).double(), (y.T @ x).double(), y.double().square().sum(), len(x))
 
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
         return SecondMoments(self.xx + other.xx, self.yx + other.yx, self.yy + other.yy, self.count + other.count)

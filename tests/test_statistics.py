@@ -23,7 +23,7 @@ def readers_of(model: nn.Module, example: Tensor) -> dict[str, Pair]:
 @given(n=st.integers(2, 20), cut=st.integers(1, 19), seed=st.integers(0, 99))
 def test_halves_merge_to_the_whole(n: int, cut: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(n, k, generator=generator) for k in (3, 2))
+    x, y = (torch.randn(n, k, generator=generator, dtype=torch.float64) for k in (3, 2))
     whole, merged = SecondMoments.of(x, y), SecondMoments.of(x[:cut], y[:cut]) + SecondMoments.of(x[cut:], y[cut:])
     for a, b in zip((whole.xx, whole.yx, whole.yy), (merged.xx, merged.yx, merged.yy), strict=True):
         torch.testing.assert_close(a, b)
