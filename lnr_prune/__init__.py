@@ -1,5 +1,6 @@
 """lnr-prune: make a trained PyTorch model smaller and faster by linear neural reconstruction, without retraining."""
 
+from lnr_prune.allocation import Budget
 from lnr_prune.errors import AdapterError, CalibrationError, GraphError, LnrPruneError, VerificationError
 from lnr_prune.inspection import Inspection, inspect
 from lnr_prune.problem import Block, GroupLasso, debias
@@ -23,6 +24,7 @@ __all__ = [
     "AdapterError",
     "AlternateMinimization",
     "Block",
+    "Budget",
     "CalibrationError",
     "Fista",
     "GraphError",

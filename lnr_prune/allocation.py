@@ -1,7 +1,7 @@
 """How many channels every group keeps under a budget: the cheapest errors first."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class Cost:
         return near
 
 
-def cost_of(model: nn.Module, graph: Graph, kind: str, samples: int = 1) -> Cost:
+def cost_of(model: nn.Module, graph: Graph, kind: str, samples: int = 1, groups: Container[str] | None = None) -> Cost:
     """The cost model of "params", "macs" or "size" (bytes).
 
     Args:
@@ -99,6 +99,7 @@ def cost_of(model: nn.Module, graph: Graph, kind: str, samples: int = 1) -> Cost
         graph: Its channel groups.
         kind: What is counted.
         samples: Samples in the call that was traced; only "macs" depends on it.
+        groups: Names of the groups whose size may change; default: all.
     """
     tensors = named_tensors(model)
     unique = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -109,13 +110,14 @@ def cost_of(model: nn.Module, graph: Graph, kind: str, samples: int = 1) -> Cost
         full = {name: tensor.numel() * tensor.element_size() for name, tensor in unique.items()}
     else:
         full = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    changing = [group for group in graph.groups if groups is None or group.name in groups]
     terms = []
     for name, cost in full.items():
         dims = []
         for dim, size in enumerate(tensors[name].shape):
-            shares = {g.name: _indices(g, name, dim) / g.size / size for g in graph.groups if (name, dim) in g.slots}
+            shares = {g.name: _indices(g, name, dim) / g.size / size for g in changing if (name, dim) in g.slots}
             if shares:
-                stays = 1 - sum(shares[g.name] * g.size for g in graph.groups if g.name in shares)
+                stays = 1 - sum(shares[g.name] * g.size for g in changing if g.name in shares)
                 dims.append((stays, shares))
         terms.append((float(cost), tuple(dims)))
     return Cost(tuple(terms))
@@ -131,11 +133,105 @@ class Allocation:
 
     Attributes:
         sizes: Name of a group -> channels kept.
-        error: Sum of the groups' errors on the curves.
+        errors: Name of a group -> its error at that size.
     """
 
     sizes: Sizes
-    error: float
+    errors: Mapping[str, float]
+
+    @property
+    def error(self) -> float:
+        """The sum of the groups' errors."""
+        return sum(self.errors.values())
+
+
+def allocate(
+    curves: Mapping[str, Tensor],
+    costs: Mapping[str, Cost],
+    budget: Budget,
+    latency: Callable[[Sizes], float] | None = None,
+) -> Allocation:
+    """``argmin_sizes sum_g curves_g[sizes_g]`` within the budget, nearly: down a Lagrangian's path.
+
+    Args:
+        curves: Group -> error when it keeps 0, 1, ... n channels, (n + 1,).
+        costs: Cost model of "params", "macs" and "size".
+        budget: The limits.
+        latency: Sizes -> measured fraction of the original's latency, for a budget of that.
+
+    Raises:
+        ValueError: If even the smallest sizes are over the budget; the message says by how much.
+    """
+    levels = {name: _levels(len(curve) - 1, budget) for name, curve in curves.items()}
+    whole = {name: of_group[-1] for name, of_group in levels.items()}
+    limits = {kind: getattr(budget, kind) * cost(whole) for kind, cost in costs.items() if getattr(budget, kind)}
+    primary = next((kind for kind in ("macs", "params", "size") if kind in limits), "macs")
+    path = list(descend(curves, costs[primary], levels))
+
+    def fits(sizes: Sizes) -> bool:
+        return all(costs[kind](sizes) <= limit for kind, limit in limits.items())
+
+    if budget.error is not None:
+        path = [point for point in path if point.error <= budget.error]
+    first = next((index for index, point in enumerate(path) if fits(point.sizes)), None)
+    if first is None:
+        least = ", ".join(f"{kind} {costs[kind](path[-1].sizes) / costs[kind](whole):.1%}" for kind in limits)
+        raise ValueError(f"the budget is out of reach: the smallest model that it allows has {least} of the original's")
+    if budget.error is not None:
+        first = len(path) - 1
+    if budget.latency is not None and latency is not None:
+        first = _first_below(path, first, budget.latency, latency)
+        return path[first]
+    return path[first] if budget.error is not None else _filled(path[first], curves, levels, fits)
+
+
+def _levels(size: int, budget: Budget) -> tuple[int, ...]:
+    """Sizes that a group of this size may take, ascending."""
+    step = max(budget.round_to, size // LEVELS)
+    return (*range(_up(min(budget.minimum, size), step), size, step), size)
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _first_below(path: Sequence[Allocation], first: int, limit: float, latency: Callable[[Sizes], float]) -> int:
+    """Index of the first allocation on the path, from ``first`` on, whose latency is within the limit, by bisection."""
+    low, high = first, len(path) - 1
+    fastest = latency(path[high].sizes)
+    if fastest > limit:
+        raise ValueError(
+            f"the budget is out of reach: the smallest model that it allows takes {fastest:.1%} of the original's time"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if latency(path[middle].sizes) <= limit else (middle + 1, high)
+    return low
+
+
+def _filled(
+    point: Allocation,
+    curves: Mapping[str, Tensor],
+    levels: Mapping[str, tuple[int, ...]],
+    fits: Callable[[Sizes], bool],
+) -> Allocation:
+    """What the last step left of the budget goes back to the groups that gain most from it."""
+    sizes = dict(point.sizes)
+    while True:
+        gains = {}
+        for name, of_group in levels.items():
+            for level in of_group:
+                if level > sizes[name] and fits({**sizes, name: level}):
+                    gains[name, level] = float(curves[name][sizes[name]] - curves[name][level])
+        best = max(gains, key=lambda each: gains[each], default=None)
+        if best is None or gains[best] <= 0:
+            break
+        sizes[best[0]] = best[1]
+    return _allocation(curves, sizes)
+
+
+def _allocation(curves: Mapping[str, Tensor], sizes: Sizes) -> Allocation:
+    return Allocation(dict(sizes), {name: float(curves[name][size]) for name, size in sizes.items()})
 
 
 def descend(curves: Mapping[str, Tensor], cost: Cost, levels: Mapping[str, tuple[int, ...]]) -> Iterator[Allocation]:
@@ -147,9 +243,8 @@ def descend(curves: Mapping[str, Tensor], cost: Cost, levels: Mapping[str, tuple
         levels: Group -> sizes that it may take, ascending, the last one its size now.
     """
     sizes = {name: of_group[-1] for name, of_group in levels.items()}
-    error = sum(float(curves[name][size]) for name, size in sizes.items())
     near, steps, stale = cost.neighbours, {}, set(sizes)
-    yield Allocation(dict(sizes), error)
+    yield _allocation(curves, sizes)
     while True:
         for name in stale & sizes.keys():
             steps[name] = _best_step(name, sizes, curves[name], cost.of(name), levels[name])
@@ -157,16 +252,17 @@ def descend(curves: Mapping[str, Tensor], cost: Cost, levels: Mapping[str, tuple
         slope, size = steps[name]
         if math.isinf(slope):
             return
-        error += float(curves[name][size] - curves[name][sizes[name]])
         sizes[name], stale = size, near[name]
-        yield Allocation(dict(sizes), error)
+        yield _allocation(curves, sizes)
 
 
 def _best_step(name: str, sizes: Sizes, curve: Tensor, cost: Cost, levels: tuple[int, ...]) -> tuple[float, int]:
     """Least error per cost saved, and the size that it leads to."""
     now, size = cost(sizes), sizes[name]
-    best = (math.inf, size)
-    for level in levels:
+    least, best = math.inf, size
+    for level in reversed(levels):  # of equally good steps the smallest
         if level < size and (saved := now - cost({**sizes, name: level})) > 0:
-            best = min(best, (max(0.0, float(curve[level] - curve[size])) / saved, level))
-    return best
+            slope = max(0.0, float(curve[level] - curve[size])) / saved
+            if slope < (1 - 1e-9) * least:
+                least, best = slope, level
+    return least, best

@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from lnr_prune.graph import Graph
 from lnr_prune.selection import SELECTORS, Candidates, Selection, at_lam
@@ -11,38 +12,55 @@ Choice = Callable[[Candidates], Selection]
 Amount = float | Mapping[str, float] | None
 
 
-def choose_channels(graph: Graph, *, keep: Amount, lam: Amount, lam_ratio: Amount, selector: str) -> dict[str, Choice]:
+def choose_channels(
+    graph: Graph, *, keep: Amount = None, lam: Amount = None, lam_ratio: Amount = None, selector: str
+) -> dict[str, Choice]:
     """Name of a group -> how its channels are chosen; arguments as for `lnr_prune.prune`.
 
     Raises:
         ValueError, TypeError: If not exactly one amount is given, or one is out of range or names no
             prunable producer.
     """
-    given = {
-        name: value for name, value in (("keep", keep), ("lam", lam), ("lam_ratio", lam_ratio)) if value is not None
-    }
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of keep, lam and lam_ratio, got {', '.join(given) or 'none'}")
     if selector not in SELECTORS:
         raise ValueError(f"unknown selector {selector!r}; known selectors: {', '.join(SELECTORS)}")
-    ((kind, wanted),) = given.items()
+    kind, wanted = the_one_given(keep=keep, lam=lam, lam_ratio=lam_ratio)
     if kind != "keep" and selector != "group_lasso":
         raise ValueError(f"{kind} is a penalty of the group lasso; the selector {selector!r} takes keep=")
-    by_producer = {producer: group for group in graph.groups for producer in group.producers}
-    if not isinstance(wanted, Mapping):
-        values = {group.name: wanted for group in graph.groups}
+    if isinstance(wanted, Mapping):
+        values = {group_of(graph, producer, kind): value for producer, value in wanted.items()}
     else:
-        values = {}
-        for producer, value in wanted.items():
-            if producer not in by_producer:
-                why = f" ({graph.frozen[producer]})" if producer in graph.frozen else ""
-                raise ValueError(
-                    f"{kind} names {producer!r}, which is no prunable producer{why}; "
-                    f"prunable: {', '.join(by_producer) or 'none'}"
-                )
-            values[by_producer[producer].name] = value
+        values = {group.name: wanted for group in graph.groups}
     sizes = {group.name: group.size for group in graph.groups}
     return {name: _choice(kind, value, sizes[name], selector) for name, value in values.items()}
+
+
+def the_one_given(**amounts: Any) -> tuple[str, Any]:
+    """Name and value of the one amount that is not None.
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    given = [(name, value) for name, value in amounts.items() if value is not None]
+    if len(given) != 1:
+        names = ", ".join(name for name, _ in given)
+        raise ValueError(f"give exactly one of {', '.join(amounts)}, got {names or 'none'}")
+    return given[0]
+
+
+def group_of(graph: Graph, producer: str, kind: str) -> str:
+    """Name of the group that a layer produces.
+
+    Raises:
+        ValueError: If there is none; the message says why, and what the argument ``kind`` may name.
+    """
+    by_producer = {name: group.name for group in graph.groups for name in group.producers}
+    if producer not in by_producer:
+        why = f" ({graph.frozen[producer]})" if producer in graph.frozen else ""
+        raise ValueError(
+            f"{kind} names {producer!r}, which is no prunable producer{why}; "
+            f"prunable: {', '.join(by_producer) or 'none'}"
+        )
+    return by_producer[producer]
 
 
 def _choice(kind: str, value: float, size: int, selector: str) -> Choice:

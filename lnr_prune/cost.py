@@ -1,7 +1,9 @@
-"""What a model costs: parameters and multiply-accumulates."""
+"""What a model costs: parameters, multiply-accumulates, bytes and time."""
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lnr_prune.calibration import Call, run
@@ -10,6 +12,11 @@ from lnr_prune.calibration import Call, run
 def parameters(model: nn.Module) -> int:
     """Number of parameters; shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers; shared ones count once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def macs(model: nn.Module, example: Call) -> int:
@@ -22,3 +29,13 @@ def macs(model: nn.Module, example: Call) -> int:
     leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()]
     samples = leaves[0].shape[0] if leaves else 1
     return int(counter.get_total_flops() // (2 * max(1, samples)))
+
+
+def latency(model: nn.Module, example: Call, seconds: float = 0.5) -> float:
+    """Median time of a forward pass in evaluation mode, in seconds, on the model's device and threads."""
+    timer = Timer(
+        "run(model, example)",
+        globals={"run": run, "model": model, "example": example},
+        num_threads=torch.get_num_threads(),
+    )
+    return float(timer.blocked_autorange(min_run_time=seconds).median)

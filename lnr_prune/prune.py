@@ -1,7 +1,7 @@
 """The front door: prune a model by linear neural reconstruction."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,11 +10,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lnr_prune import cost
-from lnr_prune.amount import choose_channels
+from lnr_prune.allocation import Allocation, Budget, Sizes, allocate, cost_of
+from lnr_prune.amount import choose_channels, group_of, the_one_given
 from lnr_prune.calibration import Calibration, Inputs, calibrate, short_example
 from lnr_prune.collapse import collapse, restore_point
+from lnr_prune.curves import error_curves, output_error
 from lnr_prune.errors import AdapterError, GraphError
 from lnr_prune.graph import ChannelGroup, Graph, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
@@ -23,7 +26,7 @@ from lnr_prune.registry import Pair
 from lnr_prune.report import GroupReport, Report
 from lnr_prune.solvers import Solver
 from lnr_prune.statistics import SecondMoments
-from lnr_prune.supports import Selected, paired, select
+from lnr_prune.supports import Reading, Selected, paired, read, select
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
 
 
@@ -52,6 +55,7 @@ def prune(
     keep: float | Mapping[str, float] | None = None,
     lam: float | Mapping[str, float] | None = None,
     lam_ratio: float | Mapping[str, float] | None = None,
+    budget: Budget | None = None,
     selector: str = "group_lasso",
     solver: str | Solver = "newton",
     bias: bool = True,
@@ -77,6 +81,8 @@ def prune(
             from producers' names to one of these, which leaves all other groups whole.
         lam: Instead, the penalty; or a mapping from producers' names.
         lam_ratio: Instead, the penalty as a fraction of each group's lambda_max; or a mapping.
+        budget: Instead, what the pruned model may cost; see `Budget`. Channels are removed where the outputs,
+            measured on some of the calibration data, suffer least.
         selector: How ``keep`` channels are chosen: "group_lasso", or the baselines "norm" and "random".
         solver: Name or settings of the solver, see `solve`.
         bias: Whether the consumers' biases are refitted too.
@@ -112,6 +118,7 @@ def prune(
     """
     if ridge is not None and not ridge >= 0:
         raise ValueError(f"ridge must be >= 0, got {ridge}")
+    the_one_given(keep=keep, lam=lam, lam_ratio=lam_ratio, budget=budget)
     data = calibrate(model, calibration, inputs)
     example = short_example(model, data)
     graph = find_groups(model, *example)
@@ -121,20 +128,32 @@ def prune(
     if not groups:
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in graph.frozen.items())
         raise GraphError(f"{type(model).__name__} has no channel that can be pruned. {reasons or 'It has no layers'}")
-    choices = choose_channels(graph, keep=keep, lam=lam, lam_ratio=lam_ratio, selector=selector)
+    tensors = named_tensors(model)
+    if budget is None:
+        choices = choose_channels(graph, keep=keep, lam=lam, lam_ratio=lam_ratio, selector=selector)
+        wanted = [group for group in graph.groups if group.name in choices]
+    else:
+        stay = {group_of(graph, producer, "budget.leave") for producer in budget.leave}
+        wanted = [group for group in graph.groups if group.name not in stay]
 
     with _progress_bar(progress) as bar:
+        step = _steps(bar)
+        readings = read(model, wanted, data, bias=bias, progress=lambda: step("statistics"))
+        predicted: Mapping[str, float] = {}
+        if budget is not None:
+            allocation = _allocate(model, target, graph, readings, data, budget, step)
+            choices, predicted = choose_channels(graph, keep=allocation.sizes, selector=selector), allocation.errors
         generator = torch.Generator().manual_seed(seed)
-        selected, gathered = select(model, graph, choices, data, bias=bias, solver=solver, generator=generator, bar=bar)
-        supports = [(chosen.group, chosen.selection.support) for chosen in selected.values()]
-        if debias:
-            done = _refit(model, graph, selected, gathered, data, bias, ridge, bar)
-        else:
-            done = _as_selected(selected, named_tensors(model))
+        selected = select(readings, choices, tensors, solver=solver, generator=generator, progress=step)
+        done = _refit(model, graph, selected, data, bias, ridge, step) if debias else _as_selected(selected, tensors)
 
+    supports = [(chosen.reading.group, chosen.selection.support) for chosen in selected.values()]
     plan = make_plan(supports)
-    masked = {**masked_weights(supports, named_tensors(model)), **done.weights}
+    masked = {**masked_weights(supports, tensors), **done.weights}
+    rows = tuple(_row(g, selected.get(g.name), done.layers, predicted.get(g.name)) for g in graph.groups)
+    layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := done.layers.get(layer.weight)))
     before = cost.parameters(model), cost.macs(model, example)
+    error = output_error(model, masked, data)
     reference = Reference(model, masked, example)
     restore = restore_point(target)
     try:
@@ -144,58 +163,81 @@ def prune(
         restore()
         raise
     after = cost.parameters(target), cost.macs(target, example)
-    rows = tuple(_row(group, selected.get(group.name), done.layers) for group in graph.groups)
-    return Pruned(target, Report(rows, graph.frozen, before[0], after[0], before[1], after[1]), plan, masked)
+    report = Report(rows, layers, error, graph.frozen, before[0], after[0], before[1], after[1])
+    return Pruned(target, report, plan, masked)
+
+
+def _allocate(
+    model: nn.Module,
+    target: nn.Module,
+    graph: Graph,
+    readings: Mapping[str, Reading],
+    data: Calibration,
+    budget: Budget,
+    step: Callable[[str], None],
+) -> Allocation:
+    """Sizes of the groups within the budget; only ``target`` is shrunk to measure latencies, and put back."""
+    example = data.example()
+    samples = next((len(leaf) for leaf in tree_leaves(short_example(model, data)) if isinstance(leaf, Tensor)), 1)
+    curves = error_curves(model, readings, data, lambda name: step(f"measuring {name}"))
+    costs = {kind: cost_of(model, graph, kind, samples, readings) for kind in ("params", "macs", "size")}
+    whole = cost.latency(target, example) if budget.latency is not None else 1.0
+
+    def latency(sizes: Sizes) -> float:
+        supports = [
+            (readings[name].group, torch.arange(readings[name].group.size) < kept) for name, kept in sizes.items()
+        ]
+        restore = restore_point(target)
+        try:
+            collapse(target, make_plan(supports))
+            return cost.latency(target, example) / whole
+        finally:
+            restore()
+
+    return allocate(curves, costs, budget, latency)
 
 
 def _refit(
     model: nn.Module,
     graph: Graph,
     selected: Mapping[str, Selected],
-    gathered: Mapping[str, SecondMoments],
     data: Calibration,
     bias: bool,
     ridge: float | None,
-    bar: Progress,
+    step: Callable[[str], None],
 ) -> Refit:
     """Refits every linear layer, pruned or not, in one sweep."""
-    pruned = {
-        pair.consumer.weight: (pair, kept)
-        for chosen in selected.values()
-        for pair, kept in zip(chosen.pairs, chosen.kept, strict=True)
-    }
     pairs: dict[str, Pair] = {}
     for layer in graph.layers:
-        if layer.weight in pruned:
-            pairs[layer.weight] = pruned[layer.weight][0]
-        elif layer.weight not in graph.repeated:
+        if layer.weight not in graph.repeated:
             with suppress(AdapterError):  # nobody can read it: it stays as it is
                 pairs[layer.weight] = paired(layer, bias)
-    pairs |= {name: pair for name, (pair, _) in pruned.items() if name not in pairs}
-    kept = {name: columns for name, (_, columns) in pruned.items()}
-    repeated = {name: gathered[name] for name in graph.repeated & pruned.keys()}
-    task = bar.add_task("refit", total=len(pairs))
-    return refit(
-        model,
-        pairs,
-        kept,
-        data,
-        repeated=repeated,
-        ridge=ridge,
-        progress=lambda layer: bar.update(task, description=f"refitting {layer}", advance=1),
-    )
+    kept: dict[str, Tensor] = {}
+    repeated: dict[str, SecondMoments] = {}
+    for chosen in selected.values():
+        for pair, moments, columns in zip(chosen.reading.pairs, chosen.reading.moments, chosen.kept, strict=True):
+            name = pair.consumer.weight
+            pairs[name], kept[name] = pair, columns
+            if name in graph.repeated:
+                repeated[name] = moments
+    order = [layer.weight for layer in graph.layers]
+    pairs = dict(sorted(pairs.items(), key=lambda entry: order.index(entry[0])))
+    progress = lambda layer: step(f"refitting {layer}")  # noqa: E731
+    return refit(model, pairs, kept, data, repeated=repeated, ridge=ridge, progress=progress)
 
 
 def _as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]) -> Refit:
     """The coefficients as the selectors left them."""
     weights: dict[str, Tensor] = {}
     for chosen in selected.values():
-        for pair, M, kept in zip(chosen.pairs, chosen.selection.coefficients, chosen.kept, strict=True):
+        for pair, M, kept in zip(chosen.reading.pairs, chosen.selection.coefficients, chosen.kept, strict=True):
             weights |= pair.write(M * kept, {**tensors, **weights})
     return Refit(weights, {})
 
 
-def _row(group: ChannelGroup, chosen: Selected | None, fits: Mapping[str, LayerFit]) -> GroupReport:
+def _row(
+    group: ChannelGroup, chosen: Selected | None, fits: Mapping[str, LayerFit], predicted: float | None
+) -> GroupReport:
     consumers = tuple(consumer.name for consumer in group.consumers)
     row = GroupReport(group.name, group.producers, consumers, group.size, group.size)
     if chosen is None:
@@ -212,8 +254,15 @@ def _row(group: ChannelGroup, chosen: Selected | None, fits: Mapping[str, LayerF
         error=error,
         lam=selection.lam,
         gap=selection.gap,
+        predicted=predicted,
         note=selection.note,
     )
+
+
+def _steps(bar: Progress) -> Callable[[str], None]:
+    """Shows what is being done."""
+    task = bar.add_task("", total=None)
+    return lambda doing: bar.update(task, description=doing, advance=1)
 
 
 def _progress_bar(show: bool | None) -> Progress:

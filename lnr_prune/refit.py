@@ -1,5 +1,6 @@
 """Sequential asymmetric refit: every linear layer, inputs from the pruned network, targets from the original one."""
 
+import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -14,8 +15,11 @@ from lnr_prune.graph import evaluating, named_tensors, unfused_attention
 from lnr_prune.multihead import visible_attention
 from lnr_prune.problem import GroupLasso
 from lnr_prune.registry import Pair
+from lnr_prune.report import LayerReport
 from lnr_prune.statistics import LayerCall, SecondMoments, check_finite, rows, watch
 from lnr_prune.suspended import Answer, Question, suspended
+
+logger = logging.getLogger("lnr_prune")
 
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-12)
 """Ridges to choose from, as fractions of the inputs' mean second moment."""
@@ -38,6 +42,10 @@ class LayerFit:
     scale: float
     ridge: float
     samples: int
+
+    def row(self, layer: str) -> LayerReport:
+        """The layer's row of the report."""
+        return LayerReport(layer, self.error / self.scale if self.scale > 0 else 0.0, self.ridge, self.samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +117,7 @@ def refit(
                         fit, held = _moments(pair, list(here.values()), data.samples)
                     ridged = pair.columns(torch.ones_like(tensors[name]), bias=0.0)
                     M, fits[name] = ridge_regression(fit, held, columns, ridged, W, ridge)
+                    _warn_of_few_samples(pair.consumer.name, fits[name].samples, int(columns.sum()))
                     weights |= pair.write(M, tensors)
             swapped = {key: weights[full] for key, full in layers[name].names.items() if full in weights}
             for stream in here:
@@ -156,6 +165,14 @@ def _send(stream: Generator[Question, Answer, None], answer: Answer) -> Question
         return stream.send(answer)
     except StopIteration:
         return None
+
+
+def _warn_of_few_samples(layer: str, samples: int, columns: int) -> None:
+    if samples < 2 * columns:
+        logger.warning(
+            "layer %r is fitted to %d samples for %d columns; give more calibration data, 2 samples a column at least",
+            layer, samples, columns,
+        )  # fmt: skip
 
 
 def _unchanged(arrival: Arrival) -> bool:

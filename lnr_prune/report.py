@@ -19,6 +19,8 @@ class GroupReport:
         size: Channels before.
         kept: Channels after.
         error: ``E||y - M x||^2 / E||y||^2`` of the consumers on the calibration data; None if left whole.
+        predicted: What the budget expected the group to cost: relative squared error of the network's
+            outputs; None without a budget.
         lam: Penalty of the group lasso; None if another selector chose.
         gap: Relative duality gap of its solve; None likewise.
         note: What to know, "" if nothing.
@@ -32,7 +34,25 @@ class GroupReport:
     error: float | None = None
     lam: float | None = None
     gap: float | None = None
+    predicted: float | None = None
     note: str = ""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer that was refitted.
+
+    Attributes:
+        name: Name of the layer.
+        error: ``E||y - M x||^2 / E||y||^2`` on the calibration data, x in the pruned network, y in the original.
+        ridge: Ridge of the refit, as a fraction of the inputs' mean second moment.
+        samples: Rows that it was fitted to.
+    """
+
+    name: str
+    error: float
+    ridge: float
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -41,12 +61,17 @@ class Report:
 
     Attributes:
         groups: One row a channel group, in order of execution.
+        layers: One row a refitted layer, in order of execution.
+        error: ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of the network's outputs, measured on some of the
+            calibration data.
         frozen: Layer whose outputs cannot be pruned -> why.
         params_before, params_after: Number of parameters.
         macs_before, macs_after: Multiply-accumulates for one sample.
     """
 
     groups: tuple[GroupReport, ...]
+    layers: tuple[LayerReport, ...]
+    error: float
     frozen: Mapping[str, str]
     params_before: int
     params_after: int
@@ -57,7 +82,8 @@ class Report:
         table = Table(title="lnr-prune", caption=self._caption(), caption_justify="left")
         for column in ("producers", "consumers"):
             table.add_column(column)
-        for column in ("channels", "kept", "error", "gap"):
+        budget = any(group.predicted is not None for group in self.groups)
+        for column in ("channels", "kept", "error", "gap", *(["predicted"] if budget else [])):
             table.add_column(column, justify="right")
         table.add_column("note")
         for group in self.groups:
@@ -68,10 +94,11 @@ class Report:
                 str(group.kept),
                 "-" if group.error is None else f"{group.error:.2%}",
                 "-" if group.gap is None else f"{group.gap:.0e}",
+                *([] if not budget else ["-" if group.predicted is None else f"{group.predicted:.2%}"]),
                 group.note,
             )
         for layer, reason in self.frozen.items():
-            table.add_row(layer, "-", "-", "-", "-", "-", f"frozen: {reason}")
+            table.add_row(layer, *["-"] * (5 + budget), f"frozen: {reason}")
         return table
 
     def _caption(self) -> str:
@@ -79,7 +106,7 @@ class Report:
         macs = f"MACs {self.macs_before:,} -> {self.macs_after:,}"
         return (
             f"{params} ({_share(self.params_after, self.params_before)}), "
-            f"{macs} ({_share(self.macs_after, self.macs_before)})"
+            f"{macs} ({_share(self.macs_after, self.macs_before)}), squared error of the outputs {self.error:.2%}"
         )
 
     def __str__(self) -> str:

@@ -89,7 +89,7 @@ def test_a_matrix_that_comes_out_zero_keeps_one_channel_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("argument", "error", "message"),
     [
-        ({}, ValueError, "exactly one of keep, lam and lam_ratio, got none"),
+        ({}, ValueError, "exactly one of keep, lam, lam_ratio, budget, got none"),
         ({"keep": 1, "lam": 0.1}, ValueError, "got keep, lam"),
         ({"keep": 0}, ValueError, "at least one channel"),
         ({"keep": -2}, ValueError, "at least one channel"),

@@ -1,0 +1,91 @@
+"""Error curves: what every group costs the network's outputs, at every size."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lnr_prune.backward import backward
+from lnr_prune.calibration import Calibration, Call, run
+from lnr_prune.graph import named_tensors
+from lnr_prune.problem import debias
+from lnr_prune.supports import Reading
+
+SAMPLES = 128  # on which a group's effect on the outputs is measured
+RIDGE = 1e-4
+
+
+def error_curves(
+    model: nn.Module,
+    readings: Mapping[str, Reading],
+    data: Calibration,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Tensor]:
+    """Relative squared error of the network's outputs when one group keeps 0, 1, ... n of its channels.
+
+    Backward elimination gives the shape: the error of the group's consumers at every size. What that error
+    means for the outputs is measured, at half of the channels, with all other groups whole: the curve is
+    scaled to go through ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` there. So errors of different layers
+    compare, and their sum estimates the whole network's.
+
+    Args:
+        model: The original model.
+        readings: Name of a group -> the group and its consumers' second moments.
+        data: The calibration data, of which about `SAMPLES` samples are used.
+        progress: Called with every group's name.
+
+    Returns:
+        Name of a group -> its curve, (n + 1,) float64.
+    """
+    tensors, calls = named_tensors(model), _some(data)
+    original = [outputs(model, call) for call in calls]
+    curves = {}
+    for name, reading in readings.items():
+        if progress:
+            progress(name)
+        stated = reading.problem(tensors)
+        elimination = backward(stated)
+        half = stated.n_groups // 2
+        M = debias(stated, elimination.support(half), RIDGE)
+        weights: dict[str, Tensor] = {}
+        for pair, M_c in zip(reading.pairs, M, strict=True):
+            weights |= pair.write(M_c, {**tensors, **weights})
+        shape = elimination.errors - elimination.errors[-1]
+        measured = divergence(original, [outputs(model, call, weights) for call in calls])
+        curves[name] = shape * (measured / float(shape[half].clamp_min(torch.finfo(shape.dtype).tiny)))
+    return curves
+
+
+def output_error(model: nn.Module, weights: Mapping[str, Tensor], data: Calibration) -> float:
+    """`divergence` of the outputs with these full-size weights, on about `SAMPLES` samples."""
+    calls = _some(data)
+    return divergence([outputs(model, call) for call in calls], [outputs(model, call, weights) for call in calls])
+
+
+def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Everything real-valued that a forward pass gives, (samples, values) where outputs share their first axis."""
+    leaves = [leaf for leaf in tree_leaves(run(model, call, weights)) if isinstance(leaf, Tensor)]
+    real = [leaf.double() for leaf in leaves if leaf.is_floating_point()]
+    if len({leaf.shape[:1] for leaf in real}) == 1 and all(leaf.dim() > 1 for leaf in real):
+        return torch.cat([leaf.flatten(1) for leaf in real], 1)
+    return torch.cat([leaf.reshape(1, -1) for leaf in real], 1)
+
+
+def divergence(original: list[Tensor], pruned: list[Tensor]) -> float:
+    """``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of outputs, one (n, values) tensor a batch."""
+    error = sum(float((a - b).square().sum()) for a, b in zip(original, pruned, strict=True))
+    alike = len({batch.shape[1:] for batch in original}) == 1
+    mean = torch.cat(original).mean(0) if alike and sum(map(len, original)) > 1 else 0.0
+    spread = sum(float((batch - mean).square().sum()) for batch in original)
+    return error / spread if spread > 0 else 0.0
+
+
+def _some(data: Calibration) -> list[Call]:
+    calls, count = [], 0
+    for call in data:
+        calls.append(call)
+        count += next((len(leaf) for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+        if count >= SAMPLES:
+            break
+    return calls

@@ -1,0 +1,186 @@
+"""Budgets: what a model costs at any sizes, and how a budget is shared out among the groups."""
+
+import copy
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lnr_prune as lnr
+from lnr_prune import cost
+from lnr_prune.allocation import Budget, Cost, allocate, cost_of, descend
+from lnr_prune.calibration import Call, calibrate
+from lnr_prune.collapse import collapse
+from lnr_prune.curves import divergence, error_curves, outputs
+from lnr_prune.graph import find_groups
+from lnr_prune.plan import make_plan
+from lnr_prune.supports import read
+from tests.models import Residual, cnn, mlp, randomised
+
+IMAGES = torch.randn(40, 2, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def unit_cost(*names: str) -> Cost:
+    """One for every channel."""
+    return Cost(tuple((1.0, ((0.0, {name: 1.0}),)) for name in names))
+
+
+@pytest.mark.parametrize(("model", "shape"), [(cnn(), (2, 2, 12, 12)), (Residual(), (2, 3, 8, 8))])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_cost_model_is_the_cost_of_the_smaller_model(model: nn.Module, shape: tuple[int, ...], seed: int) -> None:
+    call: Call = ((torch.randn(*shape),), {})
+    model = randomised(model)
+    graph = find_groups(model, *call)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {g.name: int(torch.randint(1, g.size + 1, (1,), generator=generator)) for g in graph.groups}
+    predicted = {kind: cost_of(model, graph, kind, samples=2)(sizes) for kind in ("params", "macs", "size")}
+    smaller = copy.deepcopy(model)
+    collapse(smaller, make_plan((g, torch.arange(g.size) < sizes[g.name]) for g in graph.groups))
+    assert predicted["params"] == pytest.approx(cost.parameters(smaller))
+    assert predicted["macs"] == pytest.approx(cost.macs(smaller, call))
+    assert predicted["size"] == pytest.approx(cost.size(smaller))
+
+
+@given(
+    drops=st.lists(st.lists(st.floats(0.01, 1.0), min_size=2, max_size=5), min_size=2, max_size=3),
+    share=st.floats(0.3, 1.0),
+)
+def test_convex_curves_and_equal_costs_are_shared_out_best(drops: list[list[float]], share: float) -> None:
+    curves = {
+        str(i): torch.tensor([sum(sorted(of_group)[: len(of_group) - k]) for k in range(len(of_group) + 1)])
+        for i, of_group in enumerate(drops)
+    }
+    total = unit_cost(*curves)
+    whole = sum(map(len, drops))
+    if int(share * whole + 1e-9) < len(drops):
+        return
+    found = allocate(curves, {"params": total}, Budget(params=share))
+    assert total(found.sizes) <= share * whole
+    best = min(
+        sum(float(curves[name][k]) for name, k in zip(curves, sizes, strict=True))
+        for sizes in product(*(range(1, len(of_group) + 1) for of_group in drops))
+        if sum(sizes) <= share * whole
+    )
+    assert found.error == pytest.approx(best, abs=1e-5)
+
+
+def test_the_path_gets_cheaper_and_looks_beyond_a_plateau() -> None:
+    curves = {"a": torch.tensor([9.0, 3.0, 2.9, 2.8, 0.0]), "b": torch.tensor([9.0, 2.0, 1.0, 0.5, 0.0])}
+    levels = dict.fromkeys("ab", (1, 2, 3, 4))
+    path = list(descend(curves, unit_cost("a", "b"), levels))
+    costs = [unit_cost("a", "b")(point.sizes) for point in path]
+    assert costs == sorted(costs, reverse=True)
+    assert {point.sizes["a"] for point in path} == {4, 1}  # at once
+    assert [point.error for point in path] == pytest.approx(
+        [sum(float(curves[name][k]) for name, k in point.sizes.items()) for point in path]
+    )
+
+
+@pytest.mark.parametrize("limit", [0.9, 0.5, 0.35])
+def test_a_latency_is_reached_by_bisection(limit: float) -> None:
+    curves = {"a": torch.arange(9.0).flip(0), "b": torch.arange(9.0).flip(0) * 2}
+    asked = []
+
+    def latency(sizes: Any) -> float:
+        asked.append(dict(sizes))
+        return (sizes["a"] + sizes["b"]) / 16
+
+    found = allocate(curves, {"macs": unit_cost("a", "b")}, Budget(latency=limit), latency)
+    assert latency(found.sizes) <= limit
+    assert (sum(found.sizes.values()) + 1) / 16 > limit
+    assert len(asked) < 8
+    with pytest.raises(ValueError, match=r"out of reach: .* takes 12.5% of the original's time"):
+        allocate(curves, {"macs": unit_cost("a", "b")}, Budget(latency=0.1), latency)
+
+
+def test_an_error_is_not_exceeded() -> None:
+    curves = {"a": torch.tensor([9.0, 3.0, 1.0, 0.5, 0.0]), "b": torch.tensor([9.0, 2.0, 1.0, 0.5, 0.0]) / 10}
+    found = allocate(curves, {"macs": unit_cost("a", "b")}, Budget(error=0.71))
+    assert found.sizes == {"a": 3, "b": 1}
+    assert found.error == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({}, "needs a limit: one or more of params, macs, size, latency, error"),
+        ({"params": 0.0}, r"budget params must be a fraction in \(0, 1\], got 0.0"),
+        ({"macs": 1.5}, r"budget macs must be a fraction"),
+        ({"latency": float("nan")}, r"budget latency must be a fraction"),
+        ({"macs": 0.5, "round_to": 0}, "round_to must be at least 1"),
+        ({"macs": 0.5, "minimum": 0}, "minimum must be at least 1"),
+    ],
+)
+def test_bad_budgets(argument: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget(**argument)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs", "size"])
+def test_prune_keeps_to_its_budget(kind: str) -> None:
+    model = randomised(cnn())
+    limits: Any = {kind: 0.5}
+    budget = lnr.Budget(**limits)
+    pruned = lnr.prune(model, IMAGES.split(16), budget=budget)
+    call: Call = ((IMAGES[:2],), {})
+    measure = {"params": cost.parameters, "macs": lambda m: cost.macs(m, call), "size": cost.size}[kind]
+    assert 0.4 < measure(pruned.model) / measure(model) <= 0.5
+
+
+def test_a_budget_of_latency_or_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomised(cnn())
+    pruned = lnr.prune(model, IMAGES.split(16), budget=lnr.Budget(error=0.05))
+    assert pruned.report.params_after < pruned.report.params_before
+    assert divergence([outputs(model, ((IMAGES,), {}))], [outputs(pruned.model, ((IMAGES,), {}))]) < 0.1
+    assert cost.latency(model, ((IMAGES,), {}), seconds=0.01) > 0
+    monkeypatch.setattr(cost, "latency", lambda model, example: cost.macs(model, example))  # without the noise
+    pruned = lnr.prune(model, IMAGES.split(16), budget=lnr.Budget(latency=0.5))
+    assert 0.4 < pruned.report.macs_after / pruned.report.macs_before <= 0.5
+
+
+def test_rounding_minimum_and_layers_that_stay() -> None:
+    model = randomised(cnn())
+    budget = lnr.Budget(macs=0.6, round_to=2, minimum=3, leave=("10",))
+    kept = {group.name: group.kept for group in lnr.prune(model, IMAGES.split(16), budget=budget).report.groups}
+    assert kept["10"] == 10
+    assert all(count % 2 == 0 and count >= 4 for count in kept.values())
+    with pytest.raises(ValueError, match=r"budget.leave names 'nobody', which is no prunable producer"):
+        lnr.prune(model, IMAGES, budget=lnr.Budget(macs=0.5, leave=("nobody",)))
+    with pytest.raises(ValueError, match=r"out of reach: the smallest model that it allows has macs 38.9%"):
+        lnr.prune(model, IMAGES.split(16), budget=lnr.Budget(macs=0.05, leave=("10",), minimum=4))
+    with pytest.raises(ValueError, match="exactly one of keep, lam, lam_ratio, budget, got keep, budget"):
+        lnr.prune(model, IMAGES, keep=0.5, budget=budget)
+
+
+def test_a_group_that_matters_to_the_outputs_keeps_more() -> None:
+    class Unequal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(8, 20), nn.Linear(20, 8), nn.Linear(8, 20), nn.Linear(20, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).tanh()) + 0.01 * self.d(self.c(x).tanh())
+
+    torch.manual_seed(0)
+    pruned = lnr.prune(Unequal(), torch.randn(300, 8), budget=lnr.Budget(params=0.6))
+    kept = {group.name: group.kept for group in pruned.report.groups}
+    assert kept["a"] > 2 * kept["c"]
+
+
+def test_the_curves_are_the_measured_divergence_at_half_of_the_channels() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(8, 20, 4).double().requires_grad_(False), torch.randn(100, 8, dtype=torch.float64)
+    data = calibrate(model, [x])
+    readings = read(model, find_groups(model, (x,), {}).groups, data, bias=True)
+    (curve,) = error_curves(model, readings, data).values()
+    assert float(curve[20]) == 0.0
+    assert bool((curve.diff() <= 1e-12).all())
+    pruned = lnr.prune(model, [x], keep=10, selector="backward", ridge=1e-4)
+    original = outputs(model, ((x,), {}))
+    assert divergence([original], [outputs(pruned.model, ((x,), {}))]) == pytest.approx(float(curve[10]), rel=0.05)
+    spread = (original - original.mean(0)).square().sum()
+    assert divergence([original], [original + 1]) == pytest.approx(float(original.numel() / spread))
