@@ -53,12 +53,13 @@ class Candidates:
 def group_lasso(candidates: Candidates, count: int) -> Selection:
     """The groups that the lasso keeps where it keeps ``count``; ties go by their norm."""
     problem = candidates.problem
-    solution = lam_for_count(problem, count, solver=candidates.solver)
+    search = lam_for_count(problem, count, solver=candidates.solver)
+    solution = search.solution
     chosen = Selection(solution.support, solution.coefficients, solution.lam, solution.gap)
     if solution.n_kept == count:
         return chosen
     support = _largest(problem.norms(solution.coefficients), count)
-    note = f"no lam keeps exactly {count}: ties resolved by norm"
+    note = f"{search.note}: ties resolved by norm"
     return replace(chosen, support=support, coefficients=_masked(problem, solution.coefficients, support), note=note)
 
 
