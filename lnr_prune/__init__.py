@@ -1,8 +1,10 @@
 """lnr-prune: make a trained PyTorch model smaller and faster by linear neural reconstruction, without retraining."""
 
 from lnr_prune.allocation import Budget
+from lnr_prune.backward import Elimination, backward, exchange
 from lnr_prune.errors import AdapterError, CalibrationError, GraphError, LnrPruneError, VerificationError
 from lnr_prune.inspection import Inspection, inspect
+from lnr_prune.path import CountSearch, RegularizationPath, lam_for_count, regularization_path
 from lnr_prune.problem import Block, GroupLasso, debias
 from lnr_prune.prox import prox_group_lasso
 from lnr_prune.prune import Pruned, prune
@@ -26,6 +28,8 @@ __all__ = [
     "Block",
     "Budget",
     "CalibrationError",
+    "CountSearch",
+    "Elimination",
     "Fista",
     "GraphError",
     "GroupLasso",
@@ -34,13 +38,18 @@ __all__ = [
     "Newton",
     "ProximalGradient",
     "Pruned",
+    "RegularizationPath",
     "Solution",
     "Status",
     "VerificationError",
+    "backward",
     "debias",
+    "exchange",
     "inspect",
+    "lam_for_count",
     "prox_group_lasso",
     "prune",
     "register",
+    "regularization_path",
     "solve",
 ]

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lnr_prune.prox import Matrices, group_norms
 
+RIDGE = 1e-9  # of a singular R, relative to its mean diagonal
+REFINEMENTS = 3  # by which the ridge is taken back
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -164,14 +167,36 @@ class GroupLasso:
         """``t / 2``, what gaps and errors are relative to (1 for a problem without signal)."""
         return self.t / 2 if self.t > 0 else 1.0
 
+    @cached_property
+    def traces(self) -> Tensor:
+        """Trace of R over every group's columns, all blocks: at least the curvature along the group, (n_groups,)."""
+        traces = self.weights.new_zeros(self.n_groups + 1)
+        for block in self.blocks:
+            traces.index_add_(0, block.groups.where(block.groups >= 0, self.n_groups), block.R.diagonal())
+        return traces[:-1].clamp_min(torch.finfo(traces.dtype).tiny)
+
+    @cached_property
+    def single(self) -> "GroupLasso | None":
+        """The problem in float32; None if it is not float64, or its squares may leave float32's range."""
+        sizes = [float(a.abs().max()) for block in self.blocks for a in (block.R, block.B) if a.numel()]
+        if self.weights.dtype != torch.float64 or not all(1e-12 < size < 1e12 for size in sizes):
+            return None
+        blocks = (Block(block.R.float(), block.B.float(), block.t, block.groups) for block in self.blocks)
+        return GroupLasso(tuple(blocks), self.weights.float())
+
     def certificate(self, M: Sequence[Tensor], MR: Sequence[Tensor], lam: float) -> tuple[float, float]:
         """Objective and relative duality gap of M, given ``M R``; for a problem without unpenalised columns."""
         Bs = [block.B for block in self.blocks]
         G = [B - P for B, P in zip(Bs, MR, strict=True)]
-        linear, quadratic = _inner(M, Bs), _inner(M, MR)
         violation = float((self.norms(G) / self.weights).max())
+        return self.bounds(_inner(M, Bs), _inner(M, MR), float(self.weights @ self.norms(M)), violation, lam)
+
+    def bounds(
+        self, linear: float, quadratic: float, penalty: float, violation: float, lam: float
+    ) -> tuple[float, float]:
+        """`certificate` from ``Tr(M B^T)``, ``Tr(M R M^T)``, ``sum_g w_g ||M_g||`` and ``max_g ||G_g|| / w_g``."""
         s = min(1.0, lam / violation) if violation > 0 else 1.0
-        primal = quadratic / 2 - linear + lam * float(self.weights @ self.norms(M))
+        primal = quadratic / 2 - linear + lam * penalty
         dual = -0.5 * ((1 - s) ** 2 * self.t + 2 * s * (1 - s) * linear + s**2 * quadratic)
         return primal, (primal - dual) / self.scale
 
@@ -218,20 +243,21 @@ def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 def _schur(block: Block) -> tuple[Block, Callable[[Tensor], Tensor], float]:
     p, u = block.penalised, block.unpenalised
-    R_uu_inverse = torch.linalg.pinv(block.R[u][:, u], hermitian=True)
     R_pu, B_u = block.R[p][:, u], block.B[:, u]
-    T = R_pu @ R_uu_inverse
-    explained = float((B_u @ R_uu_inverse * B_u).sum())
+    T, M_u = _least_squares(block.R[u][:, u], torch.cat([R_pu, B_u])).split(
+        [len(p), len(B_u)]
+    )  # R_pu R_uu^+, B_u R_uu^+
+    explained = float((M_u * B_u).sum())
     R, B = block.R[p][:, p], block.B[:, p]
     remains = R.diagonal() - (T * R_pu).sum(1) > torch.finfo(R.dtype).eps ** (2 / 3) * R.diagonal()
     R = (R - T @ R_pu.T) * remains * remains[:, None]  # columns that u explains to rounding have no say
     t = block.t - explained if explained < (1 - 1e-14) * block.t else 0.0
-    reduced = Block((R + R.T) / 2, (B - B_u @ T.T) * remains, t, block.groups[p])
+    reduced = Block((R + R.T) / 2, (B - M_u @ R_pu.T) * remains, t, block.groups[p])
 
     def back(M_p: Tensor) -> Tensor:
         M = torch.zeros_like(block.B)
         M[:, p] = M_p
-        M[:, u] = (B_u - M_p @ R_pu) @ R_uu_inverse
+        M[:, u] = M_u - M_p @ T
         return M
 
     return reduced, back, explained / 2
@@ -270,11 +296,24 @@ def debias(problem: GroupLasso, support: Tensor, ridge: float = 0.0) -> Matrices
 
 
 def _least_squares(R: Tensor, B: Tensor) -> Tensor:
-    """``B R^+`` by Cholesky, or by eigenvalues where R is singular to working precision."""
+    """``B R^+``, of least norm where R is singular to working precision: one Cholesky factorisation as a rule.
+
+    A singular R gets a ridge that rounding could have made, whose effect a few steps of iterative refinement
+    take back (iterated Tikhonov); eigenvalues come in only where that fails.
+    """
+    alive = R.diagonal() > 0  # nothing of dead columns, not even rounding
+    rounding = len(R) * torch.finfo(R.dtype).eps
     L, info = torch.linalg.cholesky_ex(R)
-    pivots = L.diagonal().square()
-    well_posed = int(info) == 0 and bool((pivots > 1e3 * len(R) * torch.finfo(R.dtype).eps * R.diagonal()).all())
-    if well_posed:
+    if int(info) == 0 and bool((L.diagonal().square() > 1e3 * rounding * R.diagonal()).all()):
         return torch.cholesky_solve(B.T, L).T
-    R_inverse: Tensor = torch.linalg.pinv(R, hermitian=True, rtol=1e2 * len(R) * torch.finfo(R.dtype).eps)
-    return B @ R_inverse * (R.diagonal() > 0)  # nothing of dead columns, not even rounding
+    A = R.clone()
+    A.diagonal().add_(RIDGE * R.diagonal().mean())
+    L, info = torch.linalg.cholesky_ex(A)
+    if R.dtype == torch.float64 and int(info) == 0:
+        M = torch.cholesky_solve(B.T, L).T
+        for _ in range(REFINEMENTS):
+            M = M + torch.cholesky_solve((B - M @ R).T, L).T
+        if float((B - M @ R).norm()) <= 1e2 * rounding * float(M.norm() * R.norm()):
+            return M * alive
+    R_inverse: Tensor = torch.linalg.pinv(R, hermitian=True, rtol=1e2 * rounding)
+    return B @ R_inverse * alive

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lnr_prune.backward import backward as eliminate
+from lnr_prune.backward import exchange
 from lnr_prune.path import lam_for_count
-from lnr_prune.problem import GroupLasso
+from lnr_prune.problem import GroupLasso, debias
 from lnr_prune.prox import Matrices
 from lnr_prune.solvers import Solver, solve
 
@@ -18,7 +20,7 @@ class Selection:
 
     Attributes:
         support: True for every channel that is kept, (n_groups,) bool.
-        coefficients: M on the support, zero elsewhere, not debiased.
+        coefficients: M on the support, zero elsewhere, as the selector left it.
         lam: The lam it was found at; None if there is none.
         gap: Relative duality gap of the solve; None if nothing was solved.
         note: What a user should know, "" if nothing.
@@ -53,13 +55,25 @@ class Candidates:
 def group_lasso(candidates: Candidates, count: int) -> Selection:
     """The groups that the lasso keeps where it keeps ``count``; ties go by their norm."""
     problem = candidates.problem
-    solution = lam_for_count(problem, count, solver=candidates.solver)
+    search = lam_for_count(problem, count, solver=candidates.solver)
+    solution = search.solution
     chosen = Selection(solution.support, solution.coefficients, solution.lam, solution.gap)
     if solution.n_kept == count:
         return chosen
     support = _largest(problem.norms(solution.coefficients), count)
-    note = f"no lam keeps exactly {count}: ties resolved by norm"
+    note = f"{search.note}: ties resolved by norm"
     return replace(chosen, support=support, coefficients=_masked(problem, solution.coefficients, support), note=note)
+
+
+def backward(candidates: Candidates, count: int) -> Selection:
+    """The groups that backward elimination keeps, refitted."""
+    return _refitted(candidates.problem, eliminate(candidates.problem).support(count))
+
+
+def backward_swap(candidates: Candidates, count: int) -> Selection:
+    """Backward elimination, then swaps of one kept for one dropped group while they help."""
+    problem = candidates.problem
+    return _refitted(problem, exchange(problem, eliminate(problem).support(count)))
 
 
 def norm(candidates: Candidates, count: int) -> Selection:
@@ -75,6 +89,8 @@ def random(candidates: Candidates, count: int) -> Selection:
 
 SELECTORS: Mapping[str, Callable[[Candidates, int], Selection]] = {
     "group_lasso": group_lasso,
+    "backward": backward,
+    "backward_swap": backward_swap,
     "norm": norm,
     "random": random,
 }
@@ -96,6 +112,10 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     support = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     support[torch.argsort(scores, descending=True, stable=True)[:count]] = True
     return support
+
+
+def _refitted(problem: GroupLasso, support: Tensor) -> Selection:
+    return Selection(support, debias(problem, support))
 
 
 def _mask_original(candidates: Candidates, support: Tensor) -> Selection:

@@ -120,3 +120,16 @@ def least_squares(case: Case, support: Tensor, ridge: float = 0.0) -> list[Tenso
 def _solve(a: Tensor, b: Tensor) -> Tensor:
     """Least-squares solution of least norm, whatever the rank."""
     return torch.linalg.lstsq(a, b, rcond=1e-9, driver="gelsd").solution
+
+
+def relative_error(case: Case, coefficients: Sequence[Tensor]) -> float:
+    """``sum_c mean ||y - M x||^2 / sum_c mean ||y||^2``."""
+    energy = sum(float(c.y.square().sum() / len(c.y)) for c in case.consumers)
+    return 1 + 2 * float(loss(case, coefficients)) / energy if energy else 0.0
+
+
+def without(case: Case, support: Tensor, g: int) -> float:
+    """Relative error of the refit on the support without group g."""
+    smaller = support.clone()
+    smaller[g] = False
+    return relative_error(case, least_squares(case, smaller))

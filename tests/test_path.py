@@ -19,7 +19,7 @@ from tests.strategies import cases, make_case, twins
 def test_exact_count_on_continuous_data(case: Case, data: st.DataObject) -> None:
     problem = case.problem
     count = data.draw(st.integers(1, problem.n_groups))
-    solution = lam_for_count(problem, count)
+    solution = lam_for_count(problem, count).solution
     assert solution.n_kept == count
     assert solution.gap <= 1e-6
     assert 0 <= solution.lam < problem.lambda_max()
@@ -32,7 +32,7 @@ def test_every_count_with_falling_lam(solver: str) -> None:
     problem = make_case(groups=6, consumers=2, unpenalised=1, weighted=True).problem
     lams = []
     for count in range(1, 7):
-        solution = lam_for_count(problem, count, solver=solver)
+        solution = lam_for_count(problem, count, solver=solver).solution
         assert solution.n_kept == count
         assert solution.solver in (solver, "least_squares")
         lams.append(solution.lam)
@@ -42,30 +42,32 @@ def test_every_count_with_falling_lam(solver: str) -> None:
 def test_groups_that_nearly_tie() -> None:
     """Two groups enter within 0.05 % of lambda_max: a gap of 1e-6 cannot tell one from two."""
     problem = make_case(seed=9, consumers=2, groups=9, unpenalised=1, uneven=False).problem
-    assert [lam_for_count(problem, count).n_kept for count in (1, 2, 3)] == [1, 2, 3]
+    assert [lam_for_count(problem, count).solution.n_kept for count in (1, 2, 3)] == [1, 2, 3]
 
 
 def test_tol_is_passed_on() -> None:
     problem = make_case(groups=8).problem
-    assert lam_for_count(problem, 4, tol=1e-11).gap <= 1e-11
+    assert lam_for_count(problem, 4, tol=1e-11).solution.gap <= 1e-11
 
 
 @pytest.mark.parametrize("count", range(1, 7))
 def test_ties_keep_more_rather_than_fewer(count: int) -> None:
-    assert count <= lam_for_count(twins(), count).n_kept <= count + count % 2  # one of two twins may do as well
+    assert (
+        count <= lam_for_count(twins(), count).solution.n_kept <= count + count % 2
+    )  # one of two twins may do as well
 
 
 def test_more_than_can_be_kept() -> None:
     """A dead channel enters at no lam: least squares keeps all the others."""
     problem = make_case(groups=5, deficient=True, dead=True).problem
-    solution = lam_for_count(problem, 5)
+    solution = lam_for_count(problem, 5).solution
     assert solution.lam == 0
     assert solution.support.tolist() == [True, False, True, True, True]
 
 
 def test_no_signal_keeps_nothing() -> None:
     (block,) = make_case().problem.blocks
-    solution = lam_for_count(GroupLasso((replace(block, B=0 * block.B, t=0.0),)), 2)
+    solution = lam_for_count(GroupLasso((replace(block, B=0 * block.B, t=0.0),)), 2).solution
     assert solution.n_kept == 0
     assert math.isclose(solution.gap, 0.0)
 
@@ -75,7 +77,7 @@ def test_an_output_that_the_bias_explains_keeps_nothing() -> None:
     x[:, 3] = 1
     y = torch.full((40, 2), 3.0, dtype=torch.float64)
     block = Block(x.T @ x / 40, y.T @ x / 40, float(y.square().sum() / 40), torch.tensor([0, 1, 2, -1]))
-    solution = lam_for_count(GroupLasso((block,)), 2)
+    solution = lam_for_count(GroupLasso((block,)), 2).solution
     torch.testing.assert_close(
         solution.coefficients[0], torch.tensor([[0.0, 0, 0, 3], [0, 0, 0, 3]], dtype=torch.float64)
     )

@@ -51,7 +51,7 @@ def test_group_lasso_resolves_ties_by_norm(count: int) -> None:
     selection = group_lasso(candidates(problem), count)
     assert int(selection.support.sum()) == count
     check_masked(problem, selection)
-    solution = lam_for_count(problem, count)
+    solution = lam_for_count(problem, count).solution
     norms = problem.norms(solution.coefficients)
     assert ("ties" in selection.note) == (solution.n_kept > count)  # one of two twins may do as well
     assert norms[selection.support].min() >= norms[~selection.support].max()

@@ -24,7 +24,7 @@ from lnr_prune import (
     solve,
 )
 from lnr_prune.prox import Matrices
-from lnr_prune.solvers import SOLVERS, Solver
+from lnr_prune.solvers import SOLVERS, Iterate, Solver, certified
 from tests import references
 from tests.references import Case
 from tests.strategies import cases, make_case, ratios
@@ -226,11 +226,11 @@ class Subgradient:
     max_iterations: int = 3000
     rounds: int = 10_000
 
-    def iterates(self, problem: GroupLasso, lam: float, start: Matrices) -> Iterator[tuple[Matrices, Matrices]]:
+    def iterates(self, problem: GroupLasso, lam: float, start: Matrices, tol: float) -> Iterator[Iterate]:
         M = start
         step = 1 / max(float(block.R.trace()) for block in problem.blocks)
         for _ in range(self.rounds):
-            yield M, problem.products(M)
+            yield certified(problem, M, problem.products(M), lam)
             descended = [a - step * g for a, g in zip(M, problem.gradient(M), strict=True)]
             M = prox_group_lasso(descended, lam * step * problem.weights, problem.groups)
 

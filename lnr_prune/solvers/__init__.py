@@ -1,7 +1,9 @@
 """Solvers of the group-lasso problem, all behind one verb, `solve`."""
 
 import math
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -12,17 +14,19 @@ from lnr_prune.solvers.alternate_minimization import AlternateMinimization
 from lnr_prune.solvers.fista import Fista
 from lnr_prune.solvers.newton import Newton
 from lnr_prune.solvers.proximal_gradient import ProximalGradient
-from lnr_prune.solvers.solution import Solution, Status
+from lnr_prune.solvers.solution import Iterate, Solution, Status, certified
 
 __all__ = [
     "SOLVERS",
     "AlternateMinimization",
     "Fista",
+    "Iterate",
     "Newton",
     "ProximalGradient",
     "Solution",
     "Solver",
     "Status",
+    "certified",
     "solve",
 ]
 
@@ -35,8 +39,11 @@ class Solver(Protocol):
         """When to give up."""
         ...
 
-    def iterates(self, problem: GroupLasso, lam: float, start: Matrices) -> Iterator[tuple[Matrices, Matrices]]:
-        """Yields (M, M R), the start or a first step first; ends only where rounding stops all progress."""
+    def iterates(self, problem: GroupLasso, lam: float, start: Matrices, tol: float) -> Iterator[Iterate]:
+        """Yields the start or a first step first; ends only where rounding stops all progress.
+
+        The problem has no unpenalised columns. `certified` makes an iterate of M and ``M R``.
+        """
         ...
 
 
@@ -82,6 +89,7 @@ def solve(
         >>> solve(GroupLasso((Block(R, B, t=14.0),)), lam=1.5).support
         tensor([ True,  True, False])
     """
+    began = time.perf_counter()
     solver = find_solver(solver)
     for name, number in (("lam", lam), ("tol", tol)):
         if not (math.isfinite(number) and number >= 0):
@@ -90,54 +98,58 @@ def solve(
     eliminated = problem.eliminated
     reduced = eliminated.problem
 
-    def solution(M: Matrices, gap: float, history: list[float], status: Status, label: str = name) -> Solution:
+    def solution(best: Iterate, history: list[float], status: Status, label: str = name, spent: int = 0) -> Solution:
+        M = best.coefficients()
         values = tuple(value - eliminated.constant for value in history)
-        support = reduced.norms(M) > 0
-        return Solution(eliminated.complete(M), support, lam, max(gap, 0.0), values, len(values) - 1, label, status)
+        support, whole, gap = reduced.norms(M) > 0, eliminated.complete(M), max(best.gap, 0.0)
+        seconds = time.perf_counter() - began
+        return Solution(whole, support, lam, gap, values, len(values) - 1, label, status, spent, seconds)
 
     if lam == 0:
         M = tuple(
             M_c[:, block.penalised]
             for M_c, block in zip(debias(problem, problem.weights > 0), problem.blocks, strict=True)
         )
-        value, gap = _least_squares_gap(reduced, M)
-        status = Status.CONVERGED if gap <= tol else Status.STALLED
-        return solution(M, gap, [value], status, "least_squares")
+        exact = _least_squares_iterate(reduced, M)
+        status = Status.CONVERGED if exact.gap <= tol else Status.STALLED
+        return solution(exact, [exact.value], status, "least_squares", len(problem.blocks))
     if lam >= problem.lambda_max():
-        return solution(reduced.zeros(), 0.0, [0.0], Status.CONVERGED)
+        zero = reduced.zeros()
+        return solution(replace(certified(reduced, zero, zero, lam), gap=0.0), [0.0], Status.CONVERGED)
 
     if start is None:
         begin = reduced.zeros()
     else:
         begin = tuple(M[:, block.penalised] for M, block in zip(start, problem.blocks, strict=True))
     history: list[float] = []
-    best, best_gap, status = begin, math.inf, Status.STALLED
-    for M, MR in solver.iterates(reduced, lam, begin):
-        value, gap = reduced.certificate(M, MR, lam)
-        history.append(value)
-        if gap < best_gap:
-            best, best_gap = M, gap
-        if gap <= tol:
+    iterate: Iterate | None = None
+    best: Iterate | None = None
+    status = Status.STALLED
+    for iterate in solver.iterates(reduced, lam, begin, tol):
+        history.append(iterate.value)
+        if best is None or iterate.gap < best.gap:
+            best = iterate
+        if iterate.gap <= tol:
             status = Status.CONVERGED
             break
         if len(history) > solver.max_iterations:
             status = Status.MAX_ITERATIONS
             break
-    if not history:
-        value, best_gap = reduced.certificate(best, reduced.products(best), lam)
-        history.append(value)
-    return solution(best, best_gap, history, status)
+    if iterate is None or best is None or math.isinf(best.gap):  # nothing was certified
+        M = begin if iterate is None else iterate.coefficients()
+        best = certified(reduced, M, reduced.products(M), lam)
+    return solution(best, history or [best.value], status, spent=iterate.factorisations if iterate else 0)
 
 
-def _least_squares_gap(problem: GroupLasso, M: Matrices) -> tuple[float, float]:
-    """Objective and gap of a least-squares solution: zero if ``M R = B`` to rounding, else what t can tell."""
+def _least_squares_iterate(problem: GroupLasso, M: Matrices) -> Iterate:
+    """A least-squares solution; its gap is zero if ``M R = B`` to rounding, else what t can tell."""
     MR = problem.products(M)
-    value, gap = problem.certificate(M, MR, 0.0)
+    iterate = certified(problem, M, MR, 0.0)
     for M_c, MR_c, block in zip(M, MR, problem.blocks, strict=True):
         eps = 10 * max(1, len(block.R)) * torch.finfo(block.R.dtype).eps
         if float((MR_c - block.B).norm()) > eps * float(M_c.norm() * block.R.norm() + block.B.norm()):
-            return value, gap
-    return value, 0.0
+            return iterate
+    return replace(iterate, gap=0.0)
 
 
 def find_solver(solver: str | Solver) -> Solver:

@@ -1,7 +1,7 @@
 """Alternate minimization over M and eta (iteratively reweighted least squares), then FISTA."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,6 +9,7 @@ from lnr_prune.problem import GroupLasso
 from lnr_prune.prox import Matrices
 from lnr_prune.solvers.fista import Fista
 from lnr_prune.solvers.proximal_gradient import lipschitz, proximal_step
+from lnr_prune.solvers.solution import Iterate, certified
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,21 @@ class AlternateMinimization:
     smoothing: float = 1e-12
     max_iterations: int = 100_000
 
-    def iterates(self, problem: GroupLasso, lam: float, start: Matrices) -> Iterator[tuple[Matrices, Matrices]]:
-        """Yields (M, M R), for ever."""
+    def iterates(self, problem: GroupLasso, lam: float, start: Matrices, tol: float) -> Iterator[Iterate]:
+        """Yields M, for ever."""
         step = 1 / lipschitz(problem)
         M = start
         if not bool(problem.norms(M).any()):  # eta = 0 would stay: begin at a gradient step from zero
             M = tuple(step * block.B for block in problem.blocks)
         proximal = M
-        for _ in range(self.rounds):
+        for round_ in range(1, self.rounds + 1):
             norms = problem.norms(M)
             eta = (norms.square() + self.smoothing * norms.max().square()).sqrt() / problem.weights
             M = tuple(_ridge(block.R, block.B, lam / eta[block.groups]) for block in problem.blocks)
             proximal = proximal_step(problem, M, problem.products(M), lam, step)
-            yield proximal, problem.products(proximal)
-        yield from Fista(self.momentum).iterates(problem, lam, proximal)
+            yield certified(problem, proximal, problem.products(proximal), lam, round_ * len(problem.blocks))
+        for iterate in Fista(self.momentum).iterates(problem, lam, proximal, tol):
+            yield replace(iterate, factorisations=self.rounds * len(problem.blocks))
 
 
 def _ridge(R: torch.Tensor, B: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from itertools import count
 from lnr_prune.problem import GroupLasso
 from lnr_prune.prox import Matrices
 from lnr_prune.solvers.proximal_gradient import lipschitz, proximal_step
+from lnr_prune.solvers.solution import Iterate, certified
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Fista:
         if not self.momentum > 0:
             raise ValueError(f"momentum (q) must be positive, got {self.momentum}")
 
-    def iterates(self, problem: GroupLasso, lam: float, start: Matrices) -> Iterator[tuple[Matrices, Matrices]]:
-        """Yields (M, M R), for ever."""
+    def iterates(self, problem: GroupLasso, lam: float, start: Matrices, tol: float) -> Iterator[Iterate]:
+        """Yields M_k, for ever."""
         step = 1 / lipschitz(problem)
         M = M_last = start
         MR = MR_last = problem.products(M)
         for k in count():
-            yield M, MR
+            yield certified(problem, M, MR, lam)
             u = k / (k + self.momentum + 1)
             A, AR = _ahead(M, M_last, u), _ahead(MR, MR_last, u)  # M -> M R is linear: no second product
             M_last, MR_last = M, MR

@@ -7,6 +7,7 @@ import torch
 
 from lnr_prune.problem import GroupLasso
 from lnr_prune.prox import Matrices, shrink
+from lnr_prune.solvers.solution import Iterate, certified
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class ProximalGradient:
 
     max_iterations: int = 100_000
 
-    def iterates(self, problem: GroupLasso, lam: float, start: Matrices) -> Iterator[tuple[Matrices, Matrices]]:
-        """Yields (M, M R), for ever."""
+    def iterates(self, problem: GroupLasso, lam: float, start: Matrices, tol: float) -> Iterator[Iterate]:
+        """Yields M, for ever."""
         step = 1 / lipschitz(problem)
         M = start
         while True:
             MR = problem.products(M)
-            yield M, MR
+            yield certified(problem, M, MR, lam)
             M = proximal_step(problem, M, MR, lam, step)
 
 

@@ -1,10 +1,12 @@
 """What a solve returns, and why it stopped."""
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from lnr_prune.problem import GroupLasso
 from lnr_prune.prox import Matrices
 
 
@@ -24,6 +26,29 @@ class Status(enum.Enum):
 
 
 @dataclass(frozen=True, eq=False)
+class Iterate:
+    """One step of a solver on a problem without unpenalised columns.
+
+    Attributes:
+        value: The objective P(M).
+        gap: Relative duality gap; infinite if it was not computed in the problem's own precision.
+        coefficients: Gives M when it is called.
+        factorisations: Cholesky factorisations of R's columns so far.
+    """
+
+    value: float
+    gap: float
+    coefficients: Callable[[], Matrices]
+    factorisations: int = 0
+
+
+def certified(problem: GroupLasso, M: Matrices, MR: Matrices, lam: float, factorisations: int = 0) -> Iterate:
+    """The iterate M, given ``M R``."""
+    value, gap = problem.certificate(M, MR, lam)
+    return Iterate(value, gap, lambda: M, factorisations)
+
+
+@dataclass(frozen=True, eq=False)
 class Solution:
     """A certified minimiser of a `GroupLasso`.
 
@@ -36,6 +61,8 @@ class Solution:
         iterations: Number of iterations.
         solver: Name of the solver.
         status: Why it stopped; ``status.advice`` is a sentence.
+        factorisations: Cholesky factorisations it took, of the columns that were active then.
+        seconds: Wall-clock time it took.
     """
 
     coefficients: Matrices
@@ -46,6 +73,8 @@ class Solution:
     iterations: int
     solver: str
     status: Status
+    factorisations: int = 0
+    seconds: float = 0.0
 
     @property
     def n_kept(self) -> int:
