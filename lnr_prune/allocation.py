@@ -29,6 +29,8 @@ class Budget:
         round_to: Groups keep a multiple of so many channels (8 suits most accelerators).
         minimum: Channels that every group keeps at least.
         leave: Producers whose channels all stay.
+        search: Trials of a local search, which refits the whole network at other sizes within the budget and
+            keeps them if the outputs suffer less; 0 = none. A trial costs as much as a refit of some hundred samples.
 
     Raises:
         ValueError: If no limit is given, or a value is out of range.
@@ -42,6 +44,7 @@ class Budget:
     round_to: int = 1
     minimum: int = 1
     leave: tuple[str, ...] = ()
+    search: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "leave", (self.leave,) if isinstance(self.leave, str) else tuple(self.leave))
@@ -52,9 +55,9 @@ class Budget:
         for name, value in given.items():
             if not (0 < value <= 1):
                 raise ValueError(f"budget {name} must be a fraction in (0, 1], got {value}")
-        for name in ("round_to", "minimum"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"budget {name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("round_to", 1), ("minimum", 1), ("search", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"budget {name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,12 @@
 """Error curves: what every group costs the network's outputs, at every size."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lnr_prune.backward import backward
+from lnr_prune.backward import Elimination, backward
 from lnr_prune.calibration import Calibration, Call, run
 from lnr_prune.graph import named_tensors
 from lnr_prune.problem import debias
@@ -21,7 +21,7 @@ def error_curves(
     readings: Mapping[str, Reading],
     data: Calibration,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, Elimination]]:
     """Relative squared error of the network's outputs when one group keeps 0, 1, ... n of its channels.
 
     Backward elimination gives the shape: the error of the group's consumers at every size. What that error
@@ -36,16 +36,16 @@ def error_curves(
         progress: Called with every group's name.
 
     Returns:
-        Name of a group -> its curve, (n + 1,) float64.
+        Name of a group -> its curve, (n + 1,) float64; and name -> its backward elimination.
     """
-    tensors, calls = named_tensors(model), _some(data)
+    tensors, calls = named_tensors(model), some(data)
     original = [outputs(model, call) for call in calls]
-    curves = {}
+    curves, eliminations = {}, {}
     for name, reading in readings.items():
         if progress:
             progress(name)
         stated = reading.problem(tensors)
-        elimination = backward(stated)
+        elimination = eliminations[name] = backward(stated)
         half = stated.n_groups // 2
         M = debias(stated, elimination.support(half), RIDGE)
         weights: dict[str, Tensor] = {}
@@ -54,12 +54,12 @@ def error_curves(
         shape = elimination.errors - elimination.errors[-1]
         measured = divergence(original, [outputs(model, call, weights) for call in calls])
         curves[name] = shape * (measured / float(shape[half].clamp_min(torch.finfo(shape.dtype).tiny)))
-    return curves
+    return curves, eliminations
 
 
 def output_error(model: nn.Module, weights: Mapping[str, Tensor], data: Calibration) -> float:
     """`divergence` of the outputs with these full-size weights, on about `SAMPLES` samples."""
-    calls = _some(data)
+    calls = some(data)
     return divergence([outputs(model, call) for call in calls], [outputs(model, call, weights) for call in calls])
 
 
@@ -81,11 +81,12 @@ def divergence(original: list[Tensor], pruned: list[Tensor]) -> float:
     return error / spread if spread > 0 else 0.0
 
 
-def _some(data: Calibration) -> list[Call]:
+def some(data: Iterable[Call], samples: int = SAMPLES) -> list[Call]:
+    """The first batches, until they hold so many samples."""
     calls, count = [], 0
     for call in data:
         calls.append(call)
         count += next((len(leaf) for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()), 1)
-        if count >= SAMPLES:
+        if count >= samples:
             break
     return calls

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,23 +9,21 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lnr_prune import cost
-from lnr_prune.allocation import Allocation, Budget, Sizes, allocate, cost_of
+from lnr_prune.allocation import Budget
 from lnr_prune.amount import choose_channels, group_of, the_one_given
-from lnr_prune.calibration import Calibration, Inputs, calibrate, short_example
+from lnr_prune.calibration import Inputs, calibrate, short_example
 from lnr_prune.collapse import collapse, restore_point
-from lnr_prune.curves import error_curves, output_error
-from lnr_prune.errors import AdapterError, GraphError
-from lnr_prune.graph import ChannelGroup, Graph, find_groups, named_tensors
+from lnr_prune.curves import output_error
+from lnr_prune.errors import GraphError
+from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
-from lnr_prune.refit import LayerFit, Refit, refit
-from lnr_prune.registry import Pair
+from lnr_prune.refit import LayerFit, Refit
 from lnr_prune.report import GroupReport, Report
+from lnr_prune.search import within_budget
 from lnr_prune.solvers import Solver
-from lnr_prune.statistics import SecondMoments
-from lnr_prune.supports import Reading, Selected, paired, read, select
+from lnr_prune.supports import Selected, read, refit_network, select
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
 
 
@@ -141,13 +138,17 @@ def prune(
         readings = read(model, wanted, data, bias=bias, progress=lambda: step("statistics"))
         predicted: Mapping[str, float] = {}
         if budget is not None:
-            allocation = _allocate(model, target, graph, readings, data, budget, step)
+            allocation = within_budget(model, target, graph, readings, data, budget, bias=bias, progress=step)
             choices, predicted = choose_channels(graph, keep=allocation.sizes, selector=selector), allocation.errors
         generator = torch.Generator().manual_seed(seed)
         selected = select(readings, choices, tensors, solver=solver, generator=generator, progress=step)
-        done = _refit(model, graph, selected, data, bias, ridge, step) if debias else _as_selected(selected, tensors)
+        chosen = {name: of_group.selection.support for name, of_group in selected.items()}
+        if debias:
+            done = refit_network(model, graph, readings, chosen, data, bias=bias, ridge=ridge, progress=step)
+        else:
+            done = _as_selected(selected, tensors)
 
-    supports = [(chosen.reading.group, chosen.selection.support) for chosen in selected.values()]
+    supports = [(readings[name].group, support) for name, support in chosen.items()]
     plan = make_plan(supports)
     masked = {**masked_weights(supports, tensors), **done.weights}
     rows = tuple(_row(g, selected.get(g.name), done.layers, predicted.get(g.name)) for g in graph.groups)
@@ -165,65 +166,6 @@ def prune(
     after = cost.parameters(target), cost.macs(target, example)
     report = Report(rows, layers, error, graph.frozen, before[0], after[0], before[1], after[1])
     return Pruned(target, report, plan, masked)
-
-
-def _allocate(
-    model: nn.Module,
-    target: nn.Module,
-    graph: Graph,
-    readings: Mapping[str, Reading],
-    data: Calibration,
-    budget: Budget,
-    step: Callable[[str], None],
-) -> Allocation:
-    """Sizes of the groups within the budget; only ``target`` is shrunk to measure latencies, and put back."""
-    example = data.example()
-    samples = next((len(leaf) for leaf in tree_leaves(short_example(model, data)) if isinstance(leaf, Tensor)), 1)
-    curves = error_curves(model, readings, data, lambda name: step(f"measuring {name}"))
-    costs = {kind: cost_of(model, graph, kind, samples, readings) for kind in ("params", "macs", "size")}
-    whole = cost.latency(target, example) if budget.latency is not None else 1.0
-
-    def latency(sizes: Sizes) -> float:
-        supports = [
-            (readings[name].group, torch.arange(readings[name].group.size) < kept) for name, kept in sizes.items()
-        ]
-        restore = restore_point(target)
-        try:
-            collapse(target, make_plan(supports))
-            return cost.latency(target, example) / whole
-        finally:
-            restore()
-
-    return allocate(curves, costs, budget, latency)
-
-
-def _refit(
-    model: nn.Module,
-    graph: Graph,
-    selected: Mapping[str, Selected],
-    data: Calibration,
-    bias: bool,
-    ridge: float | None,
-    step: Callable[[str], None],
-) -> Refit:
-    """Refits every linear layer, pruned or not, in one sweep."""
-    pairs: dict[str, Pair] = {}
-    for layer in graph.layers:
-        if layer.weight not in graph.repeated:
-            with suppress(AdapterError):  # nobody can read it: it stays as it is
-                pairs[layer.weight] = paired(layer, bias)
-    kept: dict[str, Tensor] = {}
-    repeated: dict[str, SecondMoments] = {}
-    for chosen in selected.values():
-        for pair, moments, columns in zip(chosen.reading.pairs, chosen.reading.moments, chosen.kept, strict=True):
-            name = pair.consumer.weight
-            pairs[name], kept[name] = pair, columns
-            if name in graph.repeated:
-                repeated[name] = moments
-    order = [layer.weight for layer in graph.layers]
-    pairs = dict(sorted(pairs.items(), key=lambda entry: order.index(entry[0])))
-    progress = lambda layer: step(f"refitting {layer}")  # noqa: E731
-    return refit(model, pairs, kept, data, repeated=repeated, ridge=ridge, progress=progress)
 
 
 def _as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]) -> Refit:

@@ -1,6 +1,7 @@
-"""The support of every channel group, on the second moments of the original network."""
+"""All channel groups of a network: their statistics, their supports, and the refit of all layers."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 
 from lnr_prune.amount import Choice
 from lnr_prune.calibration import Calibration
-from lnr_prune.graph import ChannelGroup, Consumer
+from lnr_prune.errors import AdapterError
+from lnr_prune.graph import ChannelGroup, Consumer, Graph, named_tensors
 from lnr_prune.problem import GroupLasso
+from lnr_prune.refit import Refit, refit
 from lnr_prune.registry import Pair, find
 from lnr_prune.selection import Candidates, Selection
 from lnr_prune.solvers import Solver
@@ -108,6 +111,52 @@ def select(
         masks |= masked_weights([(reading.group, selection.support)], {**ones, **masks})
         selected[name] = Selected(reading, problem, selection, reading.columns(tensors, masks))
     return selected
+
+
+def refit_network(
+    model: nn.Module,
+    graph: Graph,
+    readings: Mapping[str, Reading],
+    supports: Mapping[str, Tensor],
+    data: Calibration,
+    *,
+    bias: bool,
+    ridge: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Refit:
+    """Refits every linear layer of the network, pruned or not, in one sweep; see `refit`.
+
+    Layers that are applied repeatedly are refitted on the original network's moments.
+    """
+    tensors = named_tensors(model)
+    read_by = {name: readings[name] for name in supports}
+    weights = {pair.consumer.weight for reading in read_by.values() for pair in reading.pairs}
+    ones = {name: torch.ones_like(tensors[name]) for name in weights}
+    masks = masked_weights([(readings[name].group, support) for name, support in supports.items()], ones)
+    pairs: dict[str, Pair] = {}
+    kept: dict[str, Tensor] = {}
+    repeated: dict[str, SecondMoments] = {}
+    for reading in read_by.values():
+        for pair, moments, columns in zip(reading.pairs, reading.moments, reading.columns(tensors, masks), strict=True):
+            name = pair.consumer.weight
+            pairs[name], kept[name] = pair, columns
+            if name in graph.repeated:
+                repeated[name] = moments
+    for layer in graph.layers:
+        if layer.weight not in graph.repeated and layer.weight not in pairs:
+            with suppress(AdapterError):  # nobody can read it: it stays as it is
+                pairs[layer.weight] = paired(layer, bias)
+    order = {layer.weight: position for position, layer in enumerate(graph.layers)}
+    pairs = dict(sorted(pairs.items(), key=lambda entry: order.get(entry[0], len(order))))
+    return refit(
+        model,
+        pairs,
+        kept,
+        data,
+        repeated=repeated,
+        ridge=ridge,
+        progress=None if progress is None else lambda layer: progress(f"refitting {layer}"),
+    )
 
 
 def paired(consumer: Consumer, bias: bool) -> Pair:

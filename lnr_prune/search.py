@@ -1,0 +1,109 @@
+"""From a budget to sizes: curves, allocation, and a local search on what the outputs really suffer."""
+
+import itertools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lnr_prune import cost
+from lnr_prune.allocation import Allocation, Budget, Sizes, allocate, cost_of
+from lnr_prune.calibration import Calibration, short_example
+from lnr_prune.collapse import collapse, restore_point
+from lnr_prune.curves import error_curves, output_error, some
+from lnr_prune.graph import Graph
+from lnr_prune.plan import make_plan
+from lnr_prune.supports import Reading, refit_network
+
+SAMPLES = 512  # that a trial of the search is refitted to; as many others may judge it
+FACTORS = (3.0, 3.0, 1.5, 1.5)  # by which a curve is scaled, round by round
+
+
+def within_budget(
+    model: nn.Module,
+    target: nn.Module,
+    graph: Graph,
+    readings: Mapping[str, Reading],
+    data: Calibration,
+    budget: Budget,
+    *,
+    bias: bool,
+    progress: Callable[[str], None],
+) -> Allocation:
+    """Sizes of the groups within the budget.
+
+    Args:
+        model: The original model.
+        target: The module that is to be shrunk; it is, to measure latencies, and is as before when this returns.
+        graph: The model's channel groups.
+        readings: Groups that may shrink, with their statistics.
+        data: The calibration data.
+        budget: The budget.
+        bias: Whether biases are refitted.
+        progress: Called with what is being done.
+
+    Raises:
+        ValueError: If the budget is out of reach.
+    """
+    example = data.example()
+    samples = next((len(leaf) for leaf in tree_leaves(short_example(model, data)) if isinstance(leaf, Tensor)), 1)
+    curves, eliminations = error_curves(model, readings, data, lambda name: progress(f"measuring {name}"))
+    costs = {kind: cost_of(model, graph, kind, samples, readings) for kind in ("params", "macs", "size")}
+    whole = cost.latency(target, example) if budget.latency is not None else 1.0
+
+    def latency(sizes: Sizes) -> float:
+        groups = {name: readings[name].group for name in sizes}
+        plan = make_plan((group, torch.arange(group.size) < sizes[name]) for name, group in groups.items())
+        restore = restore_point(target)
+        try:
+            collapse(target, plan)
+            return cost.latency(target, example) / whole
+        finally:
+            restore()
+
+    def error(sizes: Sizes) -> float:
+        progress("searching")
+        supports = {name: eliminations[name].support(size) for name, size in sizes.items()}
+        done = refit_network(model, graph, readings, supports, fit, bias=bias)
+        return output_error(model, done.weights, judged)
+
+    batches = some(data, 2 * SAMPLES) if budget.search else []
+    fit, judged = (Calibration(part, lambda call: call) for part in (batches[::2], batches[1::2] or batches))
+    return search(curves, lambda changed: allocate(changed, costs, budget, latency), error, budget.search)
+
+
+def search(
+    curves: Mapping[str, Tensor],
+    shared_out: Callable[[Mapping[str, Tensor]], Allocation],
+    error: Callable[[Sizes], float],
+    trials: int,
+) -> Allocation:
+    """Scales one group's curve after another, up and down, and keeps what lowers the measured error.
+
+    The sum of the groups' errors leaves out how they add up through the network. Every trial is within the budget, as
+    it is shared out anew.
+
+    Args:
+        curves: Group -> its error curve.
+        shared_out: Curves -> sizes within the budget.
+        error: Sizes -> measured error of the whole network.
+        trials: Number of measurements; 0 = take the curves at their word.
+    """
+    best = shared_out(curves)
+    if trials == 0:
+        return best
+    least, tried = error(best.sizes), [best.sizes]
+    for factor in FACTORS:
+        for name, scale in itertools.product(sorted(curves, key=lambda each: -best.errors[each]), (factor, 1 / factor)):
+            changed = {**curves, name: curves[name] * scale}
+            trial = shared_out(changed)
+            if trial.sizes in tried:
+                continue
+            if len(tried) > trials:
+                return best
+            tried.append(trial.sizes)
+            measured = error(trial.sizes)
+            if measured < least:
+                best, least, curves = trial, measured, changed
+    return best
