@@ -1,7 +1,9 @@
 """Error curves: what every group costs the network's outputs, at every size."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -13,6 +15,7 @@ from lnr_prune.problem import debias
 from lnr_prune.supports import Reading
 
 SAMPLES = 128  # on which a group's effect on the outputs is measured
+SHARES = (1 / 2, 1 / 4, 1 / 8)  # of the channels, where it is
 RIDGE = 1e-4
 
 
@@ -25,9 +28,9 @@ def error_curves(
     """Relative squared error of the network's outputs when one group keeps 0, 1, ... n of its channels.
 
     Backward elimination gives the shape: the error of the group's consumers at every size. What that error
-    means for the outputs is measured, at half of the channels, with all other groups whole: the curve is
-    scaled to go through ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` there. So errors of different layers
-    compare, and their sum estimates the whole network's.
+    means for the outputs, ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2``, is measured at the `SHARES` of
+    its channels, with all other groups whole, and the curve goes through these points. So errors of
+    different layers compare, and their sum estimates the whole network's.
 
     Args:
         model: The original model.
@@ -44,17 +47,32 @@ def error_curves(
     for name, reading in readings.items():
         if progress:
             progress(name)
-        stated = reading.problem(tensors)
-        elimination = eliminations[name] = backward(stated)
-        half = stated.n_groups // 2
-        M = debias(stated, elimination.support(half), RIDGE)
-        weights: dict[str, Tensor] = {}
-        for pair, M_c in zip(reading.pairs, M, strict=True):
-            weights |= pair.write(M_c, {**tensors, **weights})
-        shape = elimination.errors - elimination.errors[-1]
-        measured = divergence(original, [outputs(model, call, weights) for call in calls])
-        curves[name] = shape * (measured / float(shape[half].clamp_min(torch.finfo(shape.dtype).tiny)))
+        problem = reading.problem(tensors)
+        elimination = eliminations[name] = backward(problem)
+        measured = {}
+        for size in sorted({max(1, int(share * problem.n_groups)) for share in SHARES}):
+            M = debias(problem, elimination.support(size), RIDGE)
+            weights: dict[str, Tensor] = {}
+            for pair, M_c in zip(reading.pairs, M, strict=True):
+                weights |= pair.write(M_c, {**tensors, **weights})
+            measured[size] = divergence(original, [outputs(model, call, weights) for call in calls])
+        curves[name] = through(elimination.errors, measured)
     return curves, eliminations
+
+
+def through(shape: Tensor, measured: Mapping[int, float]) -> Tensor:
+    """A curve that falls as the shape does and goes through the measured points: linear in the logarithms of both.
+
+    Args:
+        shape: Errors at 0, 1, ... n channels, (n + 1,); what is left at n counts as none.
+        measured: Number of channels -> error.
+    """
+    errors, tiny = (shape - shape[-1]).cpu().numpy(), np.finfo(np.float64).tiny
+    logarithms = np.log(np.maximum(errors, tiny))
+    points = sorted((logarithms[size], math.log(max(error, tiny))) for size, error in measured.items())
+    scale = np.interp(logarithms, [x for x, _ in points], [y - x for x, y in points])  # beyond them: proportional
+    curve = errors * np.exp(scale)
+    return torch.from_numpy(np.maximum.accumulate(curve[::-1])[::-1].copy())
 
 
 def output_error(model: nn.Module, weights: Mapping[str, Tensor], data: Calibration) -> float:

@@ -1,5 +1,6 @@
 """The front door: prune a model by linear neural reconstruction."""
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,11 +21,13 @@ from lnr_prune.errors import GraphError
 from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.refit import LayerFit, Refit
-from lnr_prune.report import GroupReport, Report
+from lnr_prune.report import GroupReport, LayerReport, Report
 from lnr_prune.search import within_budget
 from lnr_prune.solvers import Solver
 from lnr_prune.supports import Selected, read, refit_network, select
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
+
+logger = logging.getLogger("lnr_prune")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +156,7 @@ def prune(
     masked = {**masked_weights(supports, tensors), **done.weights}
     rows = tuple(_row(g, selected.get(g.name), done.layers, predicted.get(g.name)) for g in graph.groups)
     layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := done.layers.get(layer.weight)))
+    _warn_of_few_samples(layers)
     before = cost.parameters(model), cost.macs(model, example)
     error = output_error(model, masked, data)
     reference = Reference(model, masked, example)
@@ -199,6 +203,17 @@ def _row(
         predicted=predicted,
         note=selection.note,
     )
+
+
+def _warn_of_few_samples(layers: tuple[LayerReport, ...]) -> None:
+    few = [layer for layer in layers if layer.samples < 2 * layer.columns]
+    if few:
+        worst = min(few, key=lambda layer: layer.samples / layer.columns)
+        logger.warning(
+            "%d of %d layers were fitted to fewer than two samples a column (%r to %d samples of %d columns): "
+            "give more calibration data",
+            len(few), len(layers), worst.name, worst.samples, worst.columns,
+        )  # fmt: skip
 
 
 def _steps(bar: Progress) -> Callable[[str], None]:

@@ -1,6 +1,5 @@
 """Sequential asymmetric refit: every linear layer, inputs from the pruned network, targets from the original one."""
 
-import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -19,8 +18,6 @@ from lnr_prune.report import LayerReport
 from lnr_prune.statistics import LayerCall, SecondMoments, check_finite, rows, watch
 from lnr_prune.suspended import Answer, Question, suspended
 
-logger = logging.getLogger("lnr_prune")
-
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-12)
 """Ridges to choose from, as fractions of the inputs' mean second moment."""
 DEFAULT_RIDGE = 1e-6  # where no sample can be held out
@@ -36,16 +33,20 @@ class LayerFit:
         scale: ``E||y||^2``.
         ridge: The ridge, as a fraction of the inputs' mean second moment.
         samples: Number of samples (rows) it was fitted to.
+        columns: Number of columns that were fitted.
     """
 
     error: float
     scale: float
     ridge: float
     samples: int
+    columns: int
 
     def row(self, layer: str) -> LayerReport:
         """The layer's row of the report."""
-        return LayerReport(layer, self.error / self.scale if self.scale > 0 else 0.0, self.ridge, self.samples)
+        return LayerReport(
+            layer, self.error / self.scale if self.scale > 0 else 0.0, self.ridge, self.samples, self.columns
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +118,6 @@ def refit(
                         fit, held = _moments(pair, list(here.values()), data.samples)
                     ridged = pair.columns(torch.ones_like(tensors[name]), bias=0.0)
                     M, fits[name] = ridge_regression(fit, held, columns, ridged, W, ridge)
-                    _warn_of_few_samples(pair.consumer.name, fits[name].samples, int(columns.sum()))
                     weights |= pair.write(M, tensors)
             swapped = {key: weights[full] for key, full in layers[name].names.items() if full in weights}
             for stream in here:
@@ -167,14 +167,6 @@ def _send(stream: Generator[Question, Answer, None], answer: Answer) -> Question
         return None
 
 
-def _warn_of_few_samples(layer: str, samples: int, columns: int) -> None:
-    if samples < 2 * columns:
-        logger.warning(
-            "layer %r is fitted to %d samples for %d columns; give more calibration data, 2 samples a column at least",
-            layer, samples, columns,
-        )  # fmt: skip
-
-
 def _unchanged(arrival: Arrival) -> bool:
     return torch.equal(arrival.call.input, arrival.x)
 
@@ -193,8 +185,8 @@ def _moments(
             cut = 0 if index % HELD_OUT == HELD_OUT - 1 else count
         for part, piece in enumerate(call.split([cut, count - cut])):
             for x, y in rows(pair, piece, samples, first):
-                term, total = SecondMoments.of(x, y), sums[part]
-                sums[part] = term if total is None else total + term
+                total = sums[part]
+                sums[part] = SecondMoments.of(x, y) if total is None else total.with_rows(x, y)
             first += len(piece.input)
     name, (fit, held) = pair.consumer.name, sums
     if fit is None:
@@ -242,7 +234,7 @@ def ridge_regression(
         ridge = max(10 * ridge, RIDGES[-1])
     full = torch.zeros_like(W)
     full[:, kept] = M
-    return full, LayerFit(whole.error(full), float(whole.yy) / whole.count, ridge, whole.count)
+    return full, LayerFit(whole.error(full), float(whole.yy) / whole.count, ridge, whole.count, int(kept.sum()))
 
 
 def _regression(moments: SecondMoments, kept: Tensor, ridged: Tensor, W: Tensor) -> Callable[[float], Tensor | None]:

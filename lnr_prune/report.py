@@ -46,13 +46,15 @@ class LayerReport:
         name: Name of the layer.
         error: ``E||y - M x||^2 / E||y||^2`` on the calibration data, x in the pruned network, y in the original.
         ridge: Ridge of the refit, as a fraction of the inputs' mean second moment.
-        samples: Rows that it was fitted to.
+        samples: Rows that it was fitted to; should be at least twice as many as the columns.
+        columns: Columns of its matrix that were fitted.
     """
 
     name: str
     error: float
     ridge: float
     samples: int
+    columns: int
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lnr_prune.graph import named_tensors
 from lnr_prune.multihead import visible_attention
 from lnr_prune.problem import Block
 
-CHUNK = 2**21  # elements of x that one product sums; the products are added up in float64
+CHUNK = 2**23  # elements of x that one product sums; the products are added up in float64
 ROWS_PER_COLUMN = 32  # of a convolution's patches, about so many times d rows are read
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -88,9 +88,18 @@ class SecondMoments:
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> "SecondMoments":
         """The moments of rows x, (n, d), and y, (n, h), multiplied in their own precision, float32 at least."""
+        h, d = y.shape[1], x.shape[1]
+        xx, yx = (torch.zeros(rows, d, dtype=torch.float64, device=x.device) for rows in (d, h))
+        return cls(xx, yx, yx.new_zeros(()), 0).with_rows(x, y)
+
+    def with_rows(self, x: Tensor, y: Tensor) -> "SecondMoments":
+        """These moments with more rows, added in place."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         x, y = x.to(dtype), y.to(dtype)
-        return cls((x.T @ x).double(), (y.T @ x).double(), y.double().square().sum(), len(x))
+        self.xx.add_(x.T @ x)
+        self.yx.add_(y.T @ x)
+        self.yy.add_(y.double().square().sum())
+        return replace(self, count=self.count + len(x))
 
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
         return SecondMoments(self.xx + other.xx, self.yx + other.yx, self.yy + other.yy, self.count + other.count)
@@ -147,8 +156,8 @@ def gather(
 
     def add(name: str, layer: LayerCall) -> None:
         for x, _ in rows(readers[name], layer, data.samples, seen[name]):
-            term = SecondMoments.of(x, x.new_empty(len(x), 0))
-            moments[name] = moments[name] + term if name in moments else term
+            y = x.new_empty(len(x), 0)
+            moments[name] = moments[name].with_rows(x, y) if name in moments else SecondMoments.of(x, y)
         seen[name] += len(layer.input)
 
     batch = -1

@@ -15,7 +15,7 @@ from lnr_prune import cost
 from lnr_prune.allocation import Budget, Cost, allocate, cost_of, descend
 from lnr_prune.calibration import Call, calibrate
 from lnr_prune.collapse import collapse
-from lnr_prune.curves import divergence, error_curves, outputs
+from lnr_prune.curves import divergence, error_curves, outputs, through
 from lnr_prune.graph import find_groups
 from lnr_prune.plan import make_plan
 from lnr_prune.supports import read
@@ -171,7 +171,7 @@ def test_a_group_that_matters_to_the_outputs_keeps_more() -> None:
     assert kept["a"] > 2 * kept["c"]
 
 
-def test_the_curves_are_the_measured_divergence_at_half_of_the_channels() -> None:
+def test_the_curves_are_the_measured_divergence() -> None:
     torch.manual_seed(0)
     model, x = mlp(8, 20, 4).double().requires_grad_(False), torch.randn(100, 8, dtype=torch.float64)
     data = calibrate(model, [x])
@@ -179,8 +179,19 @@ def test_the_curves_are_the_measured_divergence_at_half_of_the_channels() -> Non
     (curve,) = error_curves(model, readings, data)[0].values()
     assert float(curve[20]) == 0.0
     assert bool((curve.diff() <= 1e-12).all())
-    pruned = lnr.prune(model, [x], keep=10, selector="backward", ridge=1e-4)
     original = outputs(model, ((x,), {}))
-    assert divergence([original], [outputs(pruned.model, ((x,), {}))]) == pytest.approx(float(curve[10]), rel=0.05)
+    for size in (10, 5, 2):
+        pruned = lnr.prune(model, [x], keep=size, selector="backward", ridge=1e-4)
+        measured = divergence([original], [outputs(pruned.model, ((x,), {}))])
+        assert measured == pytest.approx(float(curve[size]), rel=0.05)
     spread = (original - original.mean(0)).square().sum()
     assert divergence([original], [original + 1]) == pytest.approx(float(original.numel() / spread))
+
+
+def test_a_curve_goes_through_what_was_measured() -> None:
+    shape = torch.tensor([1.0, 0.6, 0.3, 0.2, 0.1, 0.05, 0.0]).double()
+    curve = through(shape, {3: 0.5, 1: 0.9})
+    assert curve[[3, 1]].tolist() == pytest.approx([0.5, 0.9])
+    assert curve[[0, 4, 6]].tolist() == pytest.approx([1.5, 0.25, 0.0])  # beyond: in proportion
+    assert 0.5 < float(curve[2]) < 0.9
+    assert through(shape, {3: 0.5, 1: 0.0})[:4].tolist() == pytest.approx([0.5] * 4)  # never rises with the size

@@ -321,3 +321,12 @@ def test_on_a_gpu() -> None:
     model = randomised(cnn()).cuda()
     pruned = lnr.prune(model, IMAGES.split(16), keep=0.5)
     assert {p.device.type for p in pruned.model.parameters()} == {"cuda"}
+
+
+def test_too_few_samples_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp(8, 40, 6, 3)
+    report = lnr.prune(model, torch.randn(20, 8), keep={"0": 20}).report
+    assert [(layer.name, layer.samples, layer.columns) for layer in report.layers] == [("2", 20, 21), ("4", 20, 7)]
+    assert (
+        "1 of 2 layers were fitted to fewer than two samples a column ('2' to 20 samples of 21 columns)" in caplog.text
+    )

@@ -192,10 +192,3 @@ def test_an_exception_in_a_suspended_function_is_raised() -> None:
     next(generator)
     with pytest.raises(KeyError, match="on purpose"):
         next(generator)
-
-
-def test_few_samples_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    model, x = net()
-    refit(model, layers_of(model, x), {"2.weight": first_four(12)}, calibrate(model, [x[:20]]))
-    assert "layer '4' is fitted to 20 samples for 13 columns" in caplog.text
-    assert "layer '2'" not in caplog.text  # 5 columns
