@@ -1,19 +1,23 @@
 """Verification: the smaller model must equal the masked model, numerically."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lnr_prune.attributes import Role, choices, with_attributes
 from lnr_prune.calibration import Call, run
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
-from lnr_prune.graph import ChannelGroup, along, named_tensors
+from lnr_prune.graph import ChannelGroup, along, in_mode, named_tensors, unfused_attention
 from lnr_prune.plan import make_plan
+
+Groups = tuple[ChannelGroup, ...]
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Largest difference allowed, relative to the largest output; rounding grows with depth."""
@@ -24,7 +28,7 @@ def masked_weights(groups: list[tuple[ChannelGroup, Tensor]], tensors: Mapping[s
     masked: dict[str, Tensor] = {}
     for group, support in groups:
         keep = torch.cat([support.cpu(), torch.ones(1, dtype=torch.bool)])
-        for consumer in group.consumers:
+        for consumer in (*group.consumers, *group.training):
             weight = masked.get(consumer.weight, tensors[consumer.weight])
             columns = along(keep[consumer.channels], consumer.dim, weight.shape).to(weight)
             masked[consumer.weight] = weight.detach() * columns
@@ -34,13 +38,20 @@ def masked_weights(groups: list[tuple[ChannelGroup, Tensor]], tensors: Mapping[s
 class Reference:
     """Outputs of the masked model, in float64 where it runs in float64, to compare a pruned one with."""
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], example: Call) -> None:
-        """Runs the model with these full-size tensors in place of its own."""
-        self.example = example
+    def __init__(
+        self, model: nn.Module, weights: Mapping[str, Tensor], example: Call, *, training: bool = False
+    ) -> None:
+        """Runs the model with these full-size tensors in place of its own; in training mode too, if so asked.
+
+        In training mode dropout lets everything through: its choice depends on the number of channels.
+        """
+        self.example, self.wide = example, True
+        self.modes = (False, True) if training else (False,)
         try:
-            self.wide, self.outputs = True, _outputs(model, weights, example, wide=True)
+            self.outputs = [_outputs(model, weights, example, wide=True, training=mode) for mode in self.modes]
         except CalibrationError:  # the forward insists on its own dtype
-            self.wide, self.outputs = False, _outputs(model, weights, example, wide=False)
+            self.wide = False
+            self.outputs = [_outputs(model, weights, example, wide=False, training=mode) for mode in self.modes]
 
     def check(self, pruned: nn.Module) -> None:
         """Compares the pruned model with the masked one.
@@ -48,38 +59,43 @@ class Reference:
         Raises:
             VerificationError: If the pruned model does not run, or differs by more than rounding.
         """
-        try:
-            outputs = _outputs(pruned, {}, self.example, wide=self.wide)
-        except CalibrationError as error:
-            raise VerificationError(f"the pruned model does not run: {error}") from error
-        if [out.shape for out in outputs] != [out.shape for out in self.outputs]:
+        for training, expected in zip(self.modes, self.outputs, strict=True):
+            try:
+                outputs = _outputs(pruned, {}, self.example, wide=self.wide, training=training)
+            except CalibrationError as error:
+                raise VerificationError(f"the pruned model does not run: {error}") from error
+            _compare(outputs, expected)
+
+
+def _compare(outputs: list[Tensor], references: list[Tensor]) -> None:
+    if [out.shape for out in outputs] != [out.shape for out in references]:
+        raise VerificationError(
+            f"the pruned model's outputs have shapes {[tuple(out.shape) for out in outputs]}, the masked "
+            f"model's {[tuple(out.shape) for out in references]}"
+        )
+    for got, expected in zip(outputs, references, strict=True):
+        if not got.is_floating_point():
+            equal = torch.equal(got, expected)
+            difference, scale, tolerance = (0.0 if equal else 1.0), 1.0, 0.0
+        else:
+            difference = float((got - expected).abs().max()) if got.numel() else 0.0
+            scale = max(float(expected.abs().max()) if got.numel() else 0.0, 1e-30)
+            tolerance = TOLERANCE[got.dtype]
+        if not difference <= tolerance * scale:
             raise VerificationError(
-                f"the pruned model's outputs have shapes {[tuple(out.shape) for out in outputs]}, the masked "
-                f"model's {[tuple(out.shape) for out in self.outputs]}"
+                f"the pruned model differs from the masked one by {difference / scale:.1e} of the largest "
+                f"output, expected at most {tolerance:.0e}: its forward uses the removed channels in a way "
+                "that the graph did not show. Your model is untouched; exclude layers with keep={...}, "
+                "and please report the model"
             )
-        for got, expected in zip(outputs, self.outputs, strict=True):
-            if not got.is_floating_point():
-                equal = torch.equal(got, expected)
-                difference, scale, tolerance = (0.0 if equal else 1.0), 1.0, 0.0
-            else:
-                difference = float((got - expected).abs().max()) if got.numel() else 0.0
-                scale = max(float(expected.abs().max()) if got.numel() else 0.0, 1e-30)
-                tolerance = TOLERANCE[got.dtype]
-            if not difference <= tolerance * scale:
-                raise VerificationError(
-                    f"the pruned model differs from the masked one by {difference / scale:.1e} of the largest "
-                    f"output, expected at most {tolerance:.0e}: its forward uses the removed channels in a way "
-                    "that the graph did not show. Your model is untouched; exclude layers with keep={...}, "
-                    "and please report the model"
-                )
 
 
-def shrinkable(
-    model: nn.Module, groups: tuple[ChannelGroup, ...], example: Call
-) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
+def shrinkable(model: nn.Module, groups: Groups, example: Call) -> tuple[Groups, dict[str, str]]:
     """The groups that the module itself can lose channels of, found out by trying with random weights.
 
-    A forward that holds sizes (``x.view(-1, 800)``) fails the trial; its groups are left out, with the reason.
+    A forward that holds a size (``view(-1, 800)``, ``self.num_heads``) fails the trial. Where submodules hold
+    it in an attribute, the trial is repeated with the attribute changed, once for all that run the same line
+    of code; groups that still fail are left out, with the reason.
 
     Args:
         model: The module that is to be shrunk; it is as before when the function returns.
@@ -87,40 +103,90 @@ def shrinkable(
         example: Arguments of one forward pass.
 
     Returns:
-        The groups that pass, and name of a producer -> reason for those that do not.
+        The groups that pass, with the attributes that change with them, and name of a producer -> reason for
+        those that do not.
     """
-    reason = _trial(model, groups, example)
+    if not groups:
+        return (), {}
+    trial = _trial(model, groups, example)
+    if trial(groups) is None:
+        return groups, {}
+    families: dict[frozenset[str], list[ChannelGroup]] = {}
+    for group in groups:
+        families.setdefault(frozenset(held.line for held in group.held), []).append(group)
+    kept: list[ChannelGroup] = []
+    refused: dict[str, str] = {}
+    for lines, family in families.items():
+        chosen, reason = _choose(model, family[0], trial) if lines else (frozenset(), None)
+        if reason is None:
+            kept += [with_attributes(model, group, chosen) for group in family]
+        else:
+            refused |= {producer: reason for group in family for producer in group.producers}
+    order = {group.name: index for index, group in enumerate(groups)}
+    passed, failed = _bisect(tuple(sorted(kept, key=lambda group: order[group.name])), trial)
+    return passed, {**refused, **failed}
+
+
+Trial = Callable[[Groups], str | None]
+
+
+def _choose(model: nn.Module, group: ChannelGroup, trial: Trial) -> tuple[frozenset[Role], str | None]:
+    """The attributes that must change for the group to pass, and none besides; if there are none, why not."""
+    reason = None
+    for chosen in choices(model, group):
+        failure = trial((with_attributes(model, group, chosen),))
+        if failure is None:
+            break
+        reason = reason or failure
+    else:
+        return frozenset(), reason
+    for role in sorted(chosen, key=str):
+        if trial((with_attributes(model, group, chosen - {role}),)) is None:
+            chosen -= {role}
+    return chosen, None
+
+
+def _bisect(groups: Groups, trial: Trial) -> tuple[Groups, dict[str, str]]:
+    """The groups that pass, and name of a producer -> reason for those that do not."""
+    reason = trial(groups) if groups else None
     if reason is None:
         return groups, {}
     if len(groups) == 1:
         return (), dict.fromkeys(groups[0].producers, reason)
     half = len(groups) // 2
-    first, refused = shrinkable(model, groups[:half], example)
-    second, refused_too = shrinkable(model, groups[half:], example)
+    first, refused = _bisect(groups[:half], trial)
+    second, refused_too = _bisect(groups[half:], trial)
     return first + second, {**refused, **refused_too}
 
 
-def _trial(model: nn.Module, groups: tuple[ChannelGroup, ...], example: Call) -> str | None:
-    """Why the model does not survive losing a third of the channels of each group; None if it does."""
+def _trial(model: nn.Module, groups: Groups, example: Call) -> Trial:
+    """Tells why the model does not survive losing a third of the channels of some groups; None if it does.
+
+    The channels are masked in all groups, so one reference serves every trial: to remove what is masked
+    changes nothing. A forward that names positions often names the first or the last: these go.
+    """
     generator = torch.Generator().manual_seed(0)
+    supports = {}
+    for group in groups:
+        support = torch.rand(group.size, generator=generator) > 0.3
+        support[[0, -1]], support[group.size // 2] = False, True
+        supports[group.name] = support
     weights = random_weights(model)
-    restore = restore_point(model)
-    for end in (0, -1) if groups else ():  # a forward that names positions often names the first or the last
-        supports = []
-        for group in groups:
-            support = torch.rand(group.size, generator=generator) > 0.3
-            support[end], support[group.size // 2] = False, True
-            supports.append((group, support))
-        masked = {**weights, **masked_weights(supports, weights)}
-        reference = Reference(model, masked, example)
+    masked = {**weights, **masked_weights([(group, supports[group.name]) for group in groups], weights)}
+    reference = Reference(model, masked, example, training=any(group.training for group in groups))
+
+    def trial(candidates: Groups) -> str | None:
+        restore = restore_point(model)
         try:
-            collapse(model, make_plan(supports), masked)
+            collapse(model, make_plan([(group, supports[group.name]) for group in candidates]), masked)
             reference.check(model)
         except VerificationError as error:
             return f"its sizes or positions are fixed in the model's forward ({error})".splitlines()[0]
         finally:
             restore()
-    return None
+        return None
+
+    return trial
 
 
 def copied(model: nn.Module, example: Call) -> nn.Module:
@@ -165,13 +231,39 @@ class _Seen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _outputs(model: nn.Module, weights: Mapping[str, Tensor], example: Call, *, wide: bool) -> list[Tensor]:
+def _outputs(
+    model: nn.Module, weights: Mapping[str, Tensor], example: Call, *, wide: bool, training: bool
+) -> list[Tensor]:
+    tensors = {name: weights.get(name, tensor) for name, tensor in _unique(model).items()}
     if wide:
-        tensors = {name: _wide(weights.get(name, tensor)) for name, tensor in _unique(model).items()}
-        example = tree_map(_wide, example)
-    else:
-        tensors = dict(weights)
-    return [leaf for leaf in tree_leaves(run(model, example, tensors)) if isinstance(leaf, Tensor)]
+        tensors, example = {name: _wide(tensor) for name, tensor in tensors.items()}, tree_map(_wide, example)
+    outputs = _run_training(model, example, tensors) if training else run(model, example, tensors)
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -> Any:
+    """``model(*args, **kwargs)`` in training mode, without dropout; its statistics stay as they are."""
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    with torch.random.fork_rng(), torch.no_grad(), in_mode(model, True), unfused_attention(), _NoDropout():
+        torch.manual_seed(0)  # stochastic depth draws the same layers
+        try:
+            return functional_call(model, copies, *call)
+        except Exception as error:  # a forward raises errors of any kind
+            raise CalibrationError(f"{type(model).__name__} does not run in training mode: {error}") from error
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout that lets everything through."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else kwargs["input"]
+        if "dropout_p" in kwargs:
+            kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
 
 
 def _unique(model: nn.Module) -> dict[str, Tensor]:
@@ -190,9 +282,11 @@ def random_weights(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in _unique(model).items():
         if not tensor.is_floating_point():
             continue
-        value = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
+        value = torch.rand(tensor.shape, generator=generator)
         if tensor.dim() > 1:
-            sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
-            value = value * sign / max(1, tensor[0].numel()) ** 0.5
+            value = 2 * value - 1  # of either sign
+            value = (value + value.sign() / 2) / max(1, tensor[0].numel()) ** 0.5
+        else:
+            value += 0.5
         weights[name] = value.to(tensor)
     return weights
