@@ -39,17 +39,31 @@ class Reference:
     """Outputs of the masked model, in float64 where it runs in float64, to compare a pruned one with."""
 
     def __init__(
-        self, model: nn.Module, weights: Mapping[str, Tensor], example: Call, *, training: bool = False
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        example: Call,
+        *,
+        training: bool = False,
+        wide: bool = True,
     ) -> None:
-        """Runs the model with these full-size tensors in place of its own; in training mode too, if so asked.
+        """Runs the model with these full-size tensors in place of its own.
 
-        In training mode dropout lets everything through: its choice depends on the number of channels.
+        Args:
+            model: The whole model.
+            weights: The tensors.
+            example: Arguments of one forward pass.
+            training: Whether to compare in training mode too; dropout lets everything through then, as its
+                choice depends on the number of channels.
+            wide: Whether to try float64.
         """
-        self.example, self.wide = example, True
+        self.example, self.wide = example, wide
         self.modes = (False, True) if training else (False,)
         try:
-            self.outputs = [_outputs(model, weights, example, wide=True, training=mode) for mode in self.modes]
+            self.outputs = [_outputs(model, weights, example, wide=wide, training=mode) for mode in self.modes]
         except CalibrationError:  # the forward insists on its own dtype
+            if not wide:
+                raise
             self.wide = False
             self.outputs = [_outputs(model, weights, example, wide=False, training=mode) for mode in self.modes]
 

@@ -100,7 +100,7 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     for site in sites:
         if site.columns in state.owners.produced:
             state.owners.freeze(state.owners.slots[site.columns], "its weight also produces the channels that it reads")
-    label = _close(state.owners)
+    label = close(state.owners)
     reasons = _frozen_reasons(state.owners, label)
     units: dict[int, dict[Slot, list[int]]] = defaultdict(lambda: defaultdict(list))
     for slot, labels in _labelled_slots(state.owners, label).items():
@@ -172,7 +172,7 @@ def _read_group(
     )
 
 
-def _close(owners: Owners) -> Tensor:
+def close(owners: Owners) -> Tensor:
     """Unit of each id, (count,): ids that are coupled, until every unit fills whole slabs of every activation.
 
     Where the owners of an activation vary on several axes, a unit that is not a whole slab along one of
