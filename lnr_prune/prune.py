@@ -19,11 +19,12 @@ from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.problem import GroupLasso
 from lnr_prune.problem import debias as debiased
+from lnr_prune.pruned_graph import pruned_graph
 from lnr_prune.registry import Pair, find
 from lnr_prune.report import GroupReport, Report
 from lnr_prune.selection import Candidates
 from lnr_prune.solvers import Solver
-from lnr_prune.statistics import gather
+from lnr_prune.statistics import SecondMoments, gather
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
 
 
@@ -59,6 +60,7 @@ def prune(
     ridge: float = 0.0,
     inputs: Inputs | None = None,
     inplace: bool = False,
+    as_graph: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Pruned:
@@ -84,6 +86,8 @@ def prune(
         ridge: Ridge of the refit, as a fraction of the inputs' mean second moment.
         inputs: Turns a batch of any other form into ``(args, kwargs)`` of the model.
         inplace: Shrinks ``model`` itself. If anything fails it is as before.
+        as_graph: Returns a `PrunedGraph`, a GraphModule of ATen operations for evaluation only, instead of a
+            module of the model's class. No channels stay then because the model's forward holds their number.
         seed: Of the "random" selector.
         progress: Whether to show a progress bar; default: if stderr is a terminal.
 
@@ -108,13 +112,16 @@ def prune(
           (2): Linear(in_features=16, out_features=4, bias=True)
         )
     """
+    if inplace and as_graph:
+        raise ValueError("as_graph=True makes a new model; it cannot be combined with inplace=True")
     data = calibrate(model, calibration, inputs)
     example = short_example(model, data)
     graph = find_groups(model, *example)
-    target = model if inplace else copied(model, example)
-    groups, fixed = shrinkable(target, graph.groups, example)
-    graph = replace(graph, groups=groups, frozen={**graph.frozen, **fixed})
-    if not groups:
+    target = model if inplace or as_graph else copied(model, example)
+    if not as_graph:
+        groups, fixed = shrinkable(target, graph.groups, example)
+        graph = replace(graph, groups=groups, frozen={**graph.frozen, **fixed})
+    if not graph.groups:
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in graph.frozen.items())
         raise GraphError(f"{type(model).__name__} has no channel that can be pruned. {reasons or 'It has no layers'}")
     choices = choose_channels(graph, keep=keep, lam=lam, lam_ratio=lam_ratio, selector=selector)
@@ -142,6 +149,7 @@ def prune(
                 M = debiased(problem, selection.support, ridge) if debias else selection.coefficients
                 for pair, M_c, alive_c in zip(pairs, M, alive, strict=True):
                     masked |= pair.write(M_c * alive_c, state)
+                masked |= masked_weights([(group, selection.support)], {**state, **masked})  # in training heads too
                 supports.append((group, selection.support))
                 row = replace(
                     row,
@@ -155,14 +163,17 @@ def prune(
 
     plan = make_plan(supports)
     before = cost.parameters(model), cost.macs(model, example)
-    reference = Reference(model, masked, example)
-    restore = restore_point(target)
-    try:
-        collapse(target, plan, masked)
-        reference.check(target)
-    except BaseException:
-        restore()
-        raise
+    if as_graph:
+        target = pruned_graph(model, plan, masked, example)
+    else:
+        reference = Reference(model, masked, example, training=any(group.training for group in graph.groups))
+        restore = restore_point(target)
+        try:
+            collapse(target, plan, masked)
+            reference.check(target)
+        except BaseException:
+            restore()
+            raise
     after = cost.parameters(target), cost.macs(target, example)
     report = Report(tuple(rows), graph.frozen, before[0], after[0], before[1], after[1])
     return Pruned(target, report, plan, masked)
@@ -170,7 +181,7 @@ def prune(
 
 def _pairs(group: ChannelGroup, bias: bool) -> list[Pair]:
     """The group's consumers with their adapters; without ``bias`` the layers keep theirs."""
-    consumers = [c if bias else replace(c, bias=None) for c in group.consumers]
+    consumers = [c if bias else replace(c, bias=None) for c in group.consumers or group.training]
     return [Pair(consumer, find(consumer)) for consumer in consumers]
 
 
@@ -190,7 +201,10 @@ def _problem(
     masked: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
 ) -> GroupLasso:
-    moments = gather(model, {pair.consumer.weight: pair for pair in pairs}, data, weights=masked)
+    if group.consumers:
+        moments = gather(model, {pair.consumer.weight: pair for pair in pairs}, data, weights=masked)
+    else:  # nothing is known of what a head reads that runs in training only: as if it were white
+        moments = {pair.consumer.weight: SecondMoments.white(pair.matrix(state)) for pair in pairs}
     blocks = tuple(
         pair.block(moments[pair.consumer.weight].restricted(columns), state[pair.consumer.weight])
         for pair, columns in zip(pairs, alive, strict=True)
