@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lnr_prune.calibration import Call
 from lnr_prune.collapse import collapse
-from lnr_prune.errors import GraphError, VerificationError
+from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph import Propagation, along_axis, close, counts, export, named_tensors, propagate, read
 from lnr_prune.graph.nodes import argument
 from lnr_prune.plan import Plan
@@ -70,7 +70,7 @@ def pruned_graph(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor], ex
         try:
             program = export(model, *traced, dynamic_shapes=_free_batch(model, example))
             graph = _verified(program, model, plan, weights, checked)
-        except (GraphError, VerificationError):
+        except (CalibrationError, GraphError, VerificationError):
             logger.info("the graph takes the example's batch size only", exc_info=True)
         else:
             graph.meta["batch_size"] = None
@@ -111,7 +111,7 @@ def _verified(
     A graph holds the dtypes that its model had when it was traced: only another graph computes the same in float64.
     """
     first = {id(tensor): name for name, tensor in reversed(named_tensors(model).items())}
-    masked = program.module()
+    masked = _module(program)
     names = {name: first.get(id(tensor), name) for name, tensor in named_tensors(masked).items()}
     tensors = {**named_tensors(model), **weights}
     full = {name: tensors[own] for name, own in names.items() if own in tensors}
@@ -135,8 +135,18 @@ def _without(program: ExportedProgram, model: nn.Module, plan: Plan) -> PrunedGr
                 left = torch.ones(trace.tensors[name].shape[dim], dtype=torch.bool)
                 left[list(kept)] = False
                 gone[label[state.owners.slots[name, dim]][left]] = True
+    graph = _module(program)
+    _set_ints(graph.graph, state, label, gone)
+    graph.recompile()
+    return graph
+
+
+def _module(program: ExportedProgram) -> PrunedGraph:
+    """The program as a module, without the checks of what it was traced with."""
     module = program.module()
-    _set_ints(module.graph, state, label, gone)
+    for node in reversed(module.graph.nodes):
+        if node.target == "_guards_fn" or str(node.target).startswith("aten._assert_tensor_metadata"):
+            module.graph.erase_node(node)
     graph = PrunedGraph(module, module.graph)
     for part in graph.modules():
         part.training = False
@@ -175,6 +185,3 @@ def _set_ints(graph: fx.Graph, state: Propagation, label: Tensor, gone: Tensor) 
                 if rest:
                     new = [new if index == rest[0] else entry for index, entry in enumerate(whole)]
                 user.update_arg(first, new)
-    for node in reversed(graph.nodes):
-        if node.target == "_guards_fn" or str(node.target).startswith("aten._assert_tensor_metadata"):
-            graph.erase_node(node)

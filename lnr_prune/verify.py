@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from lnr_prune.attributes import Role, choices, with_attributes
 from lnr_prune.calibration import Call, run
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
-from lnr_prune.graph import ChannelGroup, along, in_mode, named_tensors, unfused_attention
+from lnr_prune.graph import ChannelGroup, along, named_tensors
+from lnr_prune.outputs import outputs_of, own_tensors
 from lnr_prune.plan import make_plan
 
 Groups = tuple[ChannelGroup, ...]
@@ -60,12 +60,12 @@ class Reference:
         self.example, self.wide = example, wide
         self.modes = (False, True) if training else (False,)
         try:
-            self.outputs = [_outputs(model, weights, example, wide=wide, training=mode) for mode in self.modes]
+            self.outputs = [outputs_of(model, weights, example, wide=wide, training=mode) for mode in self.modes]
         except CalibrationError:  # the forward insists on its own dtype
             if not wide:
                 raise
             self.wide = False
-            self.outputs = [_outputs(model, weights, example, wide=False, training=mode) for mode in self.modes]
+            self.outputs = [outputs_of(model, weights, example, wide=False, training=mode) for mode in self.modes]
 
     def check(self, pruned: nn.Module) -> None:
         """Compares the pruned model with the masked one.
@@ -75,7 +75,7 @@ class Reference:
         """
         for training, expected in zip(self.modes, self.outputs, strict=True):
             try:
-                outputs = _outputs(pruned, {}, self.example, wide=self.wide, training=training)
+                outputs = outputs_of(pruned, {}, self.example, wide=self.wide, training=training)
             except CalibrationError as error:
                 raise VerificationError(f"the pruned model does not run: {error}") from error
             _compare(outputs, expected)
@@ -122,20 +122,27 @@ def shrinkable(model: nn.Module, groups: Groups, example: Call) -> tuple[Groups,
     """
     if not groups:
         return (), {}
-    trial = _trial(model, groups, example)
+    try:
+        trial = _trial(model, groups, example)
+    except CalibrationError as error:
+        evaluated = tuple(group for group in groups if not group.training)
+        if len(evaluated) == len(groups):
+            raise
+        reason = f"read in training mode too, in which the example cannot be run ({error})".splitlines()[0]
+        passed, refused = shrinkable(model, evaluated, example)
+        return passed, {**refused, **{name: reason for group in groups if group.training for name in group.producers}}
     if trial(groups) is None:
         return groups, {}
     families: dict[frozenset[str], list[ChannelGroup]] = {}
     for group in groups:
         families.setdefault(frozenset(held.line for held in group.held), []).append(group)
-    kept: list[ChannelGroup] = []
-    refused: dict[str, str] = {}
-    for lines, family in families.items():
-        chosen, reason = _choose(model, family[0], trial) if lines else (frozenset(), None)
-        if reason is None:
+    kept, refused = list(families.pop(frozenset(), ())), {}
+    for family in families.values():
+        chosen, why = _choose(model, family[0], trial)
+        if why is None:
             kept += [with_attributes(model, group, chosen) for group in family]
         else:
-            refused |= {producer: reason for group in family for producer in group.producers}
+            refused |= {producer: why for group in family for producer in group.producers}
     order = {group.name: index for index, group in enumerate(groups)}
     passed, failed = _bisect(tuple(sorted(kept, key=lambda group: order[group.name])), trial)
     return passed, {**refused, **failed}
@@ -146,16 +153,20 @@ Trial = Callable[[Groups], str | None]
 
 def _choose(model: nn.Module, group: ChannelGroup, trial: Trial) -> tuple[frozenset[Role], str | None]:
     """The attributes that must change for the group to pass, and none besides; if there are none, why not."""
-    reason = None
-    for chosen in choices(model, group):
-        failure = trial((with_attributes(model, group, chosen),))
-        if failure is None:
-            break
-        reason = reason or failure
-    else:
-        return frozenset(), reason
+    results: dict[frozenset[tuple[str, str]], str | None] = {}
+
+    def failure(roles: frozenset[Role]) -> str | None:
+        candidate = with_attributes(model, group, roles)
+        changed = frozenset(candidate.attributes)
+        if changed not in results:
+            results[changed] = trial((candidate,))
+        return results[changed]
+
+    chosen = next((roles for roles in choices(model, group) if failure(roles) is None), None)
+    if chosen is None:
+        return frozenset(), next(iter(results.values()))
     for role in sorted(chosen, key=str):
-        if trial((with_attributes(model, group, chosen - {role}),)) is None:
+        if failure(chosen - {role}) is None:
             chosen -= {role}
     return chosen, None
 
@@ -195,7 +206,10 @@ def _trial(model: nn.Module, groups: Groups, example: Call) -> Trial:
             collapse(model, make_plan([(group, supports[group.name]) for group in candidates]), masked)
             reference.check(model)
         except VerificationError as error:
-            return f"its sizes or positions are fixed in the model's forward ({error})".splitlines()[0]
+            return (
+                "its sizes or positions are fixed in the model's forward; as_graph=True can remove them "
+                f"({error})".splitlines()[0]
+            )
         finally:
             restore()
         return None
@@ -245,55 +259,11 @@ class _Seen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _outputs(
-    model: nn.Module, weights: Mapping[str, Tensor], example: Call, *, wide: bool, training: bool
-) -> list[Tensor]:
-    tensors = {name: weights.get(name, tensor) for name, tensor in _unique(model).items()}
-    if wide:
-        tensors, example = {name: _wide(tensor) for name, tensor in tensors.items()}, tree_map(_wide, example)
-    outputs = _run_training(model, example, tensors) if training else run(model, example, tensors)
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -> Any:
-    """``model(*args, **kwargs)`` in training mode, without dropout; its statistics stay as they are."""
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    with torch.random.fork_rng(), torch.no_grad(), in_mode(model, True), unfused_attention(), _NoDropout():
-        torch.manual_seed(0)  # stochastic depth draws the same layers
-        try:
-            return functional_call(model, copies, *call)
-        except Exception as error:  # a forward raises errors of any kind
-            raise CalibrationError(f"{type(model).__name__} does not run in training mode: {error}") from error
-
-
-class _NoDropout(TorchFunctionMode):
-    """Dropout that lets everything through."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if "dropout" in getattr(func, "__name__", ""):
-            return args[0] if args else kwargs["input"]
-        if "dropout_p" in kwargs:
-            kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
-
-
-def _unique(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _wide(value: Any) -> Any:
-    floating = isinstance(value, Tensor) and value.is_floating_point() and value.device.type != "mps"
-    return value.detach().double() if floating else value
-
-
 def random_weights(model: nn.Module) -> dict[str, Tensor]:
     """Values that hide nothing: gates and scales away from zero, variances positive."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for name, tensor in _unique(model).items():
+    for name, tensor in own_tensors(model).items():
         if not tensor.is_floating_point():
             continue
         value = torch.rand(tensor.shape, generator=generator)

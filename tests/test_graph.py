@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import Graph, find_groups
-from lnr_prune.graph.groups import close, _ragged
+from lnr_prune.graph.groups import _ragged, close
 from lnr_prune.graph.owners import Owners
 from tests.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
 
