@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import contractions, moves  # noqa: F401  (they register their rules)
+from lnr_prune.graph.flow import data_flow
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph.rules import Propagation, Site, logger, propagate
 from lnr_prune.graph.sizes import HeldInt, held_ints
@@ -76,11 +77,13 @@ class Graph:
         groups: What can be pruned, in order of execution.
         frozen: Name of a layer whose outputs cannot -> why.
         macs: Name of a weight -> multiply-accumulates that it takes part in, in the traced call.
+        flow: Pairs of layers: what the first computes goes into the second, see `data_flow`.
     """
 
     groups: tuple[ChannelGroup, ...]
     frozen: Mapping[str, str]
     macs: Mapping[str, int]
+    flow: tuple[tuple[str, str], ...] = ()
 
 
 def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
@@ -120,7 +123,8 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     traces = (state, training) if training else (state,)
     held = held_ints(traces, label, {group.name: group.slots for group in groups})
     groups = [replace(group, held=held[group.name]) for group in groups]
-    return Graph(tuple(groups), _explain(state, groups, label, reasons), state.macs)
+    flow = tuple((layer_name(a), layer_name(b)) for a, b in data_flow(traces))
+    return Graph(tuple(groups), _explain(state, groups, label, reasons), state.macs, flow)
 
 
 def _in_training(
