@@ -16,6 +16,7 @@ from lnr_prune.graph import ChannelGroup, HeldInt
 
 Role = tuple[str, type[nn.Module], str]
 """A line of code and the attribute of a class of submodules that may be an int in it."""
+LONGEST = 64  # tuples and lists with more entries are data, not settings
 ATTEMPTS = 40
 """Choices of attributes that are tried for groups whose ints are in the same lines; most fail early."""
 
@@ -29,17 +30,22 @@ def ints(module: nn.Module) -> Iterator[tuple[str, int]]:
 def _ints(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
     if type(value) is int:
         yield path, value
-    elif depth and isinstance(value, tuple | list):
+    elif depth and isinstance(value, tuple | list) and len(value) <= LONGEST:
         for index, entry in enumerate(value):
             yield from _ints(f"{path}.{index}", entry, depth - 1)
-    elif (
-        depth
-        and hasattr(value, "__dict__")
-        and not isinstance(value, nn.Module | Tensor | type)
-        and not callable(value)
-    ):
+    elif depth and _is_settings(value):
         for name, entry in vars(value).items():
             yield from _ints(f"{path}.{name}", entry, depth - 1)
+
+
+def _is_settings(value: Any) -> bool:
+    """Whether a value holds attributes, and can be replaced by a copy of its own."""
+    if not hasattr(value, "__dict__") or isinstance(value, nn.Module | Tensor | type) or callable(value):
+        return False
+    try:
+        return copy.copy(value) is not value  # an Enum, for one, has no copies
+    except Exception:  # a copy may fail in any way
+        return False
 
 
 def assign(module: nn.Module, path: str, value: int) -> None:

@@ -26,8 +26,9 @@ class PrunedGraph(fx.GraphModule):
     """A pruned model as a graph of ATen operations, in evaluation mode only.
 
     It is called as the model was in the example it was traced with, positional and keyword arguments alike, and
-    returns the same structure. Parameters and buffers have their names in the model; those of heads that only
-    run in training are not there.
+    returns the same structure. The first axis of the inputs may have any size, see `batch_size`; all other sizes,
+    and arguments that are no tensors, are those of the example. Parameters and buffers have their names in the
+    model; those of heads that only run in training are not there.
 
     Attributes:
         batch_size: The only size of the first axis that it takes; None = it takes any.
@@ -71,7 +72,7 @@ def pruned_graph(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor], ex
             program = export(model, *traced, dynamic_shapes=_free_batch(model, example))
             graph = _verified(program, model, plan, weights, checked)
         except (CalibrationError, GraphError, VerificationError):
-            logger.info("the graph takes the example's batch size only", exc_info=True)
+            logger.warning("the forward of %s holds its batch size: so does the graph", type(model).__name__)
         else:
             graph.meta["batch_size"] = None
             return graph

@@ -1,6 +1,7 @@
 """Ints that submodules hold change with the channels that they count: the right ones, and nothing that others share."""
 
 import json
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -29,6 +30,10 @@ def prune_first_channels(
     reference, plan = Reference(model, masked, call), make_plan(supports)
     collapse(model, plan, masked)
     return plan, reference
+
+
+class Kind(Enum):
+    TWO = 2
 
 
 class Pair(NamedTuple):
@@ -139,7 +144,7 @@ def test_where_the_ints_are_found_and_how_they_are_written() -> None:
     shared = {
         "count": 3, "flag": True, "sizes": [4, (5, 6)], "pair": Pair(7, "x"), "settings": held.Settings(8, 9), "f": len,
     }  # fmt: skip
-    vars(module).update(shared)
+    vars(module).update(shared, kind=Kind.TWO, code=json)  # neither of the two has copies
     assert dict(ints(module)) == {
         "count": 3, "sizes.0": 4, "sizes.1.0": 5, "sizes.1.1": 6, "pair.0": 7, "settings.heads": 8,
         "settings.width": 9,
