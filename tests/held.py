@@ -16,15 +16,17 @@ def attend(qkv: Tensor, heads: int, size: int) -> Tensor:
 
 
 class HeldHeads(nn.Module):
-    """timm's: the number of heads and their common width are attributes; the size of a head is one of equal value."""
+    """timm's: the number of heads and their common width are attributes; others are equal by coincidence."""
 
     def __init__(self, d: int = 16, heads: int = 4) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.attn_dim, self.unused = heads, d // heads, d, heads
+        self.num_heads, self.head_dim, self.unused = heads, d // heads, heads
+        self.attn_dim, self.qkv_dim = d, 3 * d
         self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = attend(self.qkv(x), self.num_heads, self.head_dim)
+        qkv = self.qkv(x).view(*x.shape[:2], self.qkv_dim)
+        y = attend(qkv, self.num_heads, self.head_dim)
         return x + self.proj(y.transpose(1, 2).reshape(x.shape[0], -1, self.attn_dim))
 
 
