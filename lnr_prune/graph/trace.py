@@ -83,6 +83,7 @@ def read(program: ExportedProgram, model: nn.Module) -> Trace:
     canonical = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
     names, constants = {}, {}
     module = _with_known_sizes(program.graph_module)
+    module.graph.eliminate_dead_code()  # attention weights that are averaged over heads and thrown away
     for node in module.graph.nodes:
         if node.op == "placeholder" and placeholders.get(node.name) in canonical:
             names[node] = canonical[placeholders[node.name]]
