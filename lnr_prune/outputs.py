@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lnr_prune.calibration import Call, run
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import in_mode, unfused_attention
+from lnr_prune.multihead import visible_attention
 
 
 def outputs_of(
@@ -40,7 +41,10 @@ def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -
     """``model(*args, **kwargs)`` in training mode, without dropout; its statistics stay as they are."""
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices), torch.no_grad(), in_mode(model, True), unfused_attention(), _NoDropout():
+    with (
+        torch.random.fork_rng(devices), torch.no_grad(), in_mode(model, True), unfused_attention(),
+        visible_attention(model), _NoDropout(),
+    ):  # fmt: skip
         torch.manual_seed(0)  # stochastic depth draws the same layers
         try:
             return functional_call(model, copies, *call)

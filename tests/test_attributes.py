@@ -156,3 +156,20 @@ def test_where_the_ints_are_found_and_how_they_are_written() -> None:
         "count": 1, "flag": True, "sizes": [1, (1, 1)], "pair": Pair(1, "x"), "settings": held.Settings(1, 1), "f": len,
     }  # fmt: skip
     assert (shared["sizes"], shared["pair"], shared["settings"]) == ([4, (5, 6)], Pair(7, "x"), held.Settings(8, 9))
+
+
+def test_attention_weights_that_nobody_uses_freeze_nothing() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]  # averages its weights over the heads, in vain
+
+    model, call = Attends(), ((TOKENS,), {})  # type: ignore[var-annotated]
+    groups, refused = shrinkable(model, find_groups(model, *call).groups, call)
+    assert [(group.name, group.size) for group in groups] == [("attention.in_proj_weight", 3)]
+    assert not refused
+    _, reference = prune_first_channels(model, groups, call)
+    reference.check(model)

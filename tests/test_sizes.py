@@ -27,7 +27,7 @@ CUTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
     "tensor_split": (lambda h, _: torch.cat(h.tensor_split([2, 6], 1)[::-1], 1), 2),
     "chunk": (lambda h, _: torch.mul(*h.chunk(2, 1)), 4),
     "slice": (lambda h, _: h[:, :4] - h[:, 4:], 4),
-    "slice from the end": (lambda h, _: h[:, :-4] - h[:, -4:], 4),
+    "slice from the end": (lambda h, _: h[:, :-2] - h[:, 2:], 2),
     "slices that only concatenate": (lambda h, _: torch.cat([h[:, 4:], h[:, :4]], 1), 4),
     "narrow": (lambda h, _: h.narrow(1, 4, 4) - h.narrow(1, 0, 4), 4),
     "group_norm": (lambda h, _: F.group_norm(h, 4), 4),

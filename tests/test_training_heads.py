@@ -78,6 +78,23 @@ def test_without_data_the_largest_columns_stay_as_they_are() -> None:
     torch.testing.assert_close(pruned.model.get_parameter("fc2.bias"), model.fc2.bias)
 
 
+def test_attention_drops_out_nothing_in_the_comparison() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(5, 12), nn.Linear(12, 7), nn.Linear(7, 2)
+            self.attention = nn.MultiheadAttention(12, 3, dropout=0.5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            y = self.head(self.b(self.a(x)).relu())
+            return (y, self.attention(*(3 * [self.a(x)]))[0]) if self.training else y
+
+    model, call = Attends(), ((torch.randn(2, 4, 5),), {})  # type: ignore[var-annotated]
+    groups, refused = shrinkable(model, find_groups(model, *call).groups, call)
+    assert not refused
+    assert {group.name: len(group.training) for group in groups} == {"b": 0, "attention.in_proj_weight": 1}
+
+
 def test_a_model_that_differs_in_training_only_is_refused() -> None:
     model = randomised(Deep())
     call: Call = ((IMAGE,), {})
