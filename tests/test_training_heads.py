@@ -92,7 +92,7 @@ def test_attention_drops_out_nothing_in_the_comparison() -> None:
     model, call = Attends(), ((torch.randn(2, 4, 5),), {})  # type: ignore[var-annotated]
     groups, refused = shrinkable(model, find_groups(model, *call).groups, call)
     assert not refused
-    assert {group.name: len(group.training) for group in groups} == {"b": 0, "attention.in_proj_weight": 1}
+    assert {group.name: len(group.training) for group in groups} == {"a": 1, "b": 0, "attention.in_proj_weight": 1}
 
 
 def test_a_model_that_differs_in_training_only_is_refused() -> None:
