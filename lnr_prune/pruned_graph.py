@@ -14,8 +14,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lnr_prune.calibration import Call
 from lnr_prune.collapse import collapse
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
-from lnr_prune.graph import Propagation, along_axis, close, counts, export, named_tensors, propagate, read
+from lnr_prune.graph import named_tensors
+from lnr_prune.graph.groups import close
 from lnr_prune.graph.nodes import argument
+from lnr_prune.graph.rules import Propagation, propagate
+from lnr_prune.graph.sizes import along_axis, counts
+from lnr_prune.graph.trace import export, read
 from lnr_prune.plan import Plan
 from lnr_prune.verify import Reference
 
@@ -167,6 +171,8 @@ def _set_ints(graph: fx.Graph, state: Propagation, label: Tensor, gone: Tensor) 
         if target is torch.ops.aten.sym_size.int:
             source, axis = argument(value, 0, "self"), argument(value, 1, "dim")
             return int((~gone[along_axis(state, label, known[source.name], axis)]).sum())
+        if not callable(target):
+            raise GraphError(f"{value.name} is an int that depends on the data: the graph cannot follow it")
         return int(target(*map(pruned, value.args)))
 
     for node in state.trace.nodes:

@@ -36,7 +36,7 @@ class HeldInt:
 
     Attributes:
         module: Name of the submodule whose forward has it.
-        line: The line of code, "" if unknown.
+        line: The line of code; the submodule's name if that is unknown.
         value: The int, in the traced call.
         per_channel: What it loses with each channel of the group, (size,).
     """
@@ -152,7 +152,8 @@ def held_ints(
                         continue
                     members = channel_of[count.units[group_of[count.units] == index]]
                     per_channel = torch.bincount(members, minlength=sizes[index])
-                    held = HeldInt(module_path(node), code_line(node), len(count.units), per_channel)
+                    line = code_line(node) or module_path(node)
+                    held = HeldInt(module_path(node), line, len(count.units), per_channel)
                     key = (held.module, held.line, held.value, tuple(per_channel.tolist()))
                     found[names[index]].setdefault(key, held)
     return {name: tuple(found[name].values()) for name in names}
