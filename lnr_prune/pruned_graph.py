@@ -152,6 +152,7 @@ def _module(program: ExportedProgram) -> PrunedGraph:
     for node in reversed(module.graph.nodes):
         if node.target == "_guards_fn" or str(node.target).startswith("aten._assert_tensor_metadata"):
             module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()  # the parameters of heads that only run in training, among others
     graph = PrunedGraph(module, module.graph)
     for part in graph.modules():
         part.training = False

@@ -120,6 +120,11 @@ def test_deepcopy_save_and_evaluation_only() -> None:
         graph.train()
 
 
+def test_what_only_training_uses_is_not_in_the_graph() -> None:
+    pruned = lnr.prune(randomised(patterns.AuxiliaryHead()), [IMAGE], keep=0.5, as_graph=True)
+    assert {name.split(".")[0] for name in pruned.model.state_dict()} == {"a", "norm", "b", "head"}
+
+
 def test_the_reference_models_lambdas_are_no_obstacle() -> None:
     model, x = models.ReferenceLeNet5().eval(), torch.randn(20, 1, 28, 28)
     pruned = lnr.prune(model, [x], keep=0.5, as_graph=True)
