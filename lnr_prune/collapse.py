@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lnr_prune.attributes import assign
 from lnr_prune.graph import named_tensors
 from lnr_prune.multihead import shrink_attention
 from lnr_prune.plan import Plan
@@ -37,6 +38,9 @@ def collapse(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None 
         for kind, update in ATTRIBUTES.items():
             if isinstance(module, kind):
                 update(module)
+    for name, entries in plan.attributes.items():
+        for path, value in entries.items():
+            assign(model.get_submodule(name), path, value)
 
 
 def restore_point(model: nn.Module) -> Callable[[], None]:

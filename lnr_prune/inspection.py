@@ -1,16 +1,19 @@
 """Looking at a model's channel groups before anything is pruned."""
 
 import io
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from lnr_prune import drawing
 from lnr_prune.calibration import Inputs, calibrate, short_example
-from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
+from lnr_prune.graph import ChannelGroup, find_groups, layer_name, named_tensors
 from lnr_prune.verify import shrinkable
 
 
@@ -22,9 +25,10 @@ class GroupCost:
         name: Name of the group, its first producer's: the name that ``keep={...}`` takes.
         size: Number of channels.
         producers: Layers whose rows or filters are the channels.
-        consumers: Layers that read them.
+        consumers: Layers that read them, in training only too.
         parameters: Parameters that leave with one channel, other groups untouched.
         macs: Multiply-accumulates that leave with it, for one sample.
+        through: Layers in between that work channel by channel, such as depthwise convolutions.
     """
 
     name: str
@@ -33,6 +37,7 @@ class GroupCost:
     consumers: tuple[str, ...]
     parameters: int
     macs: int
+    through: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,35 @@ class Inspection:
         groups: The channel groups, in order of execution.
         frozen: Layer whose outputs cannot be pruned -> why.
         reachable: Share of the parameters that belongs to some group.
+        flow: Pairs of layers: what the first computes goes into the second. Names in angle brackets are no layers but
+            the model's input and output, and operations where several layers' outputs meet, such as ``<add_3>``.
     """
 
     groups: tuple[GroupCost, ...]
     frozen: Mapping[str, str]
     reachable: float
+    flow: tuple[tuple[str, str], ...] = ()
+
+    def to_dot(self) -> str:
+        """The layers as a graph in the DOT language: a colour for each group, grey for what is frozen.
+
+        A layer has the colour of the group of its outputs. Tooltips tell what a channel costs, and why layers are
+        frozen.
+        """
+        layers: dict[str, list[str]] = defaultdict(list)
+        for group in self.groups:
+            for layer in (*group.producers, *group.through):
+                layers[layer].append(group.name)
+        return drawing.to_dot(self.flow, layers, {group.name: _summary(group) for group in self.groups}, self.frozen)
+
+    def draw(self, path: str | Path) -> Path:
+        """Draws `to_dot` to a file: its text (.dot, .gv), or an image (.svg, .png, .pdf) if graphviz is installed.
+
+        Raises:
+            ValueError: If the file has another suffix.
+            LnrPruneError: If graphviz is not installed, or fails.
+        """
+        return drawing.draw(self.to_dot(), path)
 
     def __rich__(self) -> Table:
         table = Table(title="channel groups", caption=f"{self.reachable:.1%} of the parameters are in groups")
@@ -108,8 +137,15 @@ def inspect(model: nn.Module, example: Any, *, inputs: Inputs | None = None) -> 
         }
         parameters = sum(trained.get(name, 0) * part for (name, _), part in share.items())
         macs = sum(graph.macs.get(name, 0) * part for (name, _), part in share.items()) / samples
-        consumers = tuple(consumer.name for consumer in group.consumers)
-        return GroupCost(group.name, group.size, group.producers, consumers, round(parameters), round(macs))
+        consumers = tuple(consumer.name for consumer in (*group.consumers, *group.training))
+        weights = {layer_name(name) for name, _ in group.slots} - {*group.producers, *consumers}
+        through = tuple(layer for layer in dict.fromkeys(target for _, target in graph.flow) if layer in weights)
+        return GroupCost(group.name, group.size, group.producers, consumers, round(parameters), round(macs), through)
 
     reachable = sum(size for name, size in trained.items() if name in reached) / max(1, sum(trained.values()))
-    return Inspection(tuple(cost(group) for group in groups), {**graph.frozen, **fixed}, reachable)
+    return Inspection(tuple(cost(group) for group in groups), {**graph.frozen, **fixed}, reachable, graph.flow)
+
+
+def _summary(group: GroupCost) -> str:
+    costs = f"{group.size:,} channels of {group.parameters:,} parameters and {group.macs:,} MACs each"
+    return f"{costs}, read by {', '.join(group.consumers)}"

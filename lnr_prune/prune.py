@@ -20,6 +20,7 @@ from lnr_prune.curves import output_error
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
+from lnr_prune.pruned_graph import pruned_graph
 from lnr_prune.refit import LayerFit, Refit
 from lnr_prune.report import GroupReport, LayerReport, Report
 from lnr_prune.search import within_budget
@@ -63,6 +64,7 @@ def prune(
     ridge: float | None = None,
     inputs: Inputs | None = None,
     inplace: bool = False,
+    as_graph: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Pruned:
@@ -92,6 +94,8 @@ def prune(
             default: chosen on held-out samples, layer by layer.
         inputs: Turns a batch of any other form into ``(args, kwargs)`` of the model.
         inplace: Shrinks ``model`` itself. If anything fails it is as before.
+        as_graph: Returns a `PrunedGraph`, a GraphModule of ATen operations for evaluation only, instead of a
+            module of the model's class. No channels stay then because the model's forward holds their number.
         seed: Of the "random" selector.
         progress: Whether to show a progress bar; default: if stderr is a terminal.
 
@@ -116,16 +120,21 @@ def prune(
           (2): Linear(in_features=16, out_features=4, bias=True)
         )
     """
+    if inplace and as_graph:
+        raise ValueError("as_graph=True makes a new model; it cannot be combined with inplace=True")
+    if as_graph and budget is not None and budget.latency is not None:
+        raise ValueError("a budget of latency is measured on the shrinking module: it cannot be had with as_graph=True")
     if ridge is not None and not ridge >= 0:
         raise ValueError(f"ridge must be >= 0, got {ridge}")
     the_one_given(keep=keep, lam=lam, lam_ratio=lam_ratio, budget=budget)
     data = calibrate(model, calibration, inputs)
     example = short_example(model, data)
     graph = find_groups(model, *example)
-    target = model if inplace else copied(model, example)
-    groups, fixed = shrinkable(target, graph.groups, example)
-    graph = replace(graph, groups=groups, frozen={**graph.frozen, **fixed})
-    if not groups:
+    target = model if inplace or as_graph else copied(model, example)
+    if not as_graph:
+        groups, fixed = shrinkable(target, graph.groups, example)
+        graph = replace(graph, groups=groups, frozen={**graph.frozen, **fixed})
+    if not graph.groups:
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in graph.frozen.items())
         raise GraphError(f"{type(model).__name__} has no channel that can be pruned. {reasons or 'It has no layers'}")
     tensors = named_tensors(model)
@@ -159,14 +168,17 @@ def prune(
     _warn_of_few_samples(layers)
     before = cost.parameters(model), cost.macs(model, example)
     error = output_error(model, masked, data)
-    reference = Reference(model, masked, example)
-    restore = restore_point(target)
-    try:
-        collapse(target, plan, masked)
-        reference.check(target)
-    except BaseException:
-        restore()
-        raise
+    if as_graph:
+        target = pruned_graph(model, plan, masked, example)
+    else:
+        reference = Reference(model, masked, example, training=any(group.training for group in graph.groups))
+        restore = restore_point(target)
+        try:
+            collapse(target, plan, masked)
+            reference.check(target)
+        except BaseException:
+            restore()
+            raise
     after = cost.parameters(target), cost.macs(target, example)
     report = Report(rows, layers, error, graph.frozen, before[0], after[0], before[1], after[1])
     return Pruned(target, report, plan, masked)

@@ -101,6 +101,12 @@ class SecondMoments:
         self.yy.add_(y.double().square().sum())
         return replace(self, count=self.count + len(x))
 
+    @classmethod
+    def white(cls, M: Tensor) -> "SecondMoments":
+        """The moments of ``y = M x`` for inputs with ``E[x x^T] = I``, as one sample."""
+        M = M.double()
+        return cls(torch.eye(M.shape[1], dtype=M.dtype, device=M.device), M, M.square().sum(), 1)
+
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
         return SecondMoments(self.xx + other.xx, self.yx + other.yx, self.yy + other.yy, self.count + other.count)
 

@@ -60,12 +60,16 @@ def read(
     progress: Callable[[], None] | None = None,
 ) -> dict[str, Reading]:
     """One pass over the calibration data: every group with its consumers' second moments, in order of execution."""
-    pairs = {group: tuple(paired(consumer, bias) for consumer in group.consumers) for group in groups}
-    readers = {pair.consumer.weight: pair for of_group in pairs.values() for pair in of_group}
+    pairs = {g: tuple(paired(consumer, bias) for consumer in g.consumers or g.training) for g in groups}
+    readers = {pair.consumer.weight: pair for g, of_group in pairs.items() for pair in of_group if g.consumers}
     moments = gather(model, readers, data, progress=progress)
+    tensors = named_tensors(model)
+    for pair in (pair for of_group in pairs.values() for pair in of_group):
+        if pair.consumer.weight not in moments:  # it runs in training only: nothing is known of its inputs
+            moments[pair.consumer.weight] = SecondMoments.white(pair.matrix(tensors))
     return {
-        group.name: Reading(group, of_group, tuple(moments[pair.consumer.weight] for pair in of_group))
-        for group, of_group in pairs.items()
+        g.name: Reading(g, of_group, tuple(moments[pair.consumer.weight] for pair in of_group))
+        for g, of_group in pairs.items()
     }
 
 
@@ -107,8 +111,7 @@ def select(
         original = tuple(pair.matrix(tensors) for pair in reading.pairs)
         candidates = Candidates(problem, original, _magnitude(reading.group, tensors), solver, generator)
         selection = choices[name](candidates)
-        ones = {pair.consumer.weight: torch.ones_like(tensors[pair.consumer.weight]) for pair in reading.pairs}
-        masks |= masked_weights([(reading.group, selection.support)], {**ones, **masks})
+        masks |= masked_weights([(reading.group, selection.support)], {**_ones([reading.group], tensors), **masks})
         selected[name] = Selected(reading, problem, selection, reading.columns(tensors, masks))
     return selected
 
@@ -130,9 +133,8 @@ def refit_network(
     """
     tensors = named_tensors(model)
     read_by = {name: readings[name] for name in supports}
-    weights = {pair.consumer.weight for reading in read_by.values() for pair in reading.pairs}
-    ones = {name: torch.ones_like(tensors[name]) for name in weights}
-    masks = masked_weights([(readings[name].group, support) for name, support in supports.items()], ones)
+    chosen = [(readings[name].group, support) for name, support in supports.items()]
+    masks = masked_weights(chosen, _ones((group for group, _ in chosen), tensors))
     pairs: dict[str, Pair] = {}
     kept: dict[str, Tensor] = {}
     repeated: dict[str, SecondMoments] = {}
@@ -157,6 +159,12 @@ def refit_network(
         ridge=ridge,
         progress=None if progress is None else lambda layer: progress(f"refitting {layer}"),
     )
+
+
+def _ones(groups: Iterable[ChannelGroup], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of the groups' consumers, those in training included, that leave everything."""
+    names = {consumer.weight for group in groups for consumer in (*group.consumers, *group.training)}
+    return {name: torch.ones_like(tensors[name]) for name in sorted(names)}
 
 
 def paired(consumer: Consumer, bias: bool) -> Pair:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import Graph, find_groups
-from lnr_prune.graph.groups import _close, _ragged
+from lnr_prune.graph.groups import _ragged, close
 from lnr_prune.graph.owners import Owners
 from tests.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
 
@@ -240,4 +240,4 @@ def test_closing_a_large_table_takes_no_more_memory_than_the_table() -> None:
     owners.couple(owners.elements["mask"][0, 0, 0], owners.elements["mask"][1, 1, 1], "to start with")
     pairs = _ragged(owners.elements["mask"])
     assert sum(edges.shape[1] for edges in pairs) <= 40 * 50 * 60
-    assert len(torch.unique(_close(owners)[1:])) == 59  # slabs along the longest axis, two of them coupled
+    assert len(torch.unique(close(owners)[1:])) == 59  # slabs along the longest axis, two of them coupled

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import contractions, moves  # noqa: F401  (they register their rules)
+from lnr_prune.graph.flow import data_flow
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph.rules import Propagation, Site, logger, propagate
+from lnr_prune.graph.sizes import HeldInt, held_ints
 from lnr_prune.graph.trace import trace
 
 
@@ -49,6 +51,11 @@ class ChannelGroup:
         consumers: The layers that read them.
         slots: (parameter, dimension) -> channel of every index, -1 = stays: all that shrinks.
         rows: Those among the slots that produce: the dimensions of outputs of the producers' weights.
+        training: Layers that read the channels in training mode only, such as an auxiliary head's; where
+            nobody else reads them, ``consumers`` is empty.
+        held: The ints in the model's forward that count the channels.
+        attributes: (submodule, attribute) -> value in the whole model, and what it loses with each channel,
+            (size,): those among the submodules' attributes that change when channels leave, see `shrinkable`.
     """
 
     name: str
@@ -57,6 +64,9 @@ class ChannelGroup:
     consumers: tuple[Consumer, ...]
     slots: Mapping[Slot, Tensor]
     rows: tuple[Slot, ...]
+    training: tuple[Consumer, ...] = ()
+    held: tuple[HeldInt, ...] = ()
+    attributes: Mapping[tuple[str, str], tuple[int, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +80,7 @@ class Graph:
         layers: Every linear map of which no more than its input may change, in order of execution; each index
             of its inputs counts as a channel.
         repeated: Names of weights that are applied more than once in a forward pass.
+        flow: Pairs of layers: what the first computes goes into the second, see `data_flow`.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -77,6 +88,7 @@ class Graph:
     macs: Mapping[str, int]
     layers: tuple[Consumer, ...] = ()
     repeated: frozenset[str] = frozenset()
+    flow: tuple[tuple[str, str], ...] = ()
 
 
 def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
@@ -85,18 +97,19 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     Raises:
         GraphError: If the model cannot be traced.
     """
-    state = propagate(trace(model, args, kwargs))
+    state, training = propagate(trace(model, args, kwargs)), None
     if any(
         isinstance(state.trace.tensors[name], nn.Parameter)
         for node, name in state.trace.names.items()
         if not node.users
     ):
-        _add_training(state, model, args, kwargs)
+        training = _in_training(state, model, args, kwargs)
     state.sites = [_with_own_bias(state, site) for site in state.sites]
-    for site in state.sites:
+    sites = (*state.sites, *(training.sites if training else ()))
+    for site in sites:
         if site.columns in state.owners.produced:
             state.owners.freeze(state.owners.slots[site.columns], "its weight also produces the channels that it reads")
-    label = _close(state.owners)
+    label = close(state.owners)
     reasons = _frozen_reasons(state.owners, label)
     units: dict[int, dict[Slot, list[int]]] = defaultdict(lambda: defaultdict(list))
     for slot, labels in _labelled_slots(state.owners, label).items():
@@ -109,22 +122,28 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     groups = [
         group
         for shared, of_group in members.items()
-        if (group := _read_group(state, shared, [units[unit] for unit in of_group])) is not None
+        if (group := _read_group(state, sites, shared, [units[unit] for unit in of_group])) is not None
     ]
-    order = {site.weight: position for position, site in reversed(list(enumerate(state.sites)))}
-    groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers))
-    layers, repeated = _linear_maps(state)
-    return Graph(tuple(groups), _explain(state, groups, label, reasons), state.macs, layers, repeated)
+    order = {site.weight: position for position, site in reversed(list(enumerate(sites)))}
+    groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers or group.training))
+    traces = (state, training) if training else (state,)
+    held = held_ints(traces, label, {group.name: group.slots for group in groups})
+    groups = [replace(group, held=held[group.name]) for group in groups]
+    frozen = _explain(state, groups, label, reasons)
+    flow = tuple((layer_name(a), layer_name(b)) for a, b in data_flow(traces))
+    return Graph(tuple(groups), frozen, state.macs, *_linear_maps(state), flow)
 
 
-def _add_training(state: Propagation, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _in_training(
+    state: Propagation, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Propagation | None:
     """Lets heads that only run in training read the same channels: they shrink too, but cannot be refitted."""
     try:
         training = trace(model, args, kwargs, training=True)
     except GraphError:
         logger.warning("parameters that are not used in evaluation were not followed: no trace in training mode")
-        return
-    propagate(training, state.owners)
+        return None
+    return propagate(training, state.owners)
 
 
 def _with_own_bias(state: Propagation, site: Site) -> Site:
@@ -157,28 +176,39 @@ def layer_name(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def _read_group(state: Propagation, shared: frozenset[Slot], units: list[dict[Slot, list[int]]]) -> ChannelGroup | None:
+def _read_group(
+    state: Propagation, sites: tuple[Site, ...], shared: frozenset[Slot], units: list[dict[Slot, list[int]]]
+) -> ChannelGroup | None:
     """The group whose units share these slots; None if nobody produces it, reads it, or it is one channel."""
-    sites = {site.columns: site for site in state.sites if site.columns in shared}
+    reading = {site.columns: site for site in sites if site.columns in shared}
+    evaluated = {site.columns for site in state.sites}
     rows = tuple(slot for slot in state.owners.produced if slot in shared)
-    if not sites or not rows or len(units) < 2:
+    if not reading or not rows or len(units) < 2:
         return None
     slots: dict[Slot, Tensor] = {}
     for name, dim in sorted(shared):
-        channels = torch.full((state.trace.tensors[name].shape[dim],), -1)
+        channels = torch.full((state.owners.tensors[name].shape[dim],), -1)
         for channel, unit in enumerate(units):
             channels[unit[name, dim]] = channel
         slots[name, dim] = channels
     producers = tuple(layer_name(name) for name, _ in rows)
     blocks = any(int(torch.bincount(slots[row][slots[row] >= 0]).max()) > 1 for row in rows)
-    consumers = tuple(
-        Consumer(layer_name(site.weight), site.weight, site.bias, site.op, slots[columns], columns[1], blocks)
-        for columns, site in sites.items()
+    consumers = {
+        columns: Consumer(layer_name(site.weight), site.weight, site.bias, site.op, slots[columns], columns[1], blocks)
+        for columns, site in reading.items()
+    }
+    return ChannelGroup(
+        producers[0],
+        len(units),
+        producers,
+        tuple(consumer for columns, consumer in consumers.items() if columns in evaluated),
+        slots,
+        rows,
+        training=tuple(consumer for columns, consumer in consumers.items() if columns not in evaluated),
     )
-    return ChannelGroup(producers[0], len(units), producers, consumers, slots, rows)
 
 
-def _close(owners: Owners) -> Tensor:
+def close(owners: Owners) -> Tensor:
     """Unit of each id, (count,): ids that are coupled, until every unit fills whole slabs of every activation.
 
     Where the owners of an activation vary on several axes, a unit that is not a whole slab along one of

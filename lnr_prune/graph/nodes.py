@@ -1,25 +1,45 @@
 """Reading the nodes of an ATen graph."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-TORCH = str(Path(torch.__file__).parent)
+TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # torchvision lies beside it
 
 
 def describe(node: fx.Node) -> str:
     """Which operation a node is, in which module, and the line of code that calls it."""
+    where = ", ".join(part for part in (module_path(node), code_line(node)) if part)
+    return f"{op_name(node)} ({where})" if where else op_name(node)
+
+
+def module_path(node: fx.Node) -> str:
+    """Name of the submodule whose forward a node is in; "" for the model itself."""
+    return _innermost(node)[0]
+
+
+def module_kind(node: fx.Node) -> str:
+    """Full name of that submodule's class, such as "torch.nn.modules.conv.Conv2d"; "" if unknown."""
+    return _innermost(node)[1]
+
+
+def _innermost(node: fx.Node) -> tuple[str, str]:
     modules = list((node.meta.get("nn_module_stack") or {}).values())
-    path = modules[-1][0] if modules else ""
+    path, kind = modules[-1] if modules else ("", "")
+    return str(path), str(getattr(kind, "__qualname__", kind))
+
+
+def code_line(node: fx.Node) -> str:
+    """Where the line of code is that calls a node, outside of torch; "" if that is not known."""
     lines = [
         line.strip()
         for line in (node.meta.get("stack_trace") or "").splitlines()
         if line.strip().startswith("File") and TORCH not in line
     ]
-    where = ", ".join(part for part in (path, lines[-1] if lines else "") if part)
-    return f"{op_name(node)} ({where})" if where else op_name(node)
+    return lines[-1] if lines else ""
 
 
 def op_name(node: fx.Node) -> str:

@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from lnr_prune.errors import GraphError
+
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+"""What sizes that depend on the input are in a graph."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +44,25 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
     Raises:
         GraphError: If torch.export cannot follow the model's forward.
     """
+    return read(export(model, args, kwargs, training=training), model)
+
+
+def export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    training: bool = False,
+    dynamic_shapes: dict[str, Any] | None = None,
+) -> ExportedProgram:
+    """``torch.export.export`` of the model, without regions that hide operations.
+
+    Raises:
+        GraphError: If torch.export cannot follow the model's forward.
+    """
     try:
         with in_mode(model, training), unfused_attention(), warnings.catch_warnings(action="ignore"):  # torch's own
-            program = torch.export.export(model, args, dict(kwargs), strict=False)
+            program = torch.export.export(model, args, dict(kwargs), strict=False, dynamic_shapes=dynamic_shapes)
             if any(_hides_something(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # inlines regions, replaces writes through views
     except Exception as error:  # torch.export raises errors of many kinds
@@ -51,19 +71,50 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
             "Make the forward traceable (torch.export.export(model, args, strict=False) must pass), "
             "or prune the traceable submodule that holds the layers"
         ) from error
+    return program
+
+
+def read(program: ExportedProgram, model: nn.Module) -> Trace:
+    """The trace of a program that the model was exported to; sizes are those of the traced call."""
     signature = program.graph_signature
     placeholders = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     state = named_tensors(model)
     first: dict[int, str] = {}
     canonical = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
     names, constants = {}, {}
-    for node in program.graph.nodes:
+    module = _with_known_sizes(program.graph_module)
+    module.graph.eliminate_dead_code()  # attention weights that are averaged over heads and thrown away
+    for node in module.graph.nodes:
         if node.op == "placeholder" and placeholders.get(node.name) in canonical:
             names[node] = canonical[placeholders[node.name]]
         elif node.op == "placeholder" and node.name in signature.inputs_to_lifted_tensor_constants:
             constants[node] = program.constants[signature.inputs_to_lifted_tensor_constants[node.name]]
     tensors = {name: state[name] for name in names.values()}
-    return Trace(program.graph_module, names, tensors, constants)
+    return Trace(module, names, tensors, constants)
+
+
+def _with_known_sizes(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with the traced call's ints in place of symbols; its nodes keep their names."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, SYMBOLS):
+            return value.node.hint
+        if isinstance(value, Tensor) and any(isinstance(size, SYMBOLS) for size in value.shape):
+            return value.new_empty(known(tuple(value.shape)), device="meta")
+        if isinstance(value, tuple | list):
+            return type(value)(known(part) for part in value)
+        return value
+
+    if not any(isinstance(node.meta.get("val"), SYMBOLS) for node in module.graph.nodes):
+        return module
+    graph, copies = fx.Graph(), {}
+    for node in module.graph.nodes:
+        if isinstance(node.meta.get("val"), SYMBOLS):
+            copies[node] = known(node.meta["val"])
+        elif not str(node.target).startswith(("aten._assert_", "aten.sym_constrain")):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta = {**node.meta, "val": known(node.meta.get("val"))}
+    return fx.GraphModule(module, graph)
 
 
 def _hides_something(node: fx.Node) -> bool:
