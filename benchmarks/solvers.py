@@ -15,7 +15,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,6 +82,7 @@ def peer(name: str, X: Tensor, Y: Tensor, lam: float, tol: float) -> tuple[float
     return time.perf_counter() - begin, torch.from_numpy(M.copy())
 
 
+@lru_cache(maxsize=1)
 def factor(problem: GroupLasso) -> tuple[Tensor, Tensor]:
     """X and Y with ``X^T X = R`` and ``Y^T X = B``."""
     (block,) = problem.blocks
@@ -222,14 +223,15 @@ def main(
     for name in track(chosen, "problems", console=Console(stderr=True), transient=True):
         torch.manual_seed(0)
         problem = problems[name]()
-        if what == "selection":
-            rows += curves(name, problem)
-            continue
         fractions = (0.1,) if quick else FRACTIONS
         if name in ("A", "B"):
             fractions = (0.1 / problem.lambda_max(), *fractions)  # the practical session's own lam
-        for fraction in fractions:
+        if what == "selection":
+            rows += curves(name, problem)
+        for fraction in fractions if what == "speed" else ():
             rows += measure(name, problem, fraction, names, min(limit, 5.0) if quick else limit)
+        if json_file:  # as far as it has come
+            json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     if what == "selection":
         table = Table(*Curve.__dataclass_fields__, box=box.MARKDOWN)
         for row in rows:
@@ -239,8 +241,6 @@ def main(
     else:
         table = print_speed(rows, names)
     console.print(table)
-    if json_file:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
