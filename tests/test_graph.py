@@ -105,7 +105,7 @@ class Lambda(nn.Module):
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        noise = torch.ones(6)
+        noise = torch.linspace(0, 1, 6)
         forms: dict[str, Callable[[], Tensor]] = {
             "flip": lambda: x.flip(-1),
             "cumsum": lambda: x.cumsum(-1),

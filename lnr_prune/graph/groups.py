@@ -1,5 +1,6 @@
 """Channel groups: what can leave a model together, read off the ownership of its activations."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import contractions, moves  # noqa: F401  (they register their rules)
-from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
+from lnr_prune.graph.owners import Cut, Owners, Slot, along, collapse_axes, varying_axes
 from lnr_prune.graph.rules import Propagation, logger, propagate
 from lnr_prune.graph.trace import trace
 
@@ -153,17 +154,40 @@ def _close(owners: Owners) -> Tensor:
     them would leave a ragged tensor: it joins the others in the smallest slab that holds it. Attention
     heads and channel-shuffle pairs come out of this.
     """
-    for name in owners.elements:
-        if any(parameter == name for parameter, _ in owners.slots):
-            owners.freeze_parameter(name, "used both as a weight and as a value")
+    for name, dim in owners.slots:
+        if name in owners.elements:  # used both as a weight and as a value
+            elements = owners.elements[name]
+            owners.couple(elements, along(owners.slots[name, dim], dim, elements.shape), f"{name}, weight and value")
     label = torch.arange(owners.count)
     edges = torch.cat(owners.couplings, 1) if owners.couplings else torch.empty(2, 0, dtype=torch.long)
-    grids = [*owners.grids, *owners.elements.values()]
+    grids, cuts = [*owners.grids, *owners.elements.values()], list(owners.cuts)
     while edges.shape[1]:
         label = _components(label, edges)
         joined = [pairs for grid in grids for pairs in _ragged(collapse_axes(label[grid]))]
+        if not joined:
+            uneven = [cut for cut in cuts if not _in_proportion(label[cut.ids], cut)]
+            cuts = [cut for cut in cuts if cut not in uneven]
+            joined = [label[pairs] for cut in uneven for pairs in _alike(owners, cut)]
         edges = torch.cat(joined, 1) if joined else torch.empty(2, 0, dtype=torch.long)
     return label
+
+
+def _in_proportion(grid: Tensor, cut: Cut) -> bool:
+    """Whether every unit owns the same share of every part."""
+    units, index = torch.unique(grid.movedim(cut.axis, 0).reshape(cut.ends[-1], -1), return_inverse=True)
+    sizes = torch.tensor(cut.ends).diff(prepend=torch.zeros(1, dtype=torch.long))
+    part = torch.repeat_interleave(torch.arange(len(sizes)), sizes)[:, None]
+    count = torch.bincount((index * len(sizes) + part).flatten(), minlength=len(units) * len(sizes))
+    share = count.view(len(units), len(sizes)) * sizes.prod().double() / sizes
+    return bool((share == share[:, :1]).all())
+
+
+def _alike(owners: Owners, cut: Cut) -> list[Tensor]:
+    """Couples position i of every piece of an axis, the largest pieces that all parts consist of."""
+    before = len(owners.couplings)
+    pieces = cut.ids.unflatten(cut.axis, (-1, math.gcd(*cut.ends)))
+    owners.mix(pieces, [cut.axis], cut.reason)
+    return owners.couplings[before:]
 
 
 def _components(label: Tensor, edges: Tensor) -> Tensor:
@@ -237,6 +261,9 @@ def _explain(
         name = layer_name(weight)
         if name not in found:
             units = label[ids].tolist()
-            stated = (said[unit] for said in (reasons, mixed) for unit in units if unit in said)
+            stated = (said[unit] for said in (mixed, reasons) for unit in units if unit in said)
             why[name] = next(stated, "no layer that could be refitted reads its channels")
+    for name, reason in state.owners.untouched.items():
+        if state.trace.tensors[name].dim() > 1 and layer_name(name) not in found:
+            why.setdefault(layer_name(name), reason)
     return why

@@ -1,13 +1,13 @@
 """Rules of the operations that only move data: they are run on the ids themselves."""
 
-import math
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
-from lnr_prune.graph.owners import collapse_axes
+from lnr_prune.graph.owners import Cut, collapse_axes, nobody
 from lnr_prune.graph.rules import Ids, Propagation, rule
 
 MOVES = {
@@ -24,11 +24,16 @@ JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack
 def _move(state: Propagation, node: fx.Node) -> Ids:
     source = argument(node, 0, "self")
     name, ids, shape = op_name(node), state.of(source), shape_of(source)
-    for axis, part in _named_positions(node):
-        if ids.shape[axis] > 1:
-            reason = f"positions that are named in {describe(node)}"
-            parts = ids.unflatten(axis, (-1, part))
-            state.owners.mix(parts, [axis % len(shape)], reason)
+    if 0 in shape_of(node):
+        return nobody(shape_of(node))
+    reason = f"positions that are named in {describe(node)}"
+    for axis, ends in _named_positions(node):
+        if ids.shape[axis] == 1:
+            continue
+        if ends is None:
+            state.owners.mix(ids, [axis % len(shape)], reason)
+        else:
+            state.owners.cuts.append(Cut(ids, axis % len(shape), ends, reason))
     if name == "im2col":
         channels = state.owners.mix(ids, [2, 3], describe(node)).reshape(-1)
         return channels.expand(shape[1]).repeat_interleave(shape_of(node)[1] // shape[1]).view(1, -1, 1)
@@ -40,40 +45,53 @@ def _move(state: Propagation, node: fx.Node) -> Ids:
     return [collapse_axes(part) for part in moved] if isinstance(moved, list | tuple) else collapse_axes(moved)
 
 
-def _named_positions(node: fx.Node) -> list[tuple[int, int]]:
-    """Axes on which the operation names positions, and the length of the equal parts that it cuts them into.
+@rule("reshape_as", "view_as")
+def _reshape_as(state: Propagation, node: fx.Node) -> Tensor:
+    source = argument(node, 0, "self")
+    return collapse_axes(state.of(source).expand(shape_of(source)).reshape(shape_of(node)))
 
-    The forward will name the same positions, or the same fractions of the axis, when channels are gone: so
-    all parts must shrink alike; and where a part is a single position, none may leave.
+
+def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
+    """Axes that the operation cuts into parts, with the parts' ends; None where single positions are named.
+
+    The forward will name the same positions, or the same fractions of the axis, when channels are gone.
     """
     name = op_name(node)
     if name == "index":
-        return [(axis, 1) for axis, index in enumerate(argument(node, 1, "indices")) if index is not None]
+        return [(axis, None) for axis, index in enumerate(argument(node, 1, "indices")) if index is not None]
     if name in ("index_select", "gather", "select"):
-        return [(argument(node, 1, "dim"), 1)]
+        return [(argument(node, 1, "dim"), None)]
     if name == "take_along_dim":
-        return [(argument(node, 2, "dim"), 1)]
+        return [(argument(node, 2, "dim"), None)]
     if name == "unbind":
-        return [(argument(node, 1, "dim", 0), 1)]
+        return [(argument(node, 1, "dim", 0), None)]
     if name == "roll":
-        return [(axis, 1) for axis in argument(node, 2, "dims", ())]
+        return [(axis, None) for axis in argument(node, 2, "dims", ())]
     if name in ("tril", "triu", "diagonal"):
-        return [(-1, 1), (-2, 1)]
+        return [(-1, None), (-2, None)]
     size = shape_of(argument(node, 0, "self"))
     if name in ("slice", "narrow"):
         axis = argument(node, 1, "dim", 0)
         start, end = argument(node, 2, "start"), argument(node, 3, "end" if name == "slice" else "length")
         if name == "narrow":
             end = start + end
-        cuts = range(size[axis])[slice(start, end, argument(node, 4, "step", 1))]
-        whole = len(cuts) == size[axis]
-        part = 1 if cuts.step != 1 else math.gcd(cuts.start, cuts.stop, size[axis])
-        return [] if whole else [(axis, part)]
+        cut = range(size[axis])[slice(start, end, argument(node, 4, "step", 1))]
+        if len(cut) == size[axis]:
+            return []
+        return [(axis, None if cut.step != 1 else tuple(sorted({cut.start, cut.stop, size[axis]} - {0})))]
     if name in ("chunk", "tensor_split", "split", "split_with_sizes"):
-        axis, wanted = argument(node, 2, "dim", 0), node.args[1]
-        if name in ("chunk", "tensor_split") and isinstance(wanted, int):
-            return [(axis, size[axis] // wanted if size[axis] % wanted == 0 else 1)]
-        return [(axis, math.gcd(size[axis], *(wanted if isinstance(wanted, list | tuple) else [wanted])))]
+        axis, wanted = argument(node, 2, "dim", 0), argument(node, 1, "split_size")
+        if isinstance(wanted, list | tuple) and name == "tensor_split":
+            ends = [*wanted, size[axis]]
+        elif isinstance(wanted, list | tuple):
+            ends = list(itertools.accumulate(wanted))
+        elif name == "split":
+            ends = [*range(wanted, size[axis], wanted), size[axis]]
+        else:
+            if size[axis] % wanted:
+                return [(axis, None)]
+            ends = list(range(size[axis] // wanted, size[axis] + 1, size[axis] // wanted))
+        return [(axis, tuple(sorted({end for end in ends if end > 0})))]
     return []
 
 
@@ -88,7 +106,7 @@ def _expand(state: Propagation, node: fx.Node) -> Tensor:
 def _join(state: Propagation, node: fx.Node) -> Tensor:
     """Concatenation: ids side by side, expanded only where they must be."""
     values, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-    values = [value for value in values if shape_of(value) != (0,)]
+    values = [value for value in values if 0 not in shape_of(value)]
     stack = op_name(node) == "stack"
     rank = len(shape_of(values[0]))
     axis = dim % (rank + stack)
