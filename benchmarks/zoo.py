@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,7 +57,7 @@ class Row:
     result: str = ""
 
 
-def measure(name: str, zoo: Zoo) -> Row:
+def measure(name: str, zoo: Zoo, graph_only: bool) -> Row:
     """Groups, trial, random removal and verification of one model."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -68,6 +68,10 @@ def measure(name: str, zoo: Zoo) -> Row:
     graph = find_groups(model, *call)
     row = Row(name, groups=len(graph.groups), graph_seconds=time.perf_counter() - started)
     row = replace(row, reachable=_share(model, graph.groups), graph=_leftover(model, graph.groups, call))
+    if graph_only:
+        return replace(
+            row, seconds=time.perf_counter() - begin, result="graph only" if graph.groups else _why(graph.frozen)
+        )
     groups, fixed = shrinkable(model, graph.groups, call)
     row = replace(row, refused=len(graph.groups) - len(groups), in_module=_share(model, groups))
     supports = _supports(groups)
@@ -78,10 +82,13 @@ def measure(name: str, zoo: Zoo) -> Row:
     reference.check(model)
     result = "exact" if reference.wide else "exact in the model's dtype"
     if not groups:
-        reasons = Counter(reason.split(" (")[0] for reason in (fixed or graph.frozen).values())
-        (reason, _), *_ = reasons.most_common()
-        result = f"nothing: {reason}"
+        result = _why(fixed or graph.frozen)
     return replace(row, kept=parameters(model) / before, seconds=time.perf_counter() - begin, result=result)
+
+
+def _why(frozen: Mapping[str, str]) -> str:
+    reasons = Counter(reason.split(" (")[0] for reason in frozen.values())
+    return f"nothing: {reasons.most_common(1)[0][0]}"
 
 
 def _supports(groups: Sequence[ChannelGroup]) -> list[tuple[ChannelGroup, Tensor]]:
@@ -127,16 +134,16 @@ def _share(model: nn.Module, groups: tuple[Any, ...]) -> float:
     return sum(tensors[name].numel() for name in reached) / parameters(model)
 
 
-def _child(chosen: str, name: str) -> None:
+def _child(chosen: str, name: str, graph_only: bool) -> None:
     try:
-        row = measure(name, SETS[chosen]())
+        row = measure(name, SETS[chosen](), graph_only)
     except LnrPruneError as error:
         row = Row(name, result=f"{type(error).__name__}: {error}")
     sys.stdout.write(json.dumps(asdict(row)) + "\n")
 
 
-def _in_a_process(chosen: str, name: str, limit: float) -> Row:
-    command = [sys.executable, __file__, "--set", chosen, "--child", name]
+def _in_a_process(chosen: str, name: str, limit: float, graph_only: bool) -> Row:
+    command = [sys.executable, __file__, "--set", chosen, "--child", name, *(["--graph-only"] if graph_only else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
@@ -179,16 +186,18 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help=f"The first {QUICK} models only.")] = False,
     data_root: Annotated[Path | None, typer.Option(help="Not used: the weights are random.")] = None,
     limit: Annotated[float, typer.Option(help="Seconds a model may take.")] = LIMIT,
+    graph_only: Annotated[bool, typer.Option("--graph-only", help="Groups only; the module is not shrunk.")] = False,
     child: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Prunes every model of a zoo at random and compares it with the masked one."""
     if child:
-        _child(chosen, child)
+        _child(chosen, child, graph_only)
         return
     names = [name for name in only.split(",") if name] or list(SETS[chosen]().names)
     names = names[:QUICK] if quick else names
     console = Console(stderr=True)
-    rows = [_in_a_process(chosen, name, limit) for name in track(names, "models", console=console, transient=True)]
+    each = track(names, "models", console=console, transient=True)
+    rows = [_in_a_process(chosen, name, limit, graph_only) for name in each]
     _print(rows)
     if json_file:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")

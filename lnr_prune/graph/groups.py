@@ -161,15 +161,16 @@ def _close(owners: Owners) -> Tensor:
     label = torch.arange(owners.count)
     edges = torch.cat(owners.couplings, 1) if owners.couplings else torch.empty(2, 0, dtype=torch.long)
     grids, cuts = [*owners.grids, *owners.elements.values()], list(owners.cuts)
-    while edges.shape[1]:
+    while True:
         label = _components(label, edges)
         joined = [pairs for grid in grids for pairs in _ragged(collapse_axes(label[grid]))]
         if not joined:
             uneven = [cut for cut in cuts if not _in_proportion(label[cut.ids], cut)]
             cuts = [cut for cut in cuts if cut not in uneven]
             joined = [label[pairs] for cut in uneven for pairs in _alike(owners, cut)]
-        edges = torch.cat(joined, 1) if joined else torch.empty(2, 0, dtype=torch.long)
-    return label
+        if not joined:
+            return label
+        edges = torch.cat(joined, 1)
 
 
 def _in_proportion(grid: Tensor, cut: Cut) -> bool:

@@ -11,9 +11,9 @@ from lnr_prune.graph.owners import Cut, collapse_axes, nobody
 from lnr_prune.graph.rules import Ids, Propagation, rule
 
 MOVES = {
-    "adjoint", "alias", "channel_shuffle", "chunk", "clone", "contiguous", "detach", "diagonal", "flatten",
+    "adjoint", "alias", "chunk", "clone", "contiguous", "detach", "diagonal", "flatten",
     "flip", "gather", "im2col", "index", "index_select", "mT", "matrix_H", "moveaxis", "movedim", "narrow",
-    "numpy_T", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll",
+    "numpy_T", "permute", "repeat", "repeat_interleave", "reshape", "roll",
     "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "take_along_dim",
     "tensor_split", "tile", "transpose", "tril", "triu", "unbind", "unflatten", "unfold", "unsqueeze", "view",
 }  # fmt: skip
@@ -45,6 +45,20 @@ def _move(state: Propagation, node: fx.Node) -> Ids:
     return [collapse_axes(part) for part in moved] if isinstance(moved, list | tuple) else collapse_axes(moved)
 
 
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+def _rearrange(state: Propagation, node: fx.Node) -> Ids:
+    """The factor is fixed: what it takes apart or puts together goes as a whole."""
+    name, factor = op_name(node), node.args[1]
+    ids, reason = state.of(argument(node, 0, "self")), describe(node)
+    axis = 1 if name == "channel_shuffle" else ids.dim() - 3
+    if name == "pixel_unshuffle":
+        state.owners.mix(ids, [axis + 1, axis + 2], reason)
+    elif ids.shape[axis] > 1:
+        sizes = (factor, -1) if name == "channel_shuffle" else (-1, factor**2)  # type: ignore[operator]
+        state.owners.mix(ids.unflatten(axis, sizes), [axis if name == "channel_shuffle" else axis + 1], reason)
+    return _move(state, node)
+
+
 @rule("reshape_as", "view_as")
 def _reshape_as(state: Propagation, node: fx.Node) -> Tensor:
     source = argument(node, 0, "self")
@@ -63,6 +77,8 @@ def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
         return [(argument(node, 1, "dim"), None)]
     if name == "take_along_dim":
         return [(argument(node, 2, "dim"), None)]
+    if name == "unfold":
+        return [(argument(node, 1, "dimension"), None)]
     if name == "unbind":
         return [(argument(node, 1, "dim", 0), None)]
     if name == "roll":
