@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lnr_prune.graph.groups import _close
+from lnr_prune.graph.groups import _close, _labelled_slots
 from lnr_prune.graph.owners import along
 from lnr_prune.graph.rules import propagate
 from lnr_prune.graph.trace import trace
@@ -44,25 +44,36 @@ class Single(nn.Module):
         return self.operation.run(y, self.along_axis, dict(self.named_parameters()))
 
 
+def is_defined(operation: Operation, shape: tuple[int, ...], axis: int) -> bool:
+    """Whether the operation works on an input of this shape, along this axis."""
+    if len(shape) not in operation.ranks or axis >= len(shape):
+        return False
+    try:
+        parameters = {name: torch.rand(sizes) for name, sizes in operation.parameters(shape).items()}
+        operation.run(torch.rand(shape), axis, parameters)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return True
+
+
 def probe(operation: Operation, shape: tuple[int, ...], axis: int, along_axis: int) -> int:
     """Checks what the rules say about one operation; returns the number of units that they let go.
 
     Raises:
         AssertionError: If a unit reaches elements that it does not own, or leaves a ragged or another result.
-        RuntimeError, ValueError, IndexError: If the operation is not defined for this shape.
     """
     torch.manual_seed(0)
     model = Single(operation, shape, axis, along_axis)
     y = torch.randn(shape, dtype=torch.float64)
     parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    result = operation.run(y, along_axis, parameters)  # raises if it is not defined
+    result = operation.run(y, along_axis, parameters)
     state = propagate(trace(model, (y.movedim(axis, -1),), {}))
     label = _close(state.owners)
     stays = {0, *(i for ids, why in state.owners.frozen if why != "output of the model" for i in label[ids].tolist())}
     channels = label[state.owners.slots["produce", 0]]
     node = next(node for node in state.trace.nodes if node.op == "output").all_input_nodes[0]
     owners = label[state.of(node)].expand(result.shape)
-    slots = {slot: label[ids] for slot, ids in state.owners.slots.items() if slot[0] != "produce"}
+    slots = {slot: units for slot, units in _labelled_slots(state.owners, label).items() if slot[0] != "produce"}
     units = [unit for unit in torch.unique(channels).tolist() if unit not in stays]
     for unit in units:
         gone = channels == unit
@@ -91,6 +102,11 @@ def probe(operation: Operation, shape: tuple[int, ...], axis: int, along_axis: i
 
 def _whole(y: Tensor, axis: int) -> int:
     return y.shape[axis]
+
+
+def _fixed(y: Tensor) -> Tensor:
+    positions = torch.arange(y.shape[-2])[:, None] * 7 + torch.arange(y.shape[-1])
+    return positions.to(y).cos().expand(y.shape)
 
 
 def _shuffled(y: Tensor, axis: int) -> Tensor:
@@ -153,7 +169,7 @@ OPERATIONS: dict[str, Operation] = {
     "unbind": _plain(lambda y, a: torch.stack(y.unbind(a)[::-1], a)),
     "triangle": _plain(lambda y, a: y.tril()),
     "diff": _plain(lambda y, a: y.diff(dim=a)),
-    "mask": _plain(lambda y, a: y.masked_fill(torch.ones(y.shape[-1], dtype=torch.bool).tril_(), 0.0)),
+    "mask": _plain(lambda y, a: y.masked_fill(torch.arange(y.shape[-1]) > 1, 0.0)),
     "constant": _plain(lambda y, a: y * torch.linspace(1, 2, y.shape[-1], dtype=y.dtype)),
     "uniform": _plain(lambda y, a: y * torch.full((y.shape[a],), 3.0).view([-1] + [1] * (y.dim() - a - 1))),
     "matmul": _plain(lambda y, a: y @ y.mT),
@@ -162,6 +178,8 @@ OPERATIONS: dict[str, Operation] = {
     "einsum heads": _plain(lambda y, a: torch.einsum("bihd,bjhd->bhij", y, y), 4),
     "cdist": _plain(lambda y, a: torch.cdist(y, y), 2, 3),
     "attention": _plain(lambda y, a: F.scaled_dot_product_attention(y, y.flip(-2), y), 3, 4),
+    "attention values": _plain(lambda y, a: F.scaled_dot_product_attention(_fixed(y), _fixed(y), y), 3, 4),
+    "attention queries": _plain(lambda y, a: F.scaled_dot_product_attention(y, _fixed(y), _fixed(y)), 3, 4),
     "unfold": _plain(lambda y, a: y.unfold(a, 2, 1)),
     "im2col": _plain(lambda y, a: F.unfold(y, 2), 4),
     "pixel_shuffle": _plain(lambda y, a: F.pixel_shuffle(y, 2), 4),
@@ -174,7 +192,7 @@ OPERATIONS: dict[str, Operation] = {
     "group_norm": _norm(lambda y, a, p: F.group_norm(y, y.shape[1] // 2, p["w"], p["b"])),
     "instance_norm": _norm(lambda y, a, p: F.instance_norm(y, weight=p["w"], bias=p["b"]), 3, 4),
     "batch_norm": _norm(lambda y, a, p: F.batch_norm(y, p["b"], p["w"])),
-    "batch_norm in training": _norm(lambda y, a, p: F.batch_norm(y, None, None, p["w"], p["b"], training=True)),
+    "batch_norm in training": _plain(lambda y, a: F.batch_norm(y, None, None, training=True)),
     "prelu": Operation(lambda y, a, p: F.prelu(y, p["w"]), lambda shape: {"w": (shape[1],)}),
     "scale": Operation(lambda y, a, p: y * p["w"], lambda shape: {"w": (shape[-1],)}),
     "scale a row": Operation(lambda y, a, p: y * p["w"], lambda shape: {"w": (shape[-2], 1)}),
@@ -186,12 +204,16 @@ OPERATIONS: dict[str, Operation] = {
         lambda y, a, p: F.linear(y, F.layer_norm(p["w"], p["w"].shape[1:])), lambda shape: {"w": (6, shape[-1])}
     ),
     "conv1d": Operation(lambda y, a, p: F.conv1d(y, p["w"]), lambda shape: {"w": (4, shape[-2], 2)}, (2, 3)),
-    "conv2d": Operation(lambda y, a, p: F.conv2d(y, p["w"], padding=1), lambda shape: {"w": (4, shape[-3], 2, 2)}, (3, 4)),
+    "conv2d": Operation(
+        lambda y, a, p: F.conv2d(y, p["w"], padding=1), lambda shape: {"w": (4, shape[-3], 2, 2)}, (3, 4)
+    ),
     "grouped": Operation(
         lambda y, a, p: F.conv1d(y, p["w"], groups=y.shape[-2] // 2), lambda shape: {"w": (shape[-2], 2, 1)}, (3,)
     ),
     "depthwise": Operation(
         lambda y, a, p: F.conv1d(y, p["w"], groups=y.shape[-2]), lambda shape: {"w": (2 * shape[-2], 1, 1)}, (3,)
     ),
-    "transposed": Operation(lambda y, a, p: F.conv_transpose1d(y, p["w"]), lambda shape: {"w": (shape[-2], 4, 2)}, (3,)),
-}  # fmt: skip
+    "transposed": Operation(
+        lambda y, a, p: F.conv_transpose1d(y, p["w"]), lambda shape: {"w": (shape[-2], 4, 2)}, (3,)
+    ),
+}

@@ -200,7 +200,7 @@ def _attention(state: Propagation, node: fx.Node) -> Tensor:
     return meet(state, node, [(weights, (*size_q[:-1], 1)), (ids_v, (*size_q[:-2], 1, shape_of(v)[-1]))])
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum")
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp")
 def _along_one_axis(state: Propagation, node: fx.Node) -> Tensor:
     ids = state.of(argument(node, 0, "self"))
     return state.owners.mix(ids, [argument(node, 1, "dim") % ids.dim()], describe(node))
@@ -256,7 +256,9 @@ def _group_norm(state: Propagation, node: fx.Node) -> Tensor | None:
     return state.owners.mix(ids, range(2, ids.dim()), reason)
 
 
-@rule("mean", "sum", "amax", "amin", "max", "min", "logsumexp", "var", "std", "any", "all", "linalg_vector_norm")
+@rule(
+    "mean", "sum", "prod", "amax", "amin", "max", "min", "logsumexp", "var", "std", "any", "all", "linalg_vector_norm"
+)
 def _reduction(state: Propagation, node: fx.Node) -> Tensor:
     ids = state.of(argument(node, 0, "self"))
     names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]

@@ -46,15 +46,15 @@ def _move(state: Propagation, node: fx.Node) -> Ids:
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
-def _rearrange(state: Propagation, node: fx.Node) -> Ids:
+def _rearrange(state: Propagation, node: fx.Node) -> Ids | None:
     """The factor is fixed: what it takes apart or puts together goes as a whole."""
-    name, factor = op_name(node), node.args[1]
+    name, factor = op_name(node), argument(node, 1, "factor")
     ids, reason = state.of(argument(node, 0, "self")), describe(node)
     axis = 1 if name == "channel_shuffle" else ids.dim() - 3
     if name == "pixel_unshuffle":
         state.owners.mix(ids, [axis + 1, axis + 2], reason)
     elif ids.shape[axis] > 1:
-        sizes = (factor, -1) if name == "channel_shuffle" else (-1, factor**2)  # type: ignore[operator]
+        sizes = (factor, -1) if name == "channel_shuffle" else (-1, factor**2)
         state.owners.mix(ids.unflatten(axis, sizes), [axis if name == "channel_shuffle" else axis + 1], reason)
     return _move(state, node)
 
