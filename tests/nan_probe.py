@@ -104,9 +104,9 @@ def _whole(y: Tensor, axis: int) -> int:
     return y.shape[axis]
 
 
-def _fixed(y: Tensor) -> Tensor:
-    positions = torch.arange(y.shape[-2])[:, None] * 7 + torch.arange(y.shape[-1])
-    return positions.to(y).cos().expand(y.shape)
+def _fixed(y: Tensor, tokens: int, size: int) -> Tensor:
+    positions = torch.arange(tokens)[:, None] * 7 + torch.arange(size)
+    return positions.to(y).cos().expand(*y.shape[:-2], tokens, size)
 
 
 def _shuffled(y: Tensor, axis: int) -> Tensor:
@@ -178,8 +178,12 @@ OPERATIONS: dict[str, Operation] = {
     "einsum heads": _plain(lambda y, a: torch.einsum("bihd,bjhd->bhij", y, y), 4),
     "cdist": _plain(lambda y, a: torch.cdist(y, y), 2, 3),
     "attention": _plain(lambda y, a: F.scaled_dot_product_attention(y, y.flip(-2), y), 3, 4),
-    "attention values": _plain(lambda y, a: F.scaled_dot_product_attention(_fixed(y), _fixed(y), y), 3, 4),
-    "attention queries": _plain(lambda y, a: F.scaled_dot_product_attention(y, _fixed(y), _fixed(y)), 3, 4),
+    "attention values": _plain(
+        lambda y, a: F.scaled_dot_product_attention(_fixed(y, 3, 5), _fixed(y, y.shape[-2], 5), y), 3, 4
+    ),
+    "attention queries": _plain(
+        lambda y, a: F.scaled_dot_product_attention(y, _fixed(y, 3, y.shape[-1]), _fixed(y, 3, 5)), 3, 4
+    ),
     "unfold": _plain(lambda y, a: y.unfold(a, 2, 1)),
     "im2col": _plain(lambda y, a: F.unfold(y, 2), 4),
     "pixel_shuffle": _plain(lambda y, a: F.pixel_shuffle(y, 2), 4),

@@ -182,22 +182,26 @@ def _weight_norm(state: Propagation, node: fx.Node) -> Tensor | None:
 def _attention(state: Propagation, node: fx.Node) -> Tensor:
     q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     mask, reason, owners = argument(node, 3, "attn_mask"), describe(node), state.owners
-    size_q, size_k = shape_of(q), shape_of(k)
-    repeat = size_q[-3] // size_k[-3] if len(size_q) > 3 else 1
+    size_q, size_k = state.extent(q), state.extent(k)
+    heads = shape_of(q)[-3] if len(size_q) > 3 else 1
+    repeat = heads // shape_of(k)[-3] if len(size_q) > 3 else 1
 
     def every_head(ids: Tensor) -> Tensor:
         return ids if repeat == 1 or ids.shape[-3] == 1 else ids.repeat_interleave(repeat, -3)
 
+    if repeat > 1 and size_k[-3] > 1:
+        size_k = (*size_k[:-3], heads, *size_k[-2:])
     rank = len(size_q)
     ids_q = owners.mix(state.of(q), [rank - 1], reason)
     ids_k = owners.mix(every_head(state.of(k)), [rank - 1], reason).transpose(-1, -2)
     ids_v = owners.mix(every_head(state.of(v)), [rank - 2], reason)
-    scores = [(ids_q, (*size_q[:-1], 1)), (ids_k, (*size_q[:-2], 1, size_k[-2]))]
+    scores = [(ids_q, (*size_q[:-1], 1)), (ids_k, (*size_k[:-2], 1, size_k[-2]))]
     if mask is not None:
         scores.append((state.of(mask), state.extent(mask)))
-    weights = meet(state, node, scores, (*size_q[:-1], size_k[-2]))
-    weights = owners.mix(weights, [rank - 1], reason)
-    return meet(state, node, [(weights, (*size_q[:-1], 1)), (ids_v, (*size_q[:-2], 1, shape_of(v)[-1]))])
+    size = torch.broadcast_shapes(*(sizes for _, sizes in scores))
+    weights = owners.mix(meet(state, node, scores, size), [rank - 1], reason)
+    size_v = (*shape_of(node)[:-2], 1, shape_of(v)[-1])
+    return meet(state, node, [(weights, (*size[:-1], 1)), (ids_v, size_v)])
 
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp")
