@@ -182,26 +182,24 @@ def _weight_norm(state: Propagation, node: fx.Node) -> Tensor | None:
 def _attention(state: Propagation, node: fx.Node) -> Tensor:
     q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     mask, reason, owners = argument(node, 3, "attn_mask"), describe(node), state.owners
-    size_q, size_k = state.extent(q), state.extent(k)
-    heads = shape_of(q)[-3] if len(size_q) > 3 else 1
-    repeat = heads // shape_of(k)[-3] if len(size_q) > 3 else 1
+    rank, heads = len(shape_of(q)), shape_of(q)[:-2]
+    repeat = heads[-1] // shape_of(k)[-3] if rank > 3 else 1
 
-    def every_head(ids: Tensor) -> Tensor:
-        return ids if repeat == 1 or ids.shape[-3] == 1 else ids.repeat_interleave(repeat, -3)
+    def every_head(value: fx.Node) -> tuple[Tensor, tuple[int, ...]]:
+        ids, size = state.of(value), state.extent(value)
+        if repeat > 1 and size[-3] > 1:
+            ids, size = ids if ids.shape[-3] == 1 else ids.repeat_interleave(repeat, -3), (*heads, *size[-2:])
+        return ids, size
 
-    if repeat > 1 and size_k[-3] > 1:
-        size_k = (*size_k[:-3], heads, *size_k[-2:])
-    rank = len(size_q)
-    ids_q = owners.mix(state.of(q), [rank - 1], reason)
-    ids_k = owners.mix(every_head(state.of(k)), [rank - 1], reason).transpose(-1, -2)
-    ids_v = owners.mix(every_head(state.of(v)), [rank - 2], reason)
-    scores = [(ids_q, (*size_q[:-1], 1)), (ids_k, (*size_k[:-2], 1, size_k[-2]))]
+    (ids_q, size_q), (ids_k, size_k), (ids_v, size_v) = (state.of(q), state.extent(q)), every_head(k), every_head(v)
+    ids_q, ids_k = (owners.mix(ids, [rank - 1], reason) for ids in (ids_q, ids_k))
+    scores = [(ids_q, (*size_q[:-1], 1)), (ids_k.transpose(-1, -2), (*size_k[:-2], 1, size_k[-2]))]
     if mask is not None:
         scores.append((state.of(mask), state.extent(mask)))
     size = torch.broadcast_shapes(*(sizes for _, sizes in scores))
     weights = owners.mix(meet(state, node, scores, size), [rank - 1], reason)
-    size_v = (*shape_of(node)[:-2], 1, shape_of(v)[-1])
-    return meet(state, node, [(weights, (*size[:-1], 1)), (ids_v, size_v)])
+    ids_v = owners.mix(ids_v, [rank - 2], reason)
+    return meet(state, node, [(weights, (*size[:-1], 1)), (ids_v, (*size_v[:-2], 1, size_v[-1]))])
 
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp")
