@@ -254,7 +254,7 @@ def _group_norm(state: Propagation, node: fx.Node) -> Tensor | None:
             state.owners.couple_axis(ids, 1, state.of(entry).expand(channels), reason)
     if ids.shape[1] > 1:
         grid = ids.unflatten(1, (groups, -1))
-        state.owners.couple(grid, grid[:, :, :1], reason)
+        state.owners.mix(grid, [2], reason)
     return state.owners.mix(ids, range(2, ids.dim()), reason)
 
 

@@ -264,7 +264,8 @@ def _explain(
             units = label[ids].tolist()
             stated = (said[unit] for said in (mixed, reasons) for unit in units if unit in said)
             why[name] = next(stated, "no layer that could be refitted reads its channels")
+    shrink = {name for group in groups for name, _ in group.slots}
     for name, reason in state.owners.untouched.items():
-        if state.trace.tensors[name].dim() > 1 and layer_name(name) not in found:
+        if state.trace.tensors[name].dim() > 1 and name not in shrink:
             why.setdefault(layer_name(name), reason)
     return why
