@@ -56,12 +56,12 @@ class GroupedQueries(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """(n, tokens, 2 heads) -> (n, heads, tokens, 2)."""
-        return x.unflatten(-1, (-1, 2)).transpose(1, 2)
+        return x.unflatten(-1, (-1, 2)).transpose(1, 2)  # type: ignore[no-any-return]
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotates every pair by its position."""
         angle = torch.arange(x.shape[2]).to(x)[:, None]
-        return x * angle.cos() + torch.cat([-x[..., 1:], x[..., :1]], -1) * angle.sin()  # type: ignore[no-any-return]
+        return x * angle.cos() + torch.cat([-x[..., 1:], x[..., :1]], -1) * angle.sin()
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, tokens, c) -> the same shape."""

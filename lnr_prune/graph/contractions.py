@@ -42,8 +42,9 @@ def _computed_rows(state: Propagation, weight: fx.Node, rows: int) -> tuple[str,
     owners, others = state.owners, [axis for axis in range(len(shape_of(weight))) if axis != rows]
     ids = owners.mix(state.of(weight), others, f"computing {describe(weight)}").reshape(-1)
     for name in owners.by_row:
-        if torch.equal(owners.slot(name, 0), ids):
-            return name, owners.rows(name, 0)
+        if bool(torch.isin(ids, owners.slot(name, 0)).all()):
+            owners.rows(name, 0)
+            return name, ids
     return None
 
 
