@@ -27,7 +27,7 @@ TIMM = """
     resmlp_12_224 gmlp_s16_224 sequencer2d_s poolformer_s12 convformer_s18 convnextv2_atto fastvit_t8
     edgenext_xx_small efficientvit_b0 efficientvit_m0 mobilevit_xxs mobilevitv2_050 mobileone_s0 ghostnet_100
     botnet26t_256 resnest14d ecaresnet26t skresnet18 res2net50_26w_4s cspresnet50 dpn68 eca_nfnet_l0
-    resnetv2_50x1_bit
+    hiera_tiny_224
 """
 
 TEXT: dict[str, Any] = {"vocab_size": 99, "max_position_embeddings": 64, "use_cache": False}

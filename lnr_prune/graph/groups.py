@@ -93,19 +93,22 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             state.owners.freeze(state.owners.slots[site.columns], "its weight also produces the channels that it reads")
     label = _close(state.owners)
     reasons = _frozen_reasons(state.owners, label)
-    units: dict[int, dict[Slot, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for slot, labels in _labelled_slots(state.owners, label).items():
-        for index, unit in enumerate(labels.tolist()):
+    labelled = _labelled_slots(state.owners, label)
+    slots: dict[int, set[Slot]] = defaultdict(set)
+    for slot, labels in labelled.items():
+        for unit in torch.unique(labels).tolist():
             if unit not in reasons:
-                units[unit][slot].append(index)
+                slots[unit].add(slot)
     members: dict[frozenset[Slot], list[int]] = defaultdict(list)
-    for unit, slots in units.items():
-        members[frozenset(slots)].append(unit)
-    groups = [
-        group
-        for shared, of_group in members.items()
-        if (group := _read_group(state, shared, [units[unit] for unit in of_group])) is not None
-    ]
+    for unit in slots:
+        members[frozenset(slots[unit])].append(unit)
+    channel = torch.full_like(label, -1)
+    groups = []
+    for shared, units in members.items():
+        channel[units] = torch.arange(len(units))
+        group = _read_group(state, {slot: channel[labelled[slot]] for slot in sorted(shared)}, len(units))
+        groups += [group] if group else []
+        channel[units] = -1
     order = {site.weight: position for position, site in reversed(list(enumerate(state.sites)))}
     groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers))
     return Graph(tuple(groups), _explain(state, groups, label, reasons), state.macs)
@@ -126,25 +129,19 @@ def layer_name(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def _read_group(state: Propagation, shared: frozenset[Slot], units: list[dict[Slot, list[int]]]) -> ChannelGroup | None:
+def _read_group(state: Propagation, slots: dict[Slot, Tensor], size: int) -> ChannelGroup | None:
     """The group whose units share these slots; None if nobody produces it, reads it, or it is one channel."""
-    sites = {site.columns: site for site in state.sites if site.columns in shared}
-    rows = tuple(slot for slot in state.owners.produced if slot in shared)
-    if not sites or not rows or len(units) < 2:
+    sites = {site.columns: site for site in state.sites if site.columns in slots}
+    rows = tuple(slot for slot in state.owners.produced if slot in slots)
+    if not sites or not rows or size < 2:
         return None
-    slots: dict[Slot, Tensor] = {}
-    for name, dim in sorted(shared):
-        channels = torch.full((state.trace.tensors[name].shape[dim],), -1)
-        for channel, unit in enumerate(units):
-            channels[unit[name, dim]] = channel
-        slots[name, dim] = channels
     producers = tuple(layer_name(name) for name, _ in rows)
     blocks = any(int(torch.bincount(slots[row][slots[row] >= 0]).max()) > 1 for row in rows)
     consumers = tuple(
         Consumer(layer_name(site.weight), site.weight, site.bias, site.op, slots[columns], columns[1], blocks)
         for columns, site in sites.items()
     )
-    return ChannelGroup(producers[0], len(units), producers, consumers, slots, rows)
+    return ChannelGroup(producers[0], size, producers, consumers, slots, rows)
 
 
 def _close(owners: Owners) -> Tensor:
