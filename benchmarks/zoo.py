@@ -52,7 +52,7 @@ class Row:
     reachable: float = 0.0  # share in groups of the graph
     in_module: float = 0.0  # share in groups that the module itself can lose
     kept: float = 1.0
-    graph_seconds: float = 0.0
+    graph_seconds: float = 0.0  # of one core, whatever else it does
     seconds: float = 0.0
     result: str = ""
 
@@ -64,9 +64,9 @@ def measure(name: str, zoo: Zoo, graph_only: bool) -> Row:
     begin = time.perf_counter()
     model, call = zoo.make(name)
     model.eval()
-    started = time.perf_counter()
+    started = time.process_time()
     graph = find_groups(model, *call)
-    row = Row(name, groups=len(graph.groups), graph_seconds=time.perf_counter() - started)
+    row = Row(name, groups=len(graph.groups), graph_seconds=time.process_time() - started)
     row = replace(row, reachable=_share(model, graph.groups), graph=_leftover(model, graph.groups, call))
     if graph_only:
         return replace(
