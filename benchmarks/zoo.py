@@ -109,22 +109,24 @@ def _leftover(model: nn.Module, groups: Sequence[ChannelGroup], call: Call) -> f
     """
     supports, generator = _supports(groups), torch.Generator().manual_seed(1)
     weights = {name: value.double() for name, value in random_weights(model).items()}
-    masked = {**weights, **masked_weights(supports, weights)}
-    scaled = dict(masked)
+    weights |= masked_weights(supports, weights)
+    before = _outputs(model, call, weights)
     for group, support in supports:
         leaves = ~torch.cat([support, torch.ones(1, dtype=torch.bool)])
         columns = {(consumer.weight, consumer.dim) for consumer in group.consumers}
         for (name, dim), channels in group.slots.items():
-            if name in scaled and (name, dim) not in columns:
-                noise = torch.rand(scaled[name].shape, generator=generator, dtype=torch.float64) + 0.5
+            if name in weights and (name, dim) not in columns:
+                noise = torch.rand(weights[name].shape, generator=generator, dtype=torch.float64) + 0.5
                 where = along(leaves[channels], dim, noise.shape)
-                scaled[name] = torch.where(where, scaled[name] * noise, scaled[name])
+                weights[name] = torch.where(where, weights[name] * noise, weights[name])
+    after = _outputs(model, call, weights)
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(before, after, strict=True))
+
+
+def _outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor]) -> list[Tensor]:
     wide = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, call)
-    outputs = [
-        [x for x in tree_leaves(run(model, wide, tensors)) if isinstance(x, Tensor) and x.is_floating_point()]
-        for tensors in (masked, scaled)
-    ]
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*outputs, strict=True))
+    outputs = tree_leaves(run(model, wide, weights))
+    return [x for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def _share(model: nn.Module, groups: tuple[Any, ...]) -> float:
@@ -196,11 +198,12 @@ def main(
     names = [name for name in only.split(",") if name] or list(SETS[chosen]().names)
     names = names[:QUICK] if quick else names
     console = Console(stderr=True)
-    each = track(names, "models", console=console, transient=True)
-    rows = [_in_a_process(chosen, name, limit, graph_only) for name in each]
+    rows: list[Row] = []
+    for name in track(names, "models", console=console, transient=True):
+        rows.append(_in_a_process(chosen, name, limit, graph_only))
+        if json_file:  # what is done is kept
+            json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     _print(rows)
-    if json_file:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -248,21 +248,26 @@ def _labelled_slots(owners: Owners, label: Tensor) -> dict[Slot, Tensor]:
 def _explain(
     state: Propagation, groups: list[ChannelGroup], label: Tensor, reasons: Mapping[int, str]
 ) -> dict[str, str]:
-    """Layer -> why its outputs are in no group."""
-    found = {producer for group in groups for producer in group.producers}
+    """Layer -> why its outputs, or all of its weight, are in no group."""
+    owners, found = state.owners, {producer for group in groups for producer in group.producers}
     mixed: dict[int, str] = {}
-    for ids, reason in state.owners.mixed:
+    for ids, reason in owners.mixed:
         for unit in torch.unique(label[ids]).tolist():
             mixed.setdefault(unit, f"its channels can only leave together: mixed by {reason}")
+
+    def stated(ids: Tensor, otherwise: str) -> str:
+        units = torch.unique(label[ids]).tolist()
+        return next((said[unit] for said in (mixed, reasons) for unit in units if unit in said), otherwise)
+
     why: dict[str, str] = {}
-    for (weight, _), ids in state.owners.produced.items():
-        name = layer_name(weight)
-        if name not in found:
-            units = label[ids].tolist()
-            stated = (said[unit] for said in (mixed, reasons) for unit in units if unit in said)
-            why[name] = next(stated, "no layer that could be refitted reads its channels")
+    for (weight, _), ids in owners.produced.items():
+        if layer_name(weight) not in found:
+            why[layer_name(weight)] = stated(ids, "no layer that could be refitted reads its channels")
     shrink = {name for group in groups for name, _ in group.slots}
-    for name, reason in state.owners.untouched.items():
-        if state.trace.tensors[name].dim() > 1 and name not in shrink:
-            why.setdefault(layer_name(name), reason)
+    for name, tensor in state.trace.tensors.items():
+        if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and name not in shrink:
+            known = [owners.slots[name, dim] for dim in range(tensor.dim()) if (name, dim) in owners.slots]
+            known += [owners.elements[name].reshape(-1)] if name in owners.elements else []
+            reason = stated(torch.cat(known), "shares its channels with a layer that stays") if known else "not used"
+            why.setdefault(layer_name(name), owners.untouched.get(name, reason))
     return why
