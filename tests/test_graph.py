@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import Graph, find_groups
-from lnr_prune.graph.groups import _close, _ragged
-from lnr_prune.graph.owners import Owners
+from lnr_prune.graph.groups import _close, _in_proportion, _ragged
+from lnr_prune.graph.owners import Cut, Owners
 from tests.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
 from tests.patterns import Recurrent
 
@@ -158,6 +158,13 @@ def test_parts_in_proportion_need_not_shrink_alike() -> None:
 
     (group,) = groups_of(Packed(), 3, 5, 4).groups
     assert group.slots["first.weight", 0].tolist() == [0] * 4 + [1] * 4 + [0, 0, 1, 1] * 2
+
+
+@pytest.mark.parametrize(("pieces", "expected"), [(1, False), (2, True), (4, True)])
+def test_proportion_of_many_parts(pieces: int, expected: bool) -> None:
+    units = torch.arange(128) % 2
+    assert _in_proportion(units, Cut(units, 0, tuple(range(pieces, 129, pieces)), "")) == expected
+    assert not _in_proportion(torch.arange(128), Cut(units, 0, tuple(range(2, 129, 2)), ""))
 
 
 @pytest.mark.parametrize(

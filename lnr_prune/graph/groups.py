@@ -176,8 +176,8 @@ def _in_proportion(grid: Tensor, cut: Cut) -> bool:
     sizes = torch.tensor(cut.ends).diff(prepend=torch.zeros(1, dtype=torch.long))
     part = torch.repeat_interleave(torch.arange(len(sizes)), sizes)[:, None]
     count = torch.bincount((index * len(sizes) + part).flatten(), minlength=len(units) * len(sizes))
-    share = count.view(len(units), len(sizes)) * sizes.prod().double() / sizes
-    return bool((share == share[:, :1]).all())
+    count = count.view(len(units), len(sizes))
+    return bool((count * sizes[0] == count[:, :1] * sizes).all())
 
 
 def _alike(owners: Owners, cut: Cut) -> list[Tensor]:
