@@ -113,6 +113,12 @@ def _shuffled(y: Tensor, axis: int) -> Tensor:
     return y.unflatten(axis, (2, -1)).transpose(axis, axis + 1).flatten(axis, axis + 1)
 
 
+def _overwritten(y: Tensor, axis: int) -> Tensor:
+    y = y.clone()
+    y.narrow(axis, y.shape[axis] // 2, y.shape[axis] // 2).zero_()
+    return y
+
+
 def _plain(run: Callable[[Tensor, int], Tensor], *ranks: int) -> Operation:
     return Operation(lambda y, a, p: run(y, a), ranks=ranks or (2, 3, 4))
 
@@ -156,6 +162,7 @@ OPERATIONS: dict[str, Operation] = {
     "flatten": _plain(lambda y, a: y.flatten(max(0, a - 1), a)),
     "unflatten": _plain(lambda y, a: y.unflatten(a, (2, -1))),
     "shuffle": _plain(_shuffled),
+    "overwrite": _plain(_overwritten),
     "repeat": _plain(lambda y, a: y.repeat([1] * a + [2] + [1] * (y.dim() - a - 1))),
     "repeat_interleave": _plain(lambda y, a: y.repeat_interleave(2, a)),
     "expand": _plain(lambda y, a: y.unsqueeze(a).expand(*y.shape[:a], 3, *y.shape[a:])),

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
 from lnr_prune.graph.owners import Cut, collapse_axes, nobody
-from lnr_prune.graph.rules import Ids, Propagation, rule
+from lnr_prune.graph.rules import Ids, Propagation, meet, rule
 
 MOVES = {
     "adjoint", "alias", "chunk", "clone", "contiguous", "detach", "diagonal", "flatten",
@@ -109,6 +109,30 @@ def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
             ends = list(range(size[axis] // wanted, size[axis] + 1, size[axis] // wanted))
         return [(axis, tuple(sorted({end for end in ends if end > 0})))]
     return []
+
+
+@rule("slice_scatter")
+def _slice_scatter(state: Propagation, node: fx.Node) -> Tensor | None:
+    """A part of a value is replaced by another value: the two parts leave together."""
+    source, axis, shape = argument(node, 1, "src"), argument(node, 2, "dim", 0), shape_of(node)
+    part = range(shape[axis])[slice(argument(node, 3, "start"), argument(node, 4, "end"), argument(node, 5, "step", 1))]
+    ids, written = state.of(argument(node, 0, "self")), (state.of(source), state.extent(source))
+    if ids.shape[axis] == written[0].shape[axis] == 1:
+        return meet(state, node, [(ids, shape_of(source)), written], shape_of(source))
+    if part.step != 1 or ids.shape[axis] == 1:
+        return None
+    reason, sizes = f"positions that are named in {describe(node)}", [part.start, len(part), shape[axis] - part.stop]
+    state.owners.cuts.append(Cut(ids, axis % len(shape), tuple(itertools.accumulate(filter(None, sizes))), reason))
+    parts = list(ids.split(sizes, axis))
+    parts[1] = meet(state, node, [(parts[1], shape_of(source)), written], shape_of(source))
+    return _side_by_side(parts, sizes, axis % len(shape))
+
+
+def _side_by_side(parts: list[Tensor], sizes: list[int], axis: int) -> Tensor:
+    """Ids of these sizes along an axis, expanded only where they must be."""
+    common = [max(part.shape[k] for part in parts) for k in range(parts[0].dim())]
+    full = [part.expand([*common[:axis], size, *common[axis + 1 :]]) for part, size in zip(parts, sizes, strict=True)]
+    return collapse_axes(torch.cat(full, axis))
 
 
 @rule("expand", "expand_as")

@@ -19,10 +19,11 @@ logger = logging.getLogger("lnr_prune")
 Ids = Tensor | list[Tensor]
 """The ids of a value; one tensor for each output of an operation that has several."""
 
-SAME = {"dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy", "type_as", "lift_fresh_copy"}
+# What they give has the shape of their first operand, channel by channel.
+SAME = {"dropout", "feature_dropout", "alpha_dropout", "fill", "to", "_to_copy", "type_as", "lift_fresh_copy", "zero"}
 # Pointwise operations that lack PyTorch's tag for it.
 POINTWISE = {
-    "absolute", "celu", "clip", "copysign", "divide", "elu", "floor_divide", "gelu", "greater", "greater_equal",
+    "absolute", "celu", "clip", "copy", "copysign", "divide", "elu", "floor_divide", "gelu", "greater", "greater_equal",
     "hardsigmoid", "hardswish", "less", "less_equal", "log_sigmoid", "masked_fill", "multiply", "negative",
     "not_equal", "relu6", "rsub", "selu", "softplus", "special_expit", "subtract", "true_divide", "where",
 }  # fmt: skip
