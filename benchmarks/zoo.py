@@ -4,14 +4,16 @@ Random weights; 30 % of the channels of every group removed at random; one proce
 the others or leave memory behind:
 
     python benchmarks/zoo.py --set torchvision --json rows.json
-    python benchmarks/zoo.py --set torchvision --only resnet50,vit_b_16
+    python benchmarks/zoo.py --set timm --only resnest14d,swin_tiny_patch4_window7_224
+    python benchmarks/zoo.py --set huggingface
 """
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,14 +25,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lnr_prune.calibration import Call
+from benchmarks.zoo_models import SETS, Zoo
+from lnr_prune.calibration import Call, run
 from lnr_prune.collapse import collapse
 from lnr_prune.cost import parameters
 from lnr_prune.errors import LnrPruneError
-from lnr_prune.graph import find_groups, named_tensors
+from lnr_prune.graph import ChannelGroup, along, find_groups, named_tensors
 from lnr_prune.plan import make_plan
-from lnr_prune.recipes.data import import_torchvision
 from lnr_prune.verify import Reference, masked_weights, random_weights, shrinkable
 
 REMOVED = 0.3
@@ -44,60 +47,86 @@ class Row:
 
     model: str
     groups: int = 0
+    graph: float = 0.0  # largest change of outputs when masked channels change; 0 if the graph is right
     refused: int = 0  # groups whose sizes the module's forward holds
     reachable: float = 0.0  # share in groups of the graph
     in_module: float = 0.0  # share in groups that the module itself can lose
     kept: float = 1.0
-    graph_seconds: float = 0.0
+    graph_seconds: float = 0.0  # of one core, whatever else it does
     seconds: float = 0.0
     result: str = ""
 
 
-def torchvision_models() -> dict[str, Callable[[], tuple[nn.Module, Call]]]:
-    """Name -> how to make a classifier of torchvision, or a segmentation model, and an example call."""
-    models = import_torchvision().models
-
-    def make(name: str) -> tuple[nn.Module, Call]:
-        options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        segments = name in models.list_models(module=models.segmentation)
-        if segments:
-            options["weights_backbone"] = None
-        size = 299 if name == "inception_v3" else 224
-        return models.get_model(name, weights=None, **options), ((torch.randn(1, 3, size, size),), {})
-
-    names = models.list_models(module=models) + models.list_models(module=models.segmentation)
-    return {name: lambda name=name: make(name) for name in names}  # type: ignore[misc]
-
-
-SETS = {"torchvision": torchvision_models}
-
-
-def measure(name: str, make: Callable[[], tuple[nn.Module, Call]]) -> Row:
+def measure(name: str, zoo: Zoo, graph_only: bool) -> Row:
     """Groups, trial, random removal and verification of one model."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    model, call = make()
+    model, call = zoo.make(name)
     model.eval()
-    started = time.perf_counter()
+    started = time.process_time()
     graph = find_groups(model, *call)
-    row = Row(name, groups=len(graph.groups), graph_seconds=time.perf_counter() - started)
-    row = replace(row, reachable=_share(model, graph.groups))
-    groups, _ = shrinkable(model, graph.groups, call)
+    row = Row(name, groups=len(graph.groups), graph_seconds=time.process_time() - started)
+    row = replace(row, reachable=_share(model, graph.groups), graph=_leftover(model, graph.groups, call))
+    if graph_only:
+        return replace(
+            row, seconds=time.perf_counter() - begin, result="graph only" if graph.groups else _why(graph.frozen)
+        )
+    groups, fixed = shrinkable(model, graph.groups, call)
     row = replace(row, refused=len(graph.groups) - len(groups), in_module=_share(model, groups))
-    generator = torch.Generator().manual_seed(0)
-    supports: list[tuple[Any, Tensor]] = []
-    for group in groups:
-        support = torch.ones(group.size, dtype=torch.bool)
-        support[torch.randperm(group.size, generator=generator)[: max(1, int(REMOVED * group.size))]] = False
-        supports.append((group, support))
+    supports = _supports(groups)
     weights = random_weights(model)
     masked = {**weights, **masked_weights(supports, weights)}
     before, reference = parameters(model), Reference(model, masked, call)
     collapse(model, make_plan(supports), masked)
     reference.check(model)
     result = "exact" if reference.wide else "exact in the model's dtype"
+    if not groups:
+        result = _why(fixed or graph.frozen)
     return replace(row, kept=parameters(model) / before, seconds=time.perf_counter() - begin, result=result)
+
+
+def _why(frozen: Mapping[str, str]) -> str:
+    reasons = Counter(reason.split(" (")[0] for reason in frozen.values())
+    return f"nothing: {reasons.most_common(1)[0][0]}"
+
+
+def _supports(groups: Sequence[ChannelGroup]) -> list[tuple[ChannelGroup, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    supports = []
+    for group in groups:
+        support = torch.ones(group.size, dtype=torch.bool)
+        support[torch.randperm(group.size, generator=generator)[: max(1, int(REMOVED * group.size))]] = False
+        supports.append((group, support))
+    return supports
+
+
+def _leftover(model: nn.Module, groups: Sequence[ChannelGroup], call: Call) -> float:
+    """What channels that are masked still have to say: nothing, if the graph is right.
+
+    Where the consumers' columns of dropped channels are zero, all else that leaves with them is scaled at random;
+    returned is the largest change of the outputs, relative to the largest output. This needs no smaller module.
+    """
+    supports, generator = _supports(groups), torch.Generator().manual_seed(1)
+    weights = {name: value.double() for name, value in random_weights(model).items()}
+    weights |= masked_weights(supports, weights)
+    before = _outputs(model, call, weights)
+    for group, support in supports:
+        leaves = ~torch.cat([support, torch.ones(1, dtype=torch.bool)])
+        columns = {(consumer.weight, consumer.dim) for consumer in group.consumers}
+        for (name, dim), channels in group.slots.items():
+            if name in weights and (name, dim) not in columns:
+                noise = torch.rand(weights[name].shape, generator=generator, dtype=torch.float64) + 0.5
+                where = along(leaves[channels], dim, noise.shape)
+                weights[name] = torch.where(where, weights[name] * noise, weights[name])
+    after = _outputs(model, call, weights)
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(before, after, strict=True))
+
+
+def _outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    wide = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, call)
+    outputs = tree_leaves(run(model, wide, weights))
+    return [x for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def _share(model: nn.Module, groups: tuple[Any, ...]) -> float:
@@ -107,16 +136,16 @@ def _share(model: nn.Module, groups: tuple[Any, ...]) -> float:
     return sum(tensors[name].numel() for name in reached) / parameters(model)
 
 
-def _child(chosen: str, name: str) -> None:
+def _child(chosen: str, name: str, graph_only: bool) -> None:
     try:
-        row = measure(name, SETS[chosen]()[name])
+        row = measure(name, SETS[chosen](), graph_only)
     except LnrPruneError as error:
         row = Row(name, result=f"{type(error).__name__}: {error}")
     sys.stdout.write(json.dumps(asdict(row)) + "\n")
 
 
-def _in_a_process(chosen: str, name: str, limit: float) -> Row:
-    command = [sys.executable, __file__, "--set", chosen, "--child", name]
+def _in_a_process(chosen: str, name: str, limit: float, graph_only: bool) -> Row:
+    command = [sys.executable, __file__, "--set", chosen, "--child", name, *(["--graph-only"] if graph_only else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
@@ -128,19 +157,28 @@ def _in_a_process(chosen: str, name: str, limit: float) -> Row:
 
 def _print(rows: list[Row]) -> None:
     table = Table(box=box.MARKDOWN)
-    titles = ("model", "groups", "refused", "reachable", "in module", "kept", "graph s", "s", "result")
+    titles = ("model", "groups", "leftover", "refused", "reachable", "in module", "kept", "graph s", "s", "result")
     for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index in (0, 8) else "right")
+        table.add_column(title, justify="left" if index in (0, 9) else "right")
     for row in rows:
         shares = (f"{share:.3f}" for share in (row.reachable, row.in_module, row.kept))
         table.add_row(
-            row.model, str(row.groups), str(row.refused), *shares, f"{row.graph_seconds:.1f}", f"{row.seconds:.0f}",
-            row.result[:60],
+            row.model, str(row.groups), f"{row.graph:.0e}", str(row.refused), *shares,
+            f"{row.graph_seconds:.1f}", f"{row.seconds:.0f}", row.result[:60],
         )  # fmt: skip
     console = Console(width=150)
     console.print(table)
+    _summarise(console, rows)
+
+
+def _summarise(console: Console, rows: list[Row]) -> None:
     exact = sum(row.result.startswith("exact") for row in rows)
-    console.print(f"exact: {exact} of {len(rows)}; refused groups: {sum(row.refused for row in rows)}")
+    half, seconds = sum(row.reachable >= 0.5 for row in rows), sorted(row.graph_seconds for row in rows)
+    console.print(
+        f"exact: {exact} of {len(rows)}; graph wrong: {sum(not row.graph <= 1e-9 for row in rows)}; half of the "
+        f"parameters reachable: {half}; refused groups: {sum(row.refused for row in rows)}; "
+        f"seconds for the graph: median {seconds[len(rows) // 2]:.1f}, worst {seconds[-1]:.1f}"
+    )
 
 
 def main(
@@ -150,19 +188,22 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help=f"The first {QUICK} models only.")] = False,
     data_root: Annotated[Path | None, typer.Option(help="Not used: the weights are random.")] = None,
     limit: Annotated[float, typer.Option(help="Seconds a model may take.")] = LIMIT,
+    graph_only: Annotated[bool, typer.Option("--graph-only", help="Groups only; the module is not shrunk.")] = False,
     child: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Prunes every model of a zoo at random and compares it with the masked one."""
     if child:
-        _child(chosen, child)
+        _child(chosen, child, graph_only)
         return
-    names = [name for name in only.split(",") if name] or list(SETS[chosen]())
+    names = [name for name in only.split(",") if name] or list(SETS[chosen]().names)
     names = names[:QUICK] if quick else names
     console = Console(stderr=True)
-    rows = [_in_a_process(chosen, name, limit) for name in track(names, "models", console=console, transient=True)]
+    rows: list[Row] = []
+    for name in track(names, "models", console=console, transient=True):
+        rows.append(_in_a_process(chosen, name, limit, graph_only))
+        if json_file:  # what is done is kept
+            json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     _print(rows)
-    if json_file:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lnr_prune.calibration import Call
 from lnr_prune.collapse import collapse
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph import named_tensors
-from lnr_prune.graph.groups import close
+from lnr_prune.graph.closure import close
 from lnr_prune.graph.nodes import argument
 from lnr_prune.graph.rules import Propagation, propagate
 from lnr_prune.graph.sizes import along_axis, counts

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lnr_prune.random_attention import (
+    ChannelAttention,
+    CrossAttention,
+    GatedMLP,
+    GroupedQueries,
+    PackedAttention,
+    WindowAttention,
+)
+
 SIDE = 4  # height and width of the images
 
 
@@ -20,20 +29,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Calls the function with x and the layers."""
         return self.apply_layers(x, **self.layers)
-
-
-class PackedAttention(nn.Module):
-    """Attention over positions with q, k and v in one matrix."""
-
-    def __init__(self, c: int, heads: int) -> None:
-        super().__init__()
-        self.size = c // heads
-        self.qkv, self.out = nn.Linear(c, 3 * c), nn.Linear(c, c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, positions, c) -> the same shape."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.size)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 def conv(c: int, d: int, kernel: int = 3, **options: int) -> nn.Conv2d:
@@ -52,12 +47,48 @@ def shuffle(x: Tensor, groups: int = 2) -> Tensor:
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
+def _scaled(layer: nn.Conv2d) -> nn.Conv2d:
+    layer.scale = nn.Parameter(torch.ones(layer.out_channels, 1, 1))
+    return layer
+
+
 def _attend(x: Tensor, norm: nn.Module, attention: nn.MultiheadAttention) -> Tensor:
     def mix(t: Tensor) -> Tensor:
         t = norm(t)
         return attention(t, t, t, need_weights=False)[0]  # type: ignore[no-any-return]
 
     return x + tokens(x, mix)
+
+
+def _attention(make: Callable[[int, int], nn.Module]) -> Callable[[int, int], tuple[nn.Module, int]]:
+    """A convolution to twice as many channels as heads, and attention on a residual stream."""
+
+    def pattern(c: int, d: int) -> tuple[nn.Module, int]:
+        return nn.Sequential(conv(c, 2 * d, 1), Block(lambda x, a: x + tokens(x, a), a=make(2 * d, d))), 2 * d
+
+    return pattern
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose filters are standardised in every forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As nn.Conv2d.forward."""
+        flat = self.weight.flatten(1)
+        weight = ((flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-3)).view_as(self.weight)
+        return F.conv2d(x, weight, self.bias, padding=self.padding)
+
+
+class Recurrent(nn.Module):
+    """An LSTM over tokens."""
+
+    def __init__(self, c: int, d: int) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(c, d, batch_first=True), nn.Linear(d, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, tokens, c) -> the same shape."""
+        return self.out(self.lstm(x)[0])  # type: ignore[no-any-return]
 
 
 # Name -> given the channels that come in and that are wanted, a block and the channels that it gives.
@@ -89,9 +120,42 @@ PATTERNS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     "pool": lambda c, d: (nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(c, d), nn.AvgPool2d(3, 1, 1)), d),
     "shared": lambda c, d: (Block(lambda x, a: a(a(x).relu()), a=conv(c, c)), c),
     "pad": lambda c, d: (Block(lambda x, a: F.pad(x, (0, 0, 0, 0, 1, 1)) + a(x), a=conv(c, c + 2)), c + 2),
-    "attention": lambda c, d: (
-        nn.Sequential(conv(c, 2 * d, 1), Block(lambda x, a: x + tokens(x, a), a=PackedAttention(2 * d, d))),
-        2 * d,
+    "attention": _attention(PackedAttention),
+    "relative bias": _attention(lambda c, heads: PackedAttention(c, heads, SIDE**2)),
+    "windows": _attention(lambda c, heads: WindowAttention(c, heads, SIDE)),
+    "grouped queries": _attention(GroupedQueries),
+    "cross attention": _attention(CrossAttention),
+    "channel attention": _attention(ChannelAttention),
+    "gated mlp": _attention(lambda c, d: GatedMLP(c, 3 * d)),
+    "recurrent": _attention(Recurrent),
+    "token mixing": lambda c, d: (
+        Block(lambda x, a, b: x + b(a(x.flatten(2)).relu()).view(x.shape), a=nn.Linear(SIDE**2, d), b=nn.Linear(d, 16)),
+        c,
+    ),
+    "layer scale": lambda c, d: (
+        Block(lambda x, a, b: x + b(a(x)) * b.scale, a=conv(c, d), b=_scaled(conv(d, c, 1))),
+        c,
+    ),
+    "positions": lambda c, d: (
+        Block(
+            lambda x, a, e: a(x) + e(torch.arange(SIDE**2)).T.reshape(1, -1, SIDE, SIDE),
+            a=conv(c, d),
+            e=nn.Embedding(SIDE**2, d),
+        ),
+        d,
+    ),
+    "standardised": lambda c, d: (nn.Sequential(Standardised(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU()), d),
+    "weight norm": lambda c, d: (nn.Sequential(nn.utils.parametrizations.weight_norm(conv(c, d)), nn.ReLU()), d),
+    "instance norm": lambda c, d: (nn.Sequential(conv(c, d), nn.InstanceNorm2d(d, affine=True), nn.ELU()), d),
+    "pixel shuffle": lambda c, d: (nn.Sequential(conv(c, 4 * d, 1), nn.PixelShuffle(2), nn.MaxPool2d(2)), d),
+    "interpolate": lambda c, d: (
+        Block(lambda x, a: F.interpolate(F.avg_pool2d(a(x), 2), scale_factor=2.0, mode="bilinear"), a=conv(c, d)),
+        d,
+    ),
+    "spatial gate": lambda c, d: (Block(lambda x, a, g: a(x) * g(x).sigmoid(), a=conv(c, d), g=conv(c, 1)), d),
+    "einsum": lambda c, d: (
+        Block(lambda x, a: torch.einsum("nchw,nchv->nvcw", a(x), a(x)).transpose(1, 2) / 9, a=conv(c, d)),
+        d,
     ),
     "multihead": lambda c, d: (
         nn.Sequential(
@@ -103,10 +167,46 @@ PATTERNS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
 }
 
 
-def random_network(seed: int, depth: int = 5) -> tuple[nn.Module, Tensor]:
-    """A network of ``depth`` random patterns and a batch of two inputs for it, in evaluation mode.
+Recipe = tuple[str, int, list["Recipe"]]
+"""A pattern, its width, and for "branches" what happens in one of its two branches."""
+
+
+def build(recipes: list[Recipe], channels: int) -> tuple[nn.Sequential, int]:
+    """Patterns one after another, as a module, and the number of channels that it gives."""
+    blocks: list[nn.Module] = []
+    for name, width, inside in recipes:
+        if name == "branches":
+            left, left_channels = build(inside, channels)
+            right = conv(channels, width, 1)
+            blocks.append(Block(lambda x, a, b: torch.cat([b(x), a(x)], 1), a=left, b=right))
+            channels = left_channels + width
+        else:
+            block, channels = PATTERNS[name](channels, width)
+            blocks.append(block)
+    return nn.Sequential(*blocks), channels
+
+
+def make_network(recipes: list[Recipe], channels: int, flat: bool, seed: int) -> tuple[nn.Module, Tensor]:
+    """A classifier of images out of patterns and a batch of two inputs for it, in evaluation mode.
 
     Weights, scales and batch-norm statistics are random and away from zero, so that they hide nothing.
+    """
+    body, last = build(recipes, channels)
+    head = [nn.Flatten(), nn.Linear(last * SIDE**2, 3)] if flat else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(conv(3, channels), *body, *head, *([] if flat else [nn.Linear(last, 3)])).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                value = torch.rand(tensor.shape, generator=generator) + 0.5
+                if tensor.dim() > 1:
+                    value = (value - 1) * 3 / max(1, tensor[0].numel()) ** 0.5
+                tensor.copy_(value * (0.2 if name.endswith("bias") else 1))
+    return model, torch.randn(2, 3, SIDE, SIDE, generator=generator)
+
+
+def random_network(seed: int, depth: int = 5) -> tuple[nn.Module, Tensor]:
+    """`make_network` of ``depth`` random patterns.
 
     Example:
         >>> model, x = random_network(seed=0)
@@ -118,19 +218,8 @@ def random_network(seed: int, depth: int = 5) -> tuple[nn.Module, Tensor]:
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=generator))
 
-    names, channels = list(PATTERNS), draw(3, 7)
-    blocks: list[nn.Module] = [conv(3, channels)]
-    for _ in range(depth):
-        block, channels = PATTERNS[names[draw(0, len(names))]](channels, draw(2, 6))
-        blocks.append(block)
-    flat = draw(0, 2)
-    head = [nn.Flatten(), nn.Linear(channels * SIDE**2, 3)] if flat else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    model = nn.Sequential(*blocks, *head, *([] if flat else [nn.Linear(channels, 3)])).eval()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                value = torch.rand(tensor.shape, generator=generator) + 0.5
-                if tensor.dim() > 1:
-                    value = (value - 1) * 3 / max(1, tensor[0].numel()) ** 0.5
-                tensor.copy_(value * (0.2 if name.endswith("bias") else 1))
-    return model, torch.randn(2, 3, SIDE, SIDE, generator=generator)
+    def recipe(depth: int) -> Recipe:
+        name = [*PATTERNS, "branches"][draw(0, len(PATTERNS) + 1)]
+        return name, draw(2, 6), [recipe(depth - 1) for _ in range(draw(1, 3))] if name == "branches" and depth else []
+
+    return make_network([recipe(2) for _ in range(depth)], draw(3, 7), bool(draw(0, 2)), seed)

@@ -1,18 +1,51 @@
-"""The contract of an adapter, for ours and for third parties'."""
+"""The contract of an adapter, and random networks to test with: for us and for third parties."""
 
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lnr_prune.errors import AdapterError
+from lnr_prune.errors import AdapterError, LnrPruneError
 from lnr_prune.graph import ChannelGroup, along, find_groups, named_tensors
 from lnr_prune.prune import prune
+from lnr_prune.random_networks import PATTERNS, Recipe, make_network
 from lnr_prune.registry import Adapter, Pair, adapters, find
 from lnr_prune.statistics import LayerCall, watch
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+
+def networks(max_patterns: int = 6) -> "SearchStrategy[tuple[nn.Module, Tensor]]":
+    """A hypothesis strategy: random image classifiers, in evaluation mode, with a batch of two inputs.
+
+    Patterns of real networks one after another (convolutions, residual and dense blocks, channel shuffles,
+    gates, every layout of attention, shared and computed weights, branches of patterns ...), which shrink to
+    the few that matter; ``make_network`` is called with what was drawn.
+
+    Args:
+        max_patterns: Patterns in a row, at most.
+
+    Raises:
+        LnrPruneError: If hypothesis is not installed.
+    """
+    try:
+        from hypothesis import strategies as st
+    except ImportError as error:
+        raise LnrPruneError("networks() needs hypothesis: pip install hypothesis") from error
+
+    def rows(inside: "SearchStrategy[list[Recipe]]", size: int) -> "SearchStrategy[list[Recipe]]":
+        plain = st.tuples(st.sampled_from(list(PATTERNS)), st.integers(2, 5), none)
+        branches = st.tuples(st.just("branches"), st.integers(2, 5), inside)
+        return st.lists(plain | branches, min_size=1, max_size=size)
+
+    none: SearchStrategy[list[Recipe]] = st.builds(list)
+    recipes = rows(rows(none, 2), max_patterns)
+    return st.builds(make_network, recipes, st.integers(3, 6), st.booleans(), st.integers(0, 2**16))
 
 
 def check_adapter(adapter: Adapter, model: nn.Module, example: Tensor) -> None:

@@ -103,6 +103,57 @@ class TorchAttention(nn.Module):
         return self.layer(x + y) * (1 + weights.mean())
 
 
+class SeparateProjections(nn.Module):
+    """BERT's: q, k and v in three matrices, heads cut out of each by a view."""
+
+    def __init__(self, d: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.head_dim = d // heads
+        self.query, self.key, self.value, self.dense = (nn.Linear(d, d) for _ in range(4))
+        self.norm = nn.LayerNorm(d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            f(x).view(*x.shape[:2], -1, self.head_dim).permute(0, 2, 1, 3) for f in (self.query, self.key, self.value)
+        )
+        weights = (q @ k.transpose(-1, -2) / self.head_dim**0.5).softmax(-1)
+        return self.norm(x + self.dense((weights @ v).permute(0, 2, 1, 3).reshape(*x.shape[:2], -1)))
+
+
+class Decoder(nn.Module):
+    """nn.TransformerDecoderLayer: its cross-attention reads one packed matrix in two parts."""
+
+    def __init__(self, d: int = 12) -> None:
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(d, 3, 24, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x.tanh())
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose filters are standardised in every forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.flatten(1)
+        weight = ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)).view_as(self.weight)
+        return F.conv2d(x, weight, self.bias)
+
+
+class ComputedWeights(nn.Module):
+    """Weight standardisation and weight normalisation: filters may go, but not what they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = Standardised(3, 8, 3), nn.BatchNorm2d(8)
+        self.b, self.c = nn.Conv2d(8, 6, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1))
+        self.d = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(self.b(self.norm(self.a(x)).relu()).relu()).relu()
+        return self.d(x.mean((2, 3)))
+
+
 class Gated(nn.Module):
     """GLU by chunk, a transposed convolution, group norm and instance norm, one-dimensional."""
 

@@ -1,26 +1,46 @@
-"""Random networks: whatever is pruned, pruned == masked in float64, and the original stays as it was."""
+"""Random networks: whatever is pruned, pruned == masked in float64, and the original stays as it was.
+
+`LNR_PRUNE_FUZZ=1000 pytest tests/test_fuzz.py` for a long run; the seed of a network that fails is in the test's name,
+and hypothesis shrinks what it finds to the patterns that matter.
+"""
 
 import copy
 import os
+import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
 
 from lnr_prune.collapse import collapse
+from lnr_prune.errors import LnrPruneError
 from lnr_prune.graph import find_groups, named_tensors
 from lnr_prune.plan import make_plan
 from lnr_prune.random_networks import PATTERNS, random_network
+from lnr_prune.testing import networks
 from lnr_prune.verify import Reference, masked_weights, shrinkable
 
-COUNT = int(os.environ.get("LNR_PRUNE_FUZZ", "40"))  # LNR_PRUNE_FUZZ=1000 for a long run
+COUNT = int(os.environ.get("LNR_PRUNE_FUZZ", "40"))
+FREEZES = {
+    "slice": "named in slice",  # names single positions
+    "token mixing": "mixed by add",  # an element has a token's owner or a channel's, not both
+    "standardised": "computed weight",
+    "weight norm": "computed weight",
+}
 
 
-@pytest.mark.parametrize("seed", range(COUNT))
-def test_random_networks(seed: int) -> None:
-    model, x = random_network(seed, depth=1 + seed % 7)
+def prune_at_random(model: nn.Module, x: Tensor, seed: int) -> None:
+    """Prunes random channels of every group and compares with the masked network.
+
+    Raises:
+        AssertionError: If a group cannot leave, a shape is not the one planned, or the original has changed.
+        VerificationError: If the outputs differ.
+    """
     original, state = copy.deepcopy(model), {k: v.clone() for k, v in model.state_dict().items()}
     graph = find_groups(model, (x,), {})
-    groups, _ = shrinkable(model, graph.groups, ((x,), {}))
+    groups, refused = shrinkable(model, graph.groups, ((x,), {}))
+    assert not refused  # the patterns hold no sizes: only a wrong group fails its trial
     generator = torch.Generator().manual_seed(seed)
     supports = []
     for group in groups:
@@ -30,17 +50,39 @@ def test_random_networks(seed: int) -> None:
     masked = masked_weights(supports, named_tensors(model))
     reference = Reference(model, masked, ((x,), {}))
     assert reference.wide
-    pruned = copy.deepcopy(model)
-    collapse(pruned, make_plan(supports), masked)
+    pruned, plan = copy.deepcopy(model), make_plan(supports)
+    collapse(pruned, plan, masked)
     reference.check(pruned)
+    for name, tensor in named_tensors(pruned).items():
+        kept = plan.indices.get(name, {})
+        shape = tuple(len(kept.get(dim, range(size))) for dim, size in enumerate(named_tensors(model)[name].shape))
+        assert tuple(tensor.shape) == shape
     assert repr(model) == repr(original)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", range(COUNT))
+def test_random_networks(seed: int) -> None:
+    prune_at_random(*random_network(seed, depth=1 + seed % 7), seed)
+
+
+@settings(max_examples=max(10, COUNT // 10), deadline=None)
+@given(network=networks())
+def test_networks_of_a_strategy(network: tuple[nn.Module, Tensor]) -> None:
+    prune_at_random(*network, seed=0)
+
+
+def test_the_strategy_says_that_it_needs_hypothesis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    with pytest.raises(LnrPruneError, match="pip install hypothesis"):
+        networks()
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_no_pattern_freezes_what_is_in_front_of_it(name: str) -> None:
     block, channels = PATTERNS[name](6, 4)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), block, torch.nn.Conv2d(channels, 2, 1)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), block, nn.Conv2d(channels, 2, 1)).eval()
     graph = find_groups(model, (torch.randn(2, 3, 4, 4),), {})
     found = {producer for group in graph.groups for producer in group.producers}
-    assert ("0" in found) == (name != "slice")  # which names single positions
+    assert ("0" in found) == (name not in FREEZES)
+    assert FREEZES.get(name, "") in graph.frozen.get("0", "")

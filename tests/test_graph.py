@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import Graph, find_groups
-from lnr_prune.graph.groups import _ragged, close
-from lnr_prune.graph.owners import Owners
+from lnr_prune.graph.closure import _in_proportion, _ragged, close
+from lnr_prune.graph.owners import Cut, Owners
 from tests.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
+from tests.patterns import Recurrent
 
 
 def groups_of(model: nn.Module, *shape: int) -> Graph:
@@ -105,12 +106,13 @@ class Lambda(nn.Module):
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        noise = torch.ones(6)
+        noise = torch.linspace(0, 1, 6)
         forms: dict[str, Callable[[], Tensor]] = {
             "flip": lambda: x.flip(-1),
             "cumsum": lambda: x.cumsum(-1),
             "positions": lambda: x + torch.arange(6),
             "constant": lambda: x * noise,
+            "uniform": lambda: x * torch.full((6,), 2.0) + torch.zeros(1, 1).expand(-1, 6),
             "normalise": lambda: F.normalize(x, dim=-1),
             "sort": lambda: x.sort(-1).values,
             "matmul": lambda: x @ x.T @ x,
@@ -126,6 +128,43 @@ class Lambda(nn.Module):
             "complex": lambda: torch.view_as_real(torch.complex(x, x)).sum(-1),
         }
         return forms[self.name]()
+
+
+def test_unknown_operations_are_listed_with_the_line_that_calls_them() -> None:
+    graph = groups_of(Applies(Lambda("sort")), 3, 4)
+    assert "no rule for sort (operation" in graph.frozen["first"]
+    assert "test_graph.py" in graph.frozen["first"]
+    recurrent = groups_of(Recurrent(), 3, 2, 4).frozen
+    assert all(
+        "no rule for lstm (lstm" in recurrent[layer] for layer in ("a", "lstm.weight_ih_l0", "lstm.weight_hh_l0")
+    )
+
+
+def test_a_value_that_is_the_same_for_all_channels_holds_none() -> None:
+    (group,) = groups_of(Applies(Lambda("uniform")), 3, 4).groups
+    assert group.size == 6
+
+
+def test_parts_in_proportion_need_not_shrink_alike() -> None:
+    class Packed(nn.Module):  # four query heads for two of keys and values, in one matrix
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 16), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (part.unflatten(-1, (-1, 2)).transpose(1, 2) for part in self.first(x).split([8, 4, 4], -1))
+            k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+            return self.second(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    (group,) = groups_of(Packed(), 3, 5, 4).groups
+    assert group.slots["first.weight", 0].tolist() == [0] * 4 + [1] * 4 + [0, 0, 1, 1] * 2
+
+
+@pytest.mark.parametrize(("pieces", "expected"), [(1, False), (2, True), (4, True)])
+def test_proportion_of_many_parts(pieces: int, expected: bool) -> None:
+    units = torch.arange(128) % 2
+    assert _in_proportion(units, Cut(units, 0, tuple(range(pieces, 129, pieces)), "")) == expected
+    assert not _in_proportion(torch.arange(128), Cut(units, 0, tuple(range(2, 129, 2)), ""))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from tests.models import randomised
 Sizes = dict[str, int]
 IMAGE, SEQUENCE = torch.randn(4, 3, 8, 8), torch.randn(4, 5, 12)
 
+DECODER = {"self_attn.in_proj_weight": 3, "multihead_attn.in_proj_weight": 3, "linear1": 24}
+
 CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.ChannelShuffle, IMAGE, {"a": 4}),
     (patterns.PaddedShortcut, IMAGE, {"stem": 4, "conv1": 8}),
@@ -25,6 +27,13 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.GroupedQueries, torch.randint(11, (4, 5)), {"q": 2, "gate": 24}),
     (patterns.TorchAttention, SEQUENCE, {}),
     (lambda: patterns.TorchAttention(batch_first=False), SEQUENCE, {}),
+    (patterns.SeparateProjections, SEQUENCE, {"query": 3}),
+    (
+        patterns.Decoder,
+        SEQUENCE,
+        {"layer.self_attn.in_proj_weight": 3, "layer.multihead_attn.in_proj_weight": 3, "layer.linear1": 24},
+    ),
+    (patterns.ComputedWeights, IMAGE, {"a": 8, "c.parametrizations.weight.original1": 6}),
     (patterns.AuxiliaryHead, IMAGE, {"a": 8, "b": 6}),
     (patterns.Tokens, torch.randint(11, (4, 5)), {"free": 8}),
     (patterns.RelativeBias, SEQUENCE, {"qkv": 3}),
@@ -71,6 +80,36 @@ def test_the_front_door(make: Callable[[], nn.Module], x: Tensor, sizes: Sizes) 
     assert all(group.kept < group.size for group in pruned.report.groups)
     again = copy.deepcopy(pruned.model)
     torch.testing.assert_close(again(x), pruned.model(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "size", "rows"),
+    [
+        (patterns.SeparateProjections, SEQUENCE, 4, {"query": 1, "key": 1, "value": 1}),
+        (patterns.PackedAttention, SEQUENCE, 4, {"qkv": 1}),
+        (patterns.GroupedQueries, torch.randint(11, (4, 5)), 4, {"q": 2, "k": 1, "v": 1}),
+    ],
+)
+def test_heads_leave_as_a_whole(make: Callable[[], nn.Module], x: Tensor, size: int, rows: dict[str, int]) -> None:
+    (heads,) = (group for group in find_groups(make(), (x,), {}).groups if set(rows) <= set(group.producers))
+    for name, queries in rows.items():
+        channels = heads.slots[f"{name}.weight", 0].view(-1, heads.size, queries * size)
+        assert torch.equal(channels, torch.arange(heads.size)[:, None].expand_as(channels))
+    (output,) = heads.consumers
+    assert output.blocks
+
+
+def test_shuffled_channels_leave_in_pairs() -> None:
+    (group,) = find_groups(patterns.ChannelShuffle(), (IMAGE,), {}).groups
+    assert group.slots["a.weight", 0].tolist() == group.slots["b.weight", 0].tolist() == [0, 1, 2, 3] * 2
+
+
+def test_padding_of_a_shortcut_belongs_to_nobody() -> None:
+    stem, hidden = find_groups(patterns.PaddedShortcut(), (IMAGE,), {}).groups
+    assert (
+        stem.slots["conv2.weight", 0].tolist() == stem.slots["head.weight", 1].tolist() == [-1, -1, 0, 1, 2, 3, -1, -1]
+    )
+    assert hidden.producers == ("conv1",)
 
 
 def test_heads_that_run_in_training_only_shrink_too() -> None:

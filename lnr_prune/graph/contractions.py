@@ -21,14 +21,31 @@ def _apply_weight(
     """``y = W x``: x's channels along the axis are the weight's columns, y's its rows."""
     x, weight, bias = operands
     names, owners, reason = state.trace.names, state.owners, describe(node)
-    if weight not in names:  # a computed weight
-        return None
+    if weight not in names:
+        found = _computed_rows(state, weight, rows)
+        if found is None:
+            return None
+        owners.freeze(state.of(x), f"read by a computed weight in {reason}")
+        return _produce(state, node, operands, axis, *found)
     name = names[weight]
     op = "linear" if op_name(node) in ("addmm", "matmul", "mm") else op_name(node)
     row_ids = owners.rows(name, rows)
     owners.couple_axis(state.of(x), axis, owners.slot(name, columns), f"input of {reason}")
     state.sites.append(Site(name, names.get(bias) if bias is not None else None, op, (name, rows), (name, columns)))
-    return _produce(state, node, operands, axis, row_ids)
+    return _produce(state, node, operands, axis, name, row_ids)
+
+
+def _computed_rows(state: Propagation, weight: fx.Node, rows: int) -> tuple[str, Tensor] | None:
+    """The parameter whose rows are the rows of a computed weight, and their ids."""
+    if weight in state.moving or not bool(state.of(weight).any()):
+        return None
+    owners, others = state.owners, [axis for axis in range(len(shape_of(weight))) if axis != rows]
+    ids = owners.mix(state.of(weight), others, f"computing {describe(weight)}").reshape(-1)
+    for name in owners.by_row:
+        if bool(torch.isin(ids, owners.slot(name, 0)).all()):
+            owners.rows(name, 0)
+            return name, ids
+    return None
 
 
 def _produce(
@@ -36,14 +53,15 @@ def _produce(
     node: fx.Node,
     operands: tuple[fx.Node, fx.Node, fx.Node | None],
     axis: int,
+    name: str,
     row_ids: Tensor,
 ) -> Tensor:
     """The ids of a contraction's output: its weight's rows, which the bias goes along with."""
-    x, weight, bias = operands
+    x, _, bias = operands
     if bias is not None:
         state.owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), describe(node))
     applied = x if op_name(node).startswith("conv_transpose") else node  # the weight meets each of its positions
-    name, shape = state.trace.names[weight], shape_of(applied)
+    shape = shape_of(applied)
     state.macs[name] += math.prod(shape) // shape[axis] * state.trace.tensors[name].numel()
     return along(row_ids, axis, shape_of(node))
 
@@ -68,7 +86,7 @@ def _convolution(state: Propagation, node: fx.Node) -> Tensor | None:
     groups, axis = argument(node, 6, "groups", 1), len(shape_of(node)) - 1 - spatial_axes(node)
     if groups == 1:
         return _apply_weight(state, node, (x, weight, bias), axis)
-    return _whole_groups(state, node, groups, axis, 0)
+    return _whole_groups(state, node, groups, axis)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -80,18 +98,18 @@ def _transposed_convolution(state: Propagation, node: fx.Node) -> Tensor | None:
     return None
 
 
-def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int, rows: int) -> Tensor | None:
+def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int) -> Tensor | None:
     """A grouped convolution loses whole groups, inputs and outputs; depthwise, that is channel by channel."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     names, owners, reason = state.trace.names, state.owners, describe(node)
-    if weight not in names:
+    found = (names[weight], owners.slot(names[weight], 0)) if weight in names else _computed_rows(state, weight, 0)
+    if found is None:
         return None
-    row_ids = owners.slot(names[weight], rows)
-    first = row_ids.view(groups, -1)[:, :1]
-    owners.couple(row_ids.view(groups, -1), first, reason)
+    first = found[1].view(groups, -1)[:, :1]
+    owners.couple(found[1].view(groups, -1), first, reason)
     per_group = shape_of(x)[axis] // groups
     owners.couple_axis(state.of(x), axis, first.expand(groups, per_group).reshape(-1), f"input of {reason}")
-    return _produce(state, node, (x, weight, bias), axis, row_ids)
+    return _produce(state, node, (x, weight, bias), axis, *found)
 
 
 @rule("embedding")
@@ -125,29 +143,67 @@ def _couple_contracted(state: Propagation, a: Tensor, b: Tensor, reason: str) ->
     state.owners.couple(left.reshape(len(left), -1)[:, :1], right.reshape(len(right), -1)[:, :1], reason)
 
 
+@rule("einsum")
+def _einsum(state: Propagation, node: fx.Node) -> Tensor | None:
+    """A sum of products, of one or two operands."""
+    equation, values = str(node.args[0]).replace(" ", ""), argument(node, 1, "tensors")
+    sources, arrow, target = equation.partition("->")
+    labels = sources.split(",")
+    if not arrow or "." in equation or len(values) > 2 or any(len(set(part)) < len(part) for part in labels):
+        return None
+    reason, operands = describe(node), []
+    for value, part in zip(values, labels, strict=True):
+        summed = [axis for axis, label in enumerate(part) if label not in target]
+        ids = state.owners.mix(state.of(value), summed, reason)
+        order = [part.index(label) if label in part else None for label in target]
+        kept = [axis for axis in order if axis is not None]
+        ids = ids.permute(*kept, *summed).reshape([ids.shape[axis] for axis in kept])
+        view = [slice(None) if axis is not None else None for axis in order]
+        operands.append((ids[tuple(view)], tuple(shape_of(value)[axis] if axis is not None else 1 for axis in order)))
+    for label in (set(labels[0]) & set(labels[-1])) - set(target) if len(labels) > 1 else ():
+        left, right = (
+            state.of(value).movedim(part.index(label), 0) for value, part in zip(values, labels, strict=True)
+        )
+        state.owners.couple(left.reshape(len(left), -1)[:, :1], right.reshape(len(right), -1)[:, :1], reason)
+    return meet(state, node, operands)
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def _weight_norm(state: Propagation, node: fx.Node) -> Tensor | None:
+    direction, magnitude = argument(node, 0, "v"), argument(node, 1, "g")
+    if argument(node, 2, "dim", 0) != 0:
+        return None
+    ids = state.owners.mix(state.of(direction), range(1, len(shape_of(direction))), describe(node))
+    return meet(
+        state, node, [(ids, shape_of(direction)), (state.of(magnitude), shape_of(magnitude))], shape_of(direction)
+    )
+
+
 @rule("scaled_dot_product_attention")
 def _attention(state: Propagation, node: fx.Node) -> Tensor:
     q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     mask, reason, owners = argument(node, 3, "attn_mask"), describe(node), state.owners
-    size_q, size_k = shape_of(q), shape_of(k)
-    repeat = size_q[-3] // size_k[-3] if len(size_q) > 3 else 1
+    rank, heads = len(shape_of(q)), shape_of(q)[:-2]
+    repeat = heads[-1] // shape_of(k)[-3] if rank > 3 else 1
 
-    def every_head(ids: Tensor) -> Tensor:
-        return ids if repeat == 1 or ids.shape[-3] == 1 else ids.repeat_interleave(repeat, -3)
+    def every_head(value: fx.Node) -> tuple[Tensor, tuple[int, ...]]:
+        ids, size = state.of(value), state.extent(value)
+        if repeat > 1 and size[-3] > 1:
+            ids, size = ids if ids.shape[-3] == 1 else ids.repeat_interleave(repeat, -3), (*heads, *size[-2:])
+        return ids, size
 
-    rank = len(size_q)
-    ids_q = owners.mix(state.of(q), [rank - 1], reason)
-    ids_k = owners.mix(every_head(state.of(k)), [rank - 1], reason).transpose(-1, -2)
-    ids_v = owners.mix(every_head(state.of(v)), [rank - 2], reason)
-    scores = [(ids_q, (*size_q[:-1], 1)), (ids_k, (*size_q[:-2], 1, size_k[-2]))]
+    (ids_q, size_q), (ids_k, size_k), (ids_v, size_v) = (state.of(q), state.extent(q)), every_head(k), every_head(v)
+    ids_q, ids_k = (owners.mix(ids, [rank - 1], reason) for ids in (ids_q, ids_k))
+    scores = [(ids_q, (*size_q[:-1], 1)), (ids_k.transpose(-1, -2), (*size_k[:-2], 1, size_k[-2]))]
     if mask is not None:
-        scores.append((state.of(mask), shape_of(mask)))
-    weights = meet(state, node, scores, (*size_q[:-1], size_k[-2]))
-    weights = owners.mix(weights, [rank - 1], reason)
-    return meet(state, node, [(weights, (*size_q[:-1], 1)), (ids_v, (*size_q[:-2], 1, shape_of(v)[-1]))])
+        scores.append((state.of(mask), state.extent(mask)))
+    size = torch.broadcast_shapes(*(sizes for _, sizes in scores))
+    weights = owners.mix(meet(state, node, scores, size), [rank - 1], reason)
+    ids_v = owners.mix(ids_v, [rank - 2], reason)
+    return meet(state, node, [(weights, (*size[:-1], 1)), (ids_v, (*size_v[:-2], 1, size_v[-1]))])
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum")
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp")
 def _along_one_axis(state: Propagation, node: fx.Node) -> Tensor:
     ids = state.of(argument(node, 0, "self"))
     return state.owners.mix(ids, [argument(node, 1, "dim") % ids.dim()], describe(node))
@@ -172,8 +228,9 @@ def _per_channel(state: Propagation, node: fx.Node) -> Tensor | None:
                 return None
             channels = state.of(entry).expand(shape_of(entry))
             state.owners.couple_axis(ids, 1, channels, reason)
-    if op_name(node) == "instance_norm":
-        ids = state.owners.mix(ids, range(2, ids.dim()), reason)
+    training = op_name(node) == "batch_norm" and argument(node, 5, "training")
+    if training or op_name(node) == "instance_norm":
+        ids = state.owners.mix(ids, [0, *range(2, ids.dim())] if training else range(2, ids.dim()), reason)
     return ids
 
 
@@ -198,11 +255,13 @@ def _group_norm(state: Propagation, node: fx.Node) -> Tensor | None:
             state.owners.couple_axis(ids, 1, state.of(entry).expand(channels), reason)
     if ids.shape[1] > 1:
         grid = ids.unflatten(1, (groups, -1))
-        state.owners.couple(grid, grid[:, :, :1], reason)
+        state.owners.mix(grid, [2], reason)
     return state.owners.mix(ids, range(2, ids.dim()), reason)
 
 
-@rule("mean", "sum", "amax", "amin", "max", "min", "logsumexp", "var", "std", "any", "all", "linalg_vector_norm")
+@rule(
+    "mean", "sum", "prod", "amax", "amin", "max", "min", "logsumexp", "var", "std", "any", "all", "linalg_vector_norm"
+)
 def _reduction(state: Propagation, node: fx.Node) -> Tensor:
     ids = state.of(argument(node, 0, "self"))
     names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import contractions, moves  # noqa: F401  (they register their rules)
+from lnr_prune.graph.closure import close
 from lnr_prune.graph.flow import data_flow
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph.rules import Propagation, Site, logger, propagate
@@ -111,19 +112,22 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             state.owners.freeze(state.owners.slots[site.columns], "its weight also produces the channels that it reads")
     label = close(state.owners)
     reasons = _frozen_reasons(state.owners, label)
-    units: dict[int, dict[Slot, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for slot, labels in _labelled_slots(state.owners, label).items():
-        for index, unit in enumerate(labels.tolist()):
+    labelled = _labelled_slots(state.owners, label)
+    slots: dict[int, set[Slot]] = defaultdict(set)
+    for slot, labels in labelled.items():
+        for unit in torch.unique(labels).tolist():
             if unit not in reasons:
-                units[unit][slot].append(index)
+                slots[unit].add(slot)
     members: dict[frozenset[Slot], list[int]] = defaultdict(list)
-    for unit, slots in units.items():
-        members[frozenset(slots)].append(unit)
-    groups = [
-        group
-        for shared, of_group in members.items()
-        if (group := _read_group(state, sites, shared, [units[unit] for unit in of_group])) is not None
-    ]
+    for unit in slots:
+        members[frozenset(slots[unit])].append(unit)
+    channel = torch.full_like(label, -1)
+    groups = []
+    for shared, units in members.items():
+        channel[units] = torch.arange(len(units))
+        group = _read_group(state, sites, {slot: channel[labelled[slot]] for slot in sorted(shared)}, len(units))
+        groups += [group] if group else []
+        channel[units] = -1
     order = {site.weight: position for position, site in reversed(list(enumerate(sites)))}
     groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers or group.training))
     traces = (state, training) if training else (state,)
@@ -177,20 +181,14 @@ def layer_name(parameter: str) -> str:
 
 
 def _read_group(
-    state: Propagation, sites: tuple[Site, ...], shared: frozenset[Slot], units: list[dict[Slot, list[int]]]
+    state: Propagation, sites: tuple[Site, ...], slots: dict[Slot, Tensor], size: int
 ) -> ChannelGroup | None:
     """The group whose units share these slots; None if nobody produces it, reads it, or it is one channel."""
-    reading = {site.columns: site for site in sites if site.columns in shared}
+    reading = {site.columns: site for site in sites if site.columns in slots}
     evaluated = {site.columns for site in state.sites}
-    rows = tuple(slot for slot in state.owners.produced if slot in shared)
-    if not reading or not rows or len(units) < 2:
+    rows = tuple(slot for slot in state.owners.produced if slot in slots)
+    if not reading or not rows or size < 2:
         return None
-    slots: dict[Slot, Tensor] = {}
-    for name, dim in sorted(shared):
-        channels = torch.full((state.owners.tensors[name].shape[dim],), -1)
-        for channel, unit in enumerate(units):
-            channels[unit[name, dim]] = channel
-        slots[name, dim] = channels
     producers = tuple(layer_name(name) for name, _ in rows)
     blocks = any(int(torch.bincount(slots[row][slots[row] >= 0]).max()) > 1 for row in rows)
     consumers = {
@@ -199,70 +197,13 @@ def _read_group(
     }
     return ChannelGroup(
         producers[0],
-        len(units),
+        size,
         producers,
         tuple(consumer for columns, consumer in consumers.items() if columns in evaluated),
         slots,
         rows,
         training=tuple(consumer for columns, consumer in consumers.items() if columns not in evaluated),
     )
-
-
-def close(owners: Owners) -> Tensor:
-    """Unit of each id, (count,): ids that are coupled, until every unit fills whole slabs of every activation.
-
-    Where the owners of an activation vary on several axes, a unit that is not a whole slab along one of
-    them would leave a ragged tensor: it joins the others in the smallest slab that holds it. Attention
-    heads and channel-shuffle pairs come out of this.
-    """
-    for name in owners.elements:
-        if any(parameter == name for parameter, _ in owners.slots):
-            owners.freeze_parameter(name, "used both as a weight and as a value")
-    label = torch.arange(owners.count)
-    edges = torch.cat(owners.couplings, 1) if owners.couplings else torch.empty(2, 0, dtype=torch.long)
-    grids = [*owners.grids, *owners.elements.values()]
-    while edges.shape[1]:
-        label = _components(label, edges)
-        joined = [pairs for grid in grids for pairs in _ragged(collapse_axes(label[grid]))]
-        edges = torch.cat(joined, 1) if joined else torch.empty(2, 0, dtype=torch.long)
-    return label
-
-
-def _components(label: Tensor, edges: Tensor) -> Tensor:
-    """Smallest label that each label is connected to."""
-    while True:
-        ends = label[edges]
-        least = ends.amin(0)
-        new = label.scatter_reduce(0, ends[0], least, "amin").scatter_reduce(0, ends[1], least, "amin")
-        new = new[new]  # pointer jumping: long chains take few rounds
-        if torch.equal(new, label):
-            return label
-        label = new
-
-
-def _ragged(grid: Tensor) -> list[Tensor]:
-    """Pairs of units to join, (2, n) each, so that no unit is less than a whole slab of the grid."""
-    axes = varying_axes(grid)
-    if len(axes) < 2:
-        return []
-    units, index = torch.unique(grid, return_inverse=True)
-    count = torch.bincount(index.reshape(-1), minlength=len(units))
-    touched, sizes = [], []
-    for axis in axes:
-        size = grid.shape[axis]
-        on_axis = torch.zeros(len(units), size, dtype=torch.bool)
-        on_axis[index.movedim(axis, 0).reshape(size, -1), torch.arange(size)[:, None]] = True
-        touched.append(on_axis)
-        sizes.append(on_axis.sum(1) * (grid.numel() // size))
-    smallest = torch.stack(sizes).min(0)
-    ragged = (smallest.values != count) & (units != 0)
-    joined = []
-    for k, axis in enumerate(axes):  # everything in a slab that a ragged unit touches leaves together
-        slabs = touched[k][ragged & (smallest.indices == k)].any(0).nonzero()[:, 0]
-        if len(slabs):
-            members = grid.index_select(axis, slabs).movedim(axis, 0).flatten(1)
-            joined.append(torch.stack([members, members[:, :1].expand_as(members)]).flatten(1))
-    return joined
 
 
 def _frozen_reasons(owners: Owners, label: Tensor) -> dict[int, str]:
@@ -288,17 +229,26 @@ def _labelled_slots(owners: Owners, label: Tensor) -> dict[Slot, Tensor]:
 def _explain(
     state: Propagation, groups: list[ChannelGroup], label: Tensor, reasons: Mapping[int, str]
 ) -> dict[str, str]:
-    """Layer -> why its outputs are in no group."""
-    found = {producer for group in groups for producer in group.producers}
+    """Layer -> why its outputs, or all of its weight, are in no group."""
+    owners, found = state.owners, {producer for group in groups for producer in group.producers}
     mixed: dict[int, str] = {}
-    for ids, reason in state.owners.mixed:
+    for ids, reason in owners.mixed:
         for unit in torch.unique(label[ids]).tolist():
             mixed.setdefault(unit, f"its channels can only leave together: mixed by {reason}")
+
+    def stated(ids: Tensor, otherwise: str) -> str:
+        units = torch.unique(label[ids]).tolist()
+        return next((said[unit] for said in (mixed, reasons) for unit in units if unit in said), otherwise)
+
     why: dict[str, str] = {}
-    for (weight, _), ids in state.owners.produced.items():
-        name = layer_name(weight)
-        if name not in found:
-            units = label[ids].tolist()
-            stated = (said[unit] for said in (reasons, mixed) for unit in units if unit in said)
-            why[name] = next(stated, "no layer that could be refitted reads its channels")
+    for (weight, _), ids in owners.produced.items():
+        if layer_name(weight) not in found:
+            why[layer_name(weight)] = stated(ids, "no layer that could be refitted reads its channels")
+    shrink = {name for group in groups for name, _ in group.slots}
+    for name, tensor in state.trace.tensors.items():
+        if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and name not in shrink:
+            known = [owners.slots[name, dim] for dim in range(tensor.dim()) if (name, dim) in owners.slots]
+            known += [owners.elements[name].reshape(-1)] if name in owners.elements else []
+            reason = stated(torch.cat(known), "shares its channels with a layer that stays") if known else "not used"
+            why.setdefault(layer_name(name), owners.untouched.get(name, reason))
     return why

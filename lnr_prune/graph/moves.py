@@ -1,19 +1,19 @@
 """Rules of the operations that only move data: they are run on the ids themselves."""
 
-import math
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
-from lnr_prune.graph.owners import collapse_axes
-from lnr_prune.graph.rules import Ids, Propagation, rule
+from lnr_prune.graph.owners import Cut, collapse_axes, nobody
+from lnr_prune.graph.rules import Ids, Propagation, meet, rule
 
 MOVES = {
-    "adjoint", "alias", "channel_shuffle", "chunk", "clone", "contiguous", "detach", "diagonal", "flatten",
+    "adjoint", "alias", "chunk", "clone", "contiguous", "detach", "diagonal", "flatten",
     "flip", "gather", "im2col", "index", "index_select", "mT", "matrix_H", "moveaxis", "movedim", "narrow",
-    "numpy_T", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll",
+    "numpy_T", "permute", "repeat", "repeat_interleave", "reshape", "roll",
     "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "take_along_dim",
     "tensor_split", "tile", "transpose", "tril", "triu", "unbind", "unflatten", "unfold", "unsqueeze", "view",
 }  # fmt: skip
@@ -24,11 +24,16 @@ JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack
 def _move(state: Propagation, node: fx.Node) -> Ids:
     source = argument(node, 0, "self")
     name, ids, shape = op_name(node), state.of(source), shape_of(source)
-    for axis, part in _named_positions(node):
-        if ids.shape[axis] > 1:
-            reason = f"positions that are named in {describe(node)}"
-            parts = ids.unflatten(axis, (-1, part))
-            state.owners.mix(parts, [axis % len(shape)], reason)
+    if 0 in shape_of(node):
+        return nobody(shape_of(node))
+    reason = f"positions that are named in {describe(node)}"
+    for axis, ends in _named_positions(node):
+        if ids.shape[axis] == 1:
+            continue
+        if ends is None:
+            state.owners.mix(ids, [axis % len(shape)], reason)
+        else:
+            state.owners.cuts.append(Cut(ids, axis % len(shape), ends, reason))
     if name == "im2col":
         channels = state.owners.mix(ids, [2, 3], describe(node)).reshape(-1)
         return channels.expand(shape[1]).repeat_interleave(shape_of(node)[1] // shape[1]).view(1, -1, 1)
@@ -40,41 +45,94 @@ def _move(state: Propagation, node: fx.Node) -> Ids:
     return [collapse_axes(part) for part in moved] if isinstance(moved, list | tuple) else collapse_axes(moved)
 
 
-def _named_positions(node: fx.Node) -> list[tuple[int, int]]:
-    """Axes on which the operation names positions, and the length of the equal parts that it cuts them into.
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+def _rearrange(state: Propagation, node: fx.Node) -> Ids | None:
+    """The factor is fixed: what it takes apart or puts together goes as a whole."""
+    name, factor = op_name(node), argument(node, 1, "factor")
+    ids, reason = state.of(argument(node, 0, "self")), describe(node)
+    axis = 1 if name == "channel_shuffle" else ids.dim() - 3
+    if name == "pixel_unshuffle":
+        state.owners.mix(ids, [axis + 1, axis + 2], reason)
+    elif ids.shape[axis] > 1:
+        sizes = (factor, -1) if name == "channel_shuffle" else (-1, factor**2)
+        state.owners.mix(ids.unflatten(axis, sizes), [axis if name == "channel_shuffle" else axis + 1], reason)
+    return _move(state, node)
 
-    The forward will name the same positions, or the same fractions of the axis, when channels are gone: so
-    all parts must shrink alike; and where a part is a single position, none may leave.
+
+@rule("reshape_as", "view_as")
+def _reshape_as(state: Propagation, node: fx.Node) -> Tensor:
+    source = argument(node, 0, "self")
+    return collapse_axes(state.of(source).expand(shape_of(source)).reshape(shape_of(node)))
+
+
+def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
+    """Axes that the operation cuts into parts, with the parts' ends; None where single positions are named.
+
+    The forward will name the same positions, or the same fractions of the axis, when channels are gone.
     """
     name = op_name(node)
     if name == "index":
-        return [(axis, 1) for axis, index in enumerate(argument(node, 1, "indices")) if index is not None]
+        return [(axis, None) for axis, index in enumerate(argument(node, 1, "indices")) if index is not None]
     if name in ("index_select", "gather", "select"):
-        return [(argument(node, 1, "dim"), 1)]
+        return [(argument(node, 1, "dim"), None)]
     if name == "take_along_dim":
-        return [(argument(node, 2, "dim"), 1)]
+        return [(argument(node, 2, "dim"), None)]
+    if name == "unfold":
+        return [(argument(node, 1, "dimension"), None)]
     if name == "unbind":
-        return [(argument(node, 1, "dim", 0), 1)]
+        return [(argument(node, 1, "dim", 0), None)]
     if name == "roll":
-        return [(axis, 1) for axis in argument(node, 2, "dims", ())]
+        return [(axis, None) for axis in argument(node, 2, "dims", ())]
     if name in ("tril", "triu", "diagonal"):
-        return [(-1, 1), (-2, 1)]
+        return [(-1, None), (-2, None)]
     size = shape_of(argument(node, 0, "self"))
     if name in ("slice", "narrow"):
         axis = argument(node, 1, "dim", 0)
         start, end = argument(node, 2, "start"), argument(node, 3, "end" if name == "slice" else "length")
         if name == "narrow":
             end = start + end
-        cuts = range(size[axis])[slice(start, end, argument(node, 4, "step", 1))]
-        whole = len(cuts) == size[axis]
-        part = 1 if cuts.step != 1 else math.gcd(cuts.start, cuts.stop, size[axis])
-        return [] if whole else [(axis, part)]
+        cut = range(size[axis])[slice(start, end, argument(node, 4, "step", 1))]
+        if len(cut) == size[axis]:
+            return []
+        return [(axis, None if cut.step != 1 else tuple(sorted({cut.start, cut.stop, size[axis]} - {0})))]
     if name in ("chunk", "tensor_split", "split", "split_with_sizes"):
-        axis, wanted = argument(node, 2, "dim", 0), node.args[1]
-        if name in ("chunk", "tensor_split") and isinstance(wanted, int):
-            return [(axis, size[axis] // wanted if size[axis] % wanted == 0 else 1)]
-        return [(axis, math.gcd(size[axis], *(wanted if isinstance(wanted, list | tuple) else [wanted])))]
+        axis, wanted = argument(node, 2, "dim", 0), argument(node, 1, "split_size")
+        if isinstance(wanted, list | tuple) and name == "tensor_split":
+            ends = [*wanted, size[axis]]
+        elif isinstance(wanted, list | tuple):
+            ends = list(itertools.accumulate(wanted))
+        elif name == "split":
+            ends = [*range(wanted, size[axis], wanted), size[axis]]
+        else:
+            if size[axis] % wanted:
+                return [(axis, None)]
+            ends = list(range(size[axis] // wanted, size[axis] + 1, size[axis] // wanted))
+        return [(axis, tuple(sorted({end for end in ends if end > 0})))]
     return []
+
+
+@rule("slice_scatter")
+def _slice_scatter(state: Propagation, node: fx.Node) -> Tensor | None:
+    """A part of a value is replaced by another value: the two parts leave together."""
+    source, axis, shape = argument(node, 1, "src"), argument(node, 2, "dim", 0), shape_of(node)
+    part = range(shape[axis])[slice(argument(node, 3, "start"), argument(node, 4, "end"), argument(node, 5, "step", 1))]
+    ids, written = state.of(argument(node, 0, "self")), (state.of(source), state.extent(source))
+    if ids.shape[axis] == written[0].shape[axis] == 1:
+        return meet(state, node, [(ids, shape_of(source)), written], shape_of(source))
+    if part.step != 1 or ids.shape[axis] == 1:
+        return None
+    reason, sizes = f"positions that are named in {describe(node)}", [part.start, len(part), shape[axis] - part.stop]
+    state.owners.cuts.append(Cut(ids, axis % len(shape), tuple(itertools.accumulate(filter(None, sizes))), reason))
+    parts = list(ids.split(sizes, axis))
+    parts[1] = meet(state, node, [(parts[1], shape_of(source)), written], shape_of(source))
+    return _side_by_side(parts, sizes, axis % len(shape))
+
+
+def _side_by_side(parts: list[Tensor], sizes: list[int], axis: int) -> Tensor:
+    """Ids of these sizes along an axis, expanded only where they must be."""
+    common = [max(part.shape[k] for part in parts) for k in range(parts[0].dim())]
+    full = [part.expand([*common[:axis], size, *common[axis + 1 :]]) for part, size in zip(parts, sizes, strict=True)]
+    return collapse_axes(torch.cat(full, axis))
 
 
 @rule("expand", "expand_as")
@@ -88,7 +146,7 @@ def _expand(state: Propagation, node: fx.Node) -> Tensor:
 def _join(state: Propagation, node: fx.Node) -> Tensor:
     """Concatenation: ids side by side, expanded only where they must be."""
     values, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-    values = [value for value in values if shape_of(value) != (0,)]
+    values = [value for value in values if 0 not in shape_of(value)]
     stack = op_name(node) == "stack"
     rank = len(shape_of(values[0]))
     axis = dim % (rank + stack)

@@ -16,6 +16,26 @@ Slot = tuple[str, int]
 """One dimension of one parameter."""
 
 
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Where an operation cuts an axis into parts.
+
+    The forward may cut at the same fractions of the axis when channels are gone. So every unit must leave
+    all parts in proportion; if one does not, the equal pieces that the parts consist of shrink alike.
+
+    Attributes:
+        ids: Owners of what is cut.
+        axis: The axis.
+        ends: Ends of the parts, ascending; the last is the size of the axis.
+        reason: The operation.
+    """
+
+    ids: Tensor
+    axis: int
+    ends: tuple[int, ...]
+    reason: str
+
+
 @dataclass(eq=False)
 class Owners:
     """The owner ids given out so far, and what is known about them."""
@@ -29,6 +49,9 @@ class Owners:
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
     produced: dict[Slot, Tensor] = field(default_factory=dict)
+    cuts: list[Cut] = field(default_factory=list)
+    by_row: set[str] = field(default_factory=set)  # parameters that a layer's weight is computed from
+    untouched: dict[str, str] = field(default_factory=dict)  # parameters that stay whole -> why
 
     def slot(self, name: str, dim: int) -> Tensor:
         """The ids of a parameter's dimension, (size,)."""
@@ -39,6 +62,12 @@ class Owners:
     def value(self, name: str) -> Tensor:
         """The ids of a parameter that is used as a value: of its slot if it varies on one axis, else its own."""
         shape = self.tensors[name].shape
+        if name in self.by_row:  # what is computed from it may mix all columns
+            reason = "a layer's weight is computed from it: fold the weight into a plain parameter to prune its inputs"
+            for dim in range(1, len(shape)):
+                self.freeze(self.slot(name, dim), reason)
+            self.untouched.setdefault(name, reason)
+            return along(self.slot(name, 0), 0, shape)
         varying = [axis for axis, size in enumerate(shape) if size > 1]
         if len(varying) == 1:
             return along(self.slot(name, varying[0]), varying[0], shape)
@@ -92,6 +121,7 @@ class Owners:
 
     def freeze_parameter(self, name: str, reason: str) -> None:
         """No dimension of this parameter may shrink."""
+        self.untouched.setdefault(name, reason)
         for dim in range(self.tensors[name].dim()):
             self.freeze(self.slot(name, dim), reason)
         if name in self.elements:

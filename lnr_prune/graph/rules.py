@@ -19,9 +19,18 @@ logger = logging.getLogger("lnr_prune")
 Ids = Tensor | list[Tensor]
 """The ids of a value; one tensor for each output of an operation that has several."""
 
-SAME = {"dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy", "type_as", "lift_fresh_copy"}
+# What they give has the shape of their first operand, channel by channel.
+SAME = {"dropout", "feature_dropout", "alpha_dropout", "fill", "to", "_to_copy", "type_as", "lift_fresh_copy", "zero"}
 # Pointwise operations that lack PyTorch's tag for it.
-POINTWISE = {"hardswish", "hardsigmoid", "softplus", "relu6", "selu", "elu", "celu", "gelu"}
+POINTWISE = {
+    "absolute", "celu", "clip", "copy", "copysign", "divide", "elu", "floor_divide", "gelu", "greater", "greater_equal",
+    "hardsigmoid", "hardswish", "less", "less_equal", "log_sigmoid", "masked_fill", "multiply", "negative",
+    "not_equal", "relu6", "rsub", "selu", "softplus", "special_expit", "subtract", "true_divide", "where",
+}  # fmt: skip
+# They make values that are the same everywhere.
+UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like")}
+# Position of the weight among the arguments of a layer's operation.
+WEIGHTS = {"linear": 1, **{f"conv{n}d": 1 for n in (1, 2, 3)}}
 POOLS = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)} | {
     "max_pool2d_with_indices",
     *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "bilinear2d", "bicubic2d")),
@@ -57,6 +66,8 @@ class Propagation:
     sites: list[Site] = field(default_factory=list)
     known: dict[fx.Node, Any] = field(default_factory=dict)
     macs: Counter[str] = field(default_factory=Counter)
+    moving: set[fx.Node] = field(default_factory=set)  # values that depend on the model's inputs
+    extents: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
 
     def of(self, node: fx.Node) -> Tensor:
         """The ids of a value; a parameter that is used as a value owns itself."""
@@ -68,6 +79,24 @@ class Propagation:
         if isinstance(ids, list):
             raise TypeError(f"{op_name(node)} has several outputs")
         return ids
+
+    def extent(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of a value; 1 along the axes on which a value that nobody owns is uniform, whatever its size is."""
+        if node not in self.extents:
+            owned = node.op != "call_function" or bool(self.of(node).any())
+            self.extents[node] = shape_of(node) if owned else self._uniform_extent(node)
+        return self.extents[node]
+
+    def _uniform_extent(self, node: fx.Node) -> tuple[int, ...]:
+        shape = shape_of(node)
+        if op_name(node) in UNIFORM:
+            return (1,) * len(shape)
+        if op_name(node) in ("expand", "expand_as"):
+            source = argument(node, 0, "self")
+            return (1,) * (len(shape) - len(shape_of(source))) + self.extent(source)
+        if is_pointwise(node):
+            return tuple(torch.broadcast_shapes(*(self.extent(value) for value in node.all_input_nodes)))
+        return shape if node in self.moving else tuple(collapse_axes(self.constant(node)).shape)
 
     def constant(self, node: fx.Node) -> Any:
         """The actual value of a node that does not depend on the model's inputs, such as an index table.
@@ -110,6 +139,11 @@ def propagate(trace: Trace, owners: Owners | None = None) -> Propagation:
     """Walks the graph once and returns the ownership of every value; owners of another trace of the model go on."""
     state = Propagation(trace, Owners(trace.tensors) if owners is None else owners)
     for node in trace.nodes:
+        given = node.op == "placeholder" and node not in trace.names and node not in trace.constants
+        if given or not state.moving.isdisjoint(node.all_input_nodes):
+            state.moving.add(node)
+    state.owners.by_row.update(_computed_weights(state))
+    for node in trace.nodes:
         if node.op == "output":
             for value in node.all_input_nodes:
                 state.owners.freeze(_all_ids(state, value), "output of the model")
@@ -120,6 +154,24 @@ def propagate(trace: Trace, owners: Owners | None = None) -> Propagation:
                 if len(varying_axes(ids)) > 1:
                     state.owners.grids.append(ids)
     return state
+
+
+def _computed_weights(state: Propagation) -> set[str]:
+    """Parameters that a layer's weight is computed from, as where weights are standardised."""
+    found: set[str] = set()
+    for node in state.trace.nodes:
+        position = WEIGHTS.get(op_name(node))
+        ahead = [node.args[position]] if position is not None and len(node.args) > position else []
+        if not ahead or ahead[0] in state.trace.names:
+            continue
+        while ahead:
+            value = ahead.pop()
+            if isinstance(value, fx.Node) and value not in state.moving:
+                name = state.trace.names.get(value)
+                if name is not None and state.trace.tensors[name].dim() > 1:
+                    found.add(name)
+                ahead.extend(value.all_input_nodes)
+    return found
 
 
 def _visit(state: Propagation, node: fx.Node) -> Ids:
@@ -153,16 +205,23 @@ def _apply_rule(state: Propagation, node: fx.Node) -> Ids | None:
         return RULES[name](state, node)
     if name in SAME:
         return state.of(argument(node, 0, "self"))
+    if name in UNIFORM:
+        return nobody(shape_of(node))
     if name in POOLS:
         ids = state.of(argument(node, 0, "self"))
         return state.owners.mix(ids, range(ids.dim() - spatial_axes(node), ids.dim()), describe(node))
-    if name in POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return meet(state, node, [(state.of(value), shape_of(value)) for value in node.all_input_nodes])
+    if is_pointwise(node):
+        return meet(state, node, [(state.of(value), state.extent(value)) for value in node.all_input_nodes])
     return None
 
 
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result depends on one element of every operand, broadcasting aside."""
+    return op_name(node) in SAME | POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 def _freeze_inputs(state: Propagation, node: fx.Node) -> None:
-    reason = describe(node)
+    reason = f"no rule for {describe(node)}"
     for value in node.all_input_nodes:
         if value in state.trace.names:
             state.owners.freeze_parameter(state.trace.names[value], reason)
@@ -196,7 +255,7 @@ def meet(
     for ids, size in operands:
         lead = [1] * (len(shape) - len(size))
         padded.append((ids.reshape(lead + list(ids.shape)), (*lead, *size)))
-    owned = [(ids, size) for ids, size in padded if bool(ids.any())]
+    owned = _without_singles(owners, [(ids, size) for ids, size in padded if bool(ids.any())], reason)
     if not owned:
         return nobody(shape)
     # any representative will do: one that a weight produces, and the smallest
@@ -210,6 +269,10 @@ def meet(
             owners.freeze(ids, f"shared by several channels in {reason}")
         else:
             owners.couple(met, ids, reason)
+            # along an axis on which one of them does not vary, all of the other's are tied to the same owner
+            both = set(varying_axes(met)) & set(varying_axes(ids))
+            met = owners.mix(met, sorted(set(varying_axes(met)) - both), reason)
+            ids = owners.mix(ids, sorted(set(varying_axes(ids)) - both), reason)
             met = torch.where(met != 0, met, ids)
     for ids, size in padded:
         if not bool(ids.any()):
@@ -219,3 +282,19 @@ def meet(
             elif shared:
                 met = owners.mix(met, sorted(shared), reason)
     return met
+
+
+Operand = tuple[Tensor, tuple[int, ...]]
+"""Ids and true shape of what an operation reads."""
+
+
+def _without_singles(owners: Owners, owned: list[Operand], reason: str) -> list[Operand]:
+    """Leaves out what has one entry for all channels of the others, such as a gate a position: it stays."""
+    varying = {axis for ids, _ in owned for axis in varying_axes(ids)}
+    single = [ids.numel() == 1 and all(size[axis] == 1 for axis in varying) for ids, size in owned]
+    if all(single):
+        return owned
+    for (ids, _), alone in zip(owned, single, strict=True):
+        if alone:
+            owners.freeze(ids, f"one channel that meets many in {reason}")
+    return [operand for operand, alone in zip(owned, single, strict=True) if not alone]
