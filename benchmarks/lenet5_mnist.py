@@ -1,4 +1,4 @@
-"""LeNet-5 on real MNIST, pruned without retraining: the group lasso against norms and chance, with and without refit.
+"""LeNet-5 on real MNIST, pruned without retraining: lasso and backward elimination against norms and chance.
 
 Calibrated on 5,000 training images without labels. Needs MNIST and ``weights/lenet5_mnist.safetensors`` in --data-root:
 
@@ -40,6 +40,7 @@ class Method:
 
 METHODS = {
     "group_lasso": Method("group_lasso", refit=True),
+    "backward": Method("backward", refit=True),
     "norm+refit": Method("norm", refit=True),
     "norm": Method("norm", refit=False),
     "random+refit": Method("random", refit=True, seeds=(0, 1, 2)),

@@ -85,7 +85,8 @@ def prune(
         lam_ratio: Instead, the penalty as a fraction of each group's lambda_max; or a mapping.
         budget: Instead, what the pruned model may cost; see `Budget`. Channels are removed where the outputs,
             measured on some of the calibration data, suffer least.
-        selector: How ``keep`` channels are chosen: "group_lasso", or the baselines "norm" and "random".
+        selector: How channels are chosen: "group_lasso", "backward" (elimination; better at strong pruning),
+            "backward_swap", or the baselines "norm" and "random". A penalty needs "group_lasso".
         solver: Name or settings of the solver, see `solve`.
         bias: Whether the consumers' biases are refitted too.
         debias: Whether the kept columns are refitted, by least squares. If not, they stay as the selector
