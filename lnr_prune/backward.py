@@ -312,14 +312,26 @@ def _traces(a: Tensor, m: Tensor) -> Tensor:
 
 
 def _inverse(A: Tensor) -> Tensor:
-    """``A^-1`` of a positive definite A, by halves: nearly all of it is matrix products."""
+    """``A^-1``; where rounding has made A indefinite, with the least of some growing ridges."""
+    ridge = 0.0
+    while True:
+        try:
+            return _by_halves(A)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            ridge = max(10 * ridge, RIDGE)
+            A = A.clone()
+            A.diagonal().add_(ridge * A.diagonal().mean())
+
+
+def _by_halves(A: Tensor) -> Tensor:
+    """``A^-1`` of a positive definite A: nearly all of it is matrix products."""
     n = len(A)
     if n <= LEAF:
         return torch.cholesky_inverse(torch.linalg.cholesky(A))
     half = n // 2
-    inverse = _inverse(A[:half, :half])
+    inverse = _by_halves(A[:half, :half])
     X = inverse @ A[:half, half:]
-    corner = _inverse(torch.addmm(A[half:, half:], A[half:, :half], X, alpha=-1))
+    corner = _by_halves(torch.addmm(A[half:, half:], A[half:, :half], X, alpha=-1))
     XC = X @ corner
     result = torch.empty_like(A)
     result[half:, half:], result[:half, half:], result[half:, :half] = corner, -XC, -XC.T

@@ -149,3 +149,14 @@ def test_the_ridge_must_be_positive(ridge: float) -> None:
 def test_count_out_of_range(count: int) -> None:
     with pytest.raises(ValueError, match="between 0 and the 6 groups"):
         backward(twins()).support(count)
+
+
+def test_a_matrix_that_rounding_has_made_indefinite() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 30, generator=generator)
+    R = (x.T @ x).double() / 8  # of rank 8, in float32
+    R -= 1e-6 * torch.eye(30, dtype=torch.float64)
+    B = torch.randn(4, 30, generator=generator).double() @ R
+    result = backward(GroupLasso((Block(R, B, t=100.0),)))
+    assert bool(result.errors.isfinite().all())
+    assert bool((result.errors.diff() <= 1e-6).all())

@@ -21,7 +21,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     assert "parameters" in capsys.readouterr().out
-    assert len(torch.load("small.pt", weights_only=True)["0.weight"]) == 8
+    assert len(torch.load("small.pt", weights_only=True)["4.weight"]) < 32
 
 
 COMMANDS = re.findall(r"^\$ (.*?)(?: +#.*)?$", README, re.MULTILINE)

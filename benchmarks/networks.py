@@ -1,0 +1,102 @@
+"""Trained networks and their data, for the benchmarks: LeNet-5 on MNIST, ResNets on CIFAR-10."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lnr_prune.errors import LnrPruneError
+from lnr_prune.recipes import data as datasets
+from lnr_prune.recipes.lenet5 import load_weights
+
+CIFAR_TRAIN = 7_000  # of train10k.npz; the rest is for choosing settings
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained classifier.
+
+    Attributes:
+        model: In evaluation mode.
+        train: Images to calibrate on, (n, ...).
+        train_labels: Their labels, for peers that need them.
+        test: Images to judge on.
+        labels: Their labels.
+        inner: Producers whose channels nothing but one layer reads: what every peer can prune too.
+    """
+
+    model: nn.Module
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    labels: Tensor
+    inner: tuple[str, ...]
+
+
+def load(name: str, root: Path) -> Trained:
+    """ "lenet5", "resnet20", "resnet32", "resnet44" or "resnet56"; weights and data lie in root.
+
+    Raises:
+        LnrPruneError: If a file is missing.
+    """
+    try:
+        if name == "lenet5":
+            mnist = datasets.load("mnist", root)
+            lenet5, layers = load_weights(root / "weights" / "lenet5_mnist.safetensors"), ("conv1", "conv2", "fc1")
+            return Trained(lenet5, mnist.train_images, mnist.train_labels, mnist.test_images, mnist.test_labels, layers)
+        depth = int(name.removeprefix("resnet"))
+        model = CifarResNet(depth)
+        model.load_state_dict(load_file(root / "weights" / f"{name}_cifar10.safetensors"), strict=False)
+        train, train_labels = cifar10(root / "CIFAR10" / "train10k.npz")
+        inner = tuple(f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range((depth - 2) // 6))
+        return Trained(
+            model.eval(), train[:CIFAR_TRAIN], train_labels[:CIFAR_TRAIN],
+            *cifar10(root / "CIFAR10" / "test1000.npz"), inner,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise LnrPruneError(f"cannot load {name!r} from {root}: {error}") from error
+
+
+def cifar10(file: Path) -> tuple[Tensor, Tensor]:
+    """Normalised images, (n, 3, 32, 32), and labels of an npz file."""
+    arrays = np.load(file)
+    images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2) / 255
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return (images - mean) / deviation, torch.from_numpy(arrays["labels"]).long()
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions and a shortcut without parameters: strided, padded with zero channels."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.stride = outputs // inputs
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.pad = (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))).relu()
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR-10 ResNet of He et al. with 6 n + 2 layers."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        n = (depth - 2) // 6
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(BasicBlock(16, 16) for _ in range(n)))
+        self.layer2 = nn.Sequential(BasicBlock(16, 32), *(BasicBlock(32, 32) for _ in range(n - 1)))
+        self.layer3 = nn.Sequential(BasicBlock(32, 64), *(BasicBlock(64, 64) for _ in range(n - 1)))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+        return self.linear(x.mean((2, 3)))
