@@ -85,17 +85,22 @@ def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None =
     """Everything real-valued that a forward pass gives, (samples, values) where outputs share their first axis."""
     leaves = [leaf for leaf in tree_leaves(run(model, call, weights)) if isinstance(leaf, Tensor)]
     real = [leaf.double() for leaf in leaves if leaf.is_floating_point()]
+    if not real:
+        return torch.zeros(1, 0, dtype=torch.float64)
     if len({leaf.shape[:1] for leaf in real}) == 1 and all(leaf.dim() > 1 for leaf in real):
         return torch.cat([leaf.flatten(1) for leaf in real], 1)
     return torch.cat([leaf.reshape(1, -1) for leaf in real], 1)
 
 
 def divergence(original: list[Tensor], pruned: list[Tensor]) -> float:
-    """``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of outputs, one (n, values) tensor a batch."""
-    error = sum(float((a - b).square().sum()) for a, b in zip(original, pruned, strict=True))
+    """``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of outputs, one (n, values) tensor a batch.
+
+    Values that are infinite in either (masked scores) do not count.
+    """
+    error = sum(float((a - b).nan_to_num(0.0, 0.0, 0.0).square().sum()) for a, b in zip(original, pruned, strict=True))
     alike = len({batch.shape[1:] for batch in original}) == 1
     mean = torch.cat(original).mean(0) if alike and sum(map(len, original)) > 1 else 0.0
-    spread = sum(float((batch - mean).square().sum()) for batch in original)
+    spread = sum(float((batch - mean).nan_to_num(0.0, 0.0, 0.0).square().sum()) for batch in original)
     return error / spread if spread > 0 else 0.0
 
 

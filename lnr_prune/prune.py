@@ -206,7 +206,7 @@ def _row(
         scale = sum(fit.scale for fit in fitted)
         error = sum(fit.error for fit in fitted) / scale if scale > 0 else 0.0
     else:
-        error = chosen.problem.error(selection.coefficients)
+        error = chosen.error
     return replace(
         row,
         kept=int(selection.support.sum()),

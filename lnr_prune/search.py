@@ -12,9 +12,10 @@ from lnr_prune.allocation import Allocation, Budget, Sizes, allocate, cost_of
 from lnr_prune.calibration import Calibration, short_example
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.curves import error_curves, output_error, some
-from lnr_prune.graph import Graph
+from lnr_prune.graph import Graph, named_tensors
 from lnr_prune.plan import make_plan
 from lnr_prune.supports import Reading, refit_network
+from lnr_prune.verify import masked_weights
 
 SAMPLES = 512  # that a trial of the search is refitted to; as many others may judge it
 FACTORS = (3.0, 3.0, 1.5, 1.5)  # by which a curve is scaled, round by round
@@ -46,7 +47,7 @@ def within_budget(
     Raises:
         ValueError: If the budget is out of reach.
     """
-    example = data.example()
+    tensors, example = named_tensors(model), data.example()
     samples = next((len(leaf) for leaf in tree_leaves(short_example(model, data)) if isinstance(leaf, Tensor)), 1)
     curves, eliminations = error_curves(model, readings, data, lambda name: progress(f"measuring {name}"))
     costs = {kind: cost_of(model, graph, kind, samples, readings) for kind in ("params", "macs", "size")}
@@ -65,8 +66,9 @@ def within_budget(
     def error(sizes: Sizes) -> float:
         progress("searching")
         supports = {name: eliminations[name].support(size) for name, size in sizes.items()}
+        masked = masked_weights([(readings[name].group, support) for name, support in supports.items()], tensors)
         done = refit_network(model, graph, readings, supports, fit, bias=bias)
-        return output_error(model, done.weights, judged)
+        return output_error(model, {**masked, **done.weights}, judged)
 
     batches = some(data, 2 * SAMPLES) if budget.search else []
     fit, judged = (Calibration(part, lambda call: call) for part in (batches[::2], batches[1::2] or batches))

@@ -79,14 +79,14 @@ class Selected:
 
     Attributes:
         reading: The group and its consumers.
-        problem: The group lasso of its channels.
         selection: What was chosen.
+        error: ``E||y - M x||^2 / E||y||^2`` of its consumers in the original network, with the selection's M.
         kept: Per consumer, the columns that neither this nor an earlier group has dropped, (d,) bool.
     """
 
     reading: Reading
-    problem: GroupLasso
     selection: Selection
+    error: float
     kept: tuple[Tensor, ...]
 
 
@@ -112,7 +112,8 @@ def select(
         candidates = Candidates(problem, original, _magnitude(reading.group, tensors), solver, generator)
         selection = choices[name](candidates)
         masks |= masked_weights([(reading.group, selection.support)], {**_ones([reading.group], tensors), **masks})
-        selected[name] = Selected(reading, problem, selection, reading.columns(tensors, masks))
+        error = problem.error(selection.coefficients)
+        selected[name] = Selected(reading, selection, error, reading.columns(tensors, masks))
     return selected
 
 

@@ -1,6 +1,7 @@
 """Budgets: what a model costs at any sizes, and how a budget is shared out among the groups."""
 
 import copy
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 import lnr_prune as lnr
 from lnr_prune import cost
-from lnr_prune.allocation import Budget, Cost, allocate, cost_of, descend
+from lnr_prune.allocation import Allocation, Budget, Cost, allocate, cost_of, descend
 from lnr_prune.calibration import Call, calibrate
 from lnr_prune.collapse import collapse
 from lnr_prune.curves import divergence, error_curves, outputs, through
 from lnr_prune.graph import find_groups
 from lnr_prune.plan import make_plan
+from lnr_prune.search import search
 from lnr_prune.supports import read
 from tests.models import Residual, cnn, mlp, randomised
 
@@ -195,3 +197,41 @@ def test_a_curve_goes_through_what_was_measured() -> None:
     assert curve[[0, 4, 6]].tolist() == pytest.approx([1.5, 0.25, 0.0])  # beyond: in proportion
     assert 0.5 < float(curve[2]) < 0.9
     assert through(shape, {3: 0.5, 1: 0.0})[:4].tolist() == pytest.approx([0.5] * 4)  # never rises with the size
+
+
+def test_outputs_that_are_not_real_or_not_finite_do_not_count() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"index": x.argmax(1), "scores": x.where(x > 0, -torch.inf), "loss": x.sum()}
+
+    x = torch.randn(6, 3)
+    first, second = (outputs(Masked(), ((value,), {})) for value in (x, 2 * x))
+    assert first.shape == (1, 19)
+    assert 0 < divergence([first], [second]) < float("inf")
+    assert outputs(nn.Flatten(), ((torch.arange(4)[:, None],), {})).shape == (1, 0)
+    assert divergence([torch.zeros(1, 0)], [torch.zeros(1, 0)]) == 0.0
+
+
+def test_a_local_search_keeps_what_lowers_the_measured_error() -> None:
+    curves = {name: torch.tensor([1.0, 0.6, 0.3, 0.1, 0.0]) for name in "abc"}
+
+    def shared_out(changed: Mapping[str, Tensor]) -> Allocation:
+        return allocate(changed, {"params": unit_cost(*"abc")}, Budget(params=0.6))
+
+    asked: list[dict[str, int]] = []
+
+    def error(sizes: Mapping[str, int]) -> float:
+        asked.append(dict(sizes))
+        return 10.0 - sizes["c"]  # in truth all depends on c
+
+    found = search(curves, shared_out, error, trials=20)
+    assert found.sizes["c"] == max(sizes["c"] for sizes in asked) > shared_out(curves).sizes["c"]
+    assert len(asked) <= 21
+    assert len({tuple(sizes.values()) for sizes in asked}) == len(asked)  # nothing is measured twice
+    assert search(curves, shared_out, error, trials=0).sizes == shared_out(curves).sizes
+
+
+def test_a_searched_budget_still_holds() -> None:
+    model = randomised(cnn())
+    pruned = lnr.prune(model, IMAGES.split(8), budget=lnr.Budget(params=0.5, search=3), selector="backward")
+    assert pruned.report.params_after <= 0.5 * pruned.report.params_before
