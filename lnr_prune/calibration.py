@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lnr_prune.errors import CalibrationError
-from lnr_prune.graph import evaluating, unfused_attention
+from lnr_prune.graph import evaluating, unfused_attention, without_caches
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one forward pass."""
@@ -116,13 +116,15 @@ def short_example(model: nn.Module, data: Calibration) -> Call:
 def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:
     """``model(*args, **kwargs)`` without gradients, with some of its tensors replaced for this call.
 
+    Key-value caches among the outputs are left out: they follow the layers that fill them.
+
     Raises:
         CalibrationError: If the model does not accept the call; the message names the layer that failed.
     """
     args, kwargs = call
     try:
         with torch.no_grad(), evaluating(model), unfused_attention():
-            return functional_call(model, dict(weights or {}), args, kwargs)
+            return without_caches(functional_call(model, dict(weights or {}), args, kwargs))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
         raise CalibrationError(

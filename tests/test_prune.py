@@ -326,3 +326,37 @@ def test_too_few_samples_are_warned_of(caplog: pytest.LogCaptureFixture) -> None
     assert (
         "1 of 2 layers were fitted to fewer than two samples a column ('2' to 20 samples of 21 columns)" in caplog.text
     )
+
+
+class Cache:
+    """Keys and values of earlier positions, as language models return them; no type that torch.export knows."""
+
+    def __init__(self) -> None:
+        self.entries: list[Tensor] = []
+
+    def update(self, key: Tensor) -> None:
+        self.entries.append(key)
+
+    def get_seq_length(self) -> int:
+        return self.entries[0].shape[1] if self.entries else 0
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        cache, hidden = Cache(), self.up(x).relu()
+        cache.update(hidden)
+        return {"logits": self.down(hidden), "cache": cache}
+
+
+@pytest.mark.parametrize("as_graph", [False, True])
+def test_a_cache_among_the_outputs_shrinks_along(as_graph: bool) -> None:
+    model = Caching()
+    pruned = lnr.prune(model, torch.randn(50, 4), keep=0.5, as_graph=as_graph)
+    assert rows(pruned) == {"up": (8, 4)}
+    cache = pruned.model(torch.randn(3, 4))["cache"]
+    assert cache is None if as_graph else cache.entries[0].shape == (3, 4)
+    assert "forward" not in vars(model)

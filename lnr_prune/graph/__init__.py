@@ -4,7 +4,7 @@ from lnr_prune.graph.flow import INPUT, OUTPUT
 from lnr_prune.graph.groups import ChannelGroup, Consumer, Graph, find_groups, layer_name
 from lnr_prune.graph.owners import Slot, along
 from lnr_prune.graph.sizes import HeldInt
-from lnr_prune.graph.trace import evaluating, in_mode, named_tensors, unfused_attention
+from lnr_prune.graph.trace import evaluating, in_mode, named_tensors, unfused_attention, without_caches
 
 __all__ = [
     "INPUT",
@@ -21,4 +21,5 @@ __all__ = [
     "layer_name",
     "named_tensors",
     "unfused_attention",
+    "without_caches",
 ]

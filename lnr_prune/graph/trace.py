@@ -1,5 +1,6 @@
 """From an nn.Module to a torch.fx graph of ATen operations whose parameters have names."""
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
 
 from lnr_prune.errors import GraphError
 
@@ -61,7 +63,10 @@ def export(
         GraphError: If torch.export cannot follow the model's forward.
     """
     try:
-        with in_mode(model, training), unfused_attention(), warnings.catch_warnings(action="ignore"):  # torch's own
+        with (
+            in_mode(model, training), unfused_attention(), _returning_no_caches(model),
+            warnings.catch_warnings(action="ignore"),  # torch's own
+        ):  # fmt: skip
             program = torch.export.export(model, args, dict(kwargs), strict=False, dynamic_shapes=dynamic_shapes)
             if any(_hides_something(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # inlines regions, replaces writes through views
@@ -115,6 +120,33 @@ def _with_known_sizes(module: fx.GraphModule) -> fx.GraphModule:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = {**node.meta, "val": known(node.meta.get("val"))}
     return fx.GraphModule(module, graph)
+
+
+def without_caches(outputs: Any) -> Any:
+    """A forward pass's outputs with None for key-value caches, which follow the layers that fill them."""
+
+    def is_cache(value: Any) -> bool:
+        return callable(getattr(value, "get_seq_length", None)) and callable(getattr(value, "update", None))
+
+    return tree_map(lambda value: None if is_cache(value) else value, outputs, is_leaf=is_cache)
+
+
+@contextmanager
+def _returning_no_caches(model: nn.Module) -> Iterator[None]:
+    """Lets the model's forward return None for key-value caches: torch.export does not know their type."""
+    forward, own = model.forward, vars(model).get("forward")
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return without_caches(forward(*args, **kwargs))
+
+    model.forward = wrapped
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 def _hides_something(node: fx.Node) -> bool:
