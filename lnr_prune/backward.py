@@ -1,6 +1,7 @@
 """Backward elimination and exchanges on a group-lasso problem: supports from least squares alone, without lam."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from lnr_prune.problem import Block, GroupLasso
 
 RIDGE = 1e-8  # relative to every column's second moment
 DEPENDENT = 1e-6  # share of a column's second moment below which the kept columns explain it
-PANEL = 96  # columns that go before H and M are updated as a whole
+PANEL = 128  # columns that go before H and M are updated as a whole
+TIE = 1e-6  # relative difference of two costs that may be rounding
 LEAF = 256  # size below which an inverse is LAPACK's
 
 
@@ -77,101 +79,131 @@ def backward(problem: GroupLasso, *, ridge: float = RIDGE) -> Elimination:
     reduced, n = problem.eliminated.problem, problem.n_groups
     alive = torch.ones(n, dtype=torch.bool, device=problem.weights.device)
     order: list[int] = []
-    errors, sweeps, fresh = [0.0] * (n + 1), list[_Sweep](), 2 * n
+    errors, sweeps, fresh, size = [0.0] * (n + 1), list[_Sweep](), 4 * n, n
     scale = problem.t if problem.t > 0 else 1.0
     while len(order) < n:
-        if 2 * (n - len(order)) <= fresh:
-            sweeps = [_Sweep(block, alive, ridge) for block in reduced.blocks]
-            fresh = n - len(order)
-            errors[n - len(order)] = (reduced.t - sum(sweep.explained for sweep in sweeps)) / scale
-        steps = min(max(1, PANEL // max(sweep.width for sweep in sweeps)), n - len(order))
-        for step in range(steps):
-            costs = torch.stack([sweep.costs() for sweep in sweeps]).sum(0).where(alive, math.inf)
-            if step == 0:
-                for sweep in sweeps:
-                    sweep.open(costs.argsort()[: steps + steps // 2])
-            cost, g = (number.item() for number in costs.min(0))
-            order.append(int(g))
-            errors[n - len(order)] = errors[n - len(order) + 1] + max(cost, 0.0) / scale
-            alive[int(g)] = False
+        left = n - len(order)
+        if 4 * left <= fresh:
+            sweeps, fresh, size = [_Sweep(block, alive, ridge) for block in reduced.blocks], left, left
+            errors[left] = (reduced.t - sum(sweep.explained for sweep in sweeps)) / scale
+        elif 4 * left <= 3 * size:
+            size = left
             for sweep in sweeps:
-                sweep.remove(int(g))
+                sweep.compact(alive)
+        steps = min(max(1, PANEL // max(sweep.columns.shape[1] for sweep in sweeps)), left)
+        costs = _total([_traces(sweep.h, sweep.m) for sweep in sweeps]).where(alive, math.inf)
+        candidates = costs.argsort()[: min(steps + steps // 2, left)]
+        guess = candidates[_cheapest([sweep.few(candidates) for sweep in sweeps], steps)]
+        costs = _total([sweep.open(guess) for sweep in sweeps])  # of every group before every step
+        gone = torch.zeros_like(costs, dtype=torch.int8).scatter_(1, guess[:, None], 1)
+        costs = costs.where(alive & (gone.cumsum(0) <= gone), math.inf)
+        own = costs.gather(1, guess[:, None])[:, 0]
+        wrong = own > (1 + TIE) * costs.amin(1) + 1e-14 * scale
+        wrong[0] = False  # then another group has become cheaper than the candidates
+        done = int(wrong.nonzero()[0]) if bool(wrong.any()) else steps
+        for g, cost in zip(guess[:done].tolist(), own.tolist(), strict=False):
+            order.append(g)
+            errors[n - len(order)] = errors[n - len(order) + 1] + max(cost, 0.0) / scale
+        alive[guess[:done]] = False
         for sweep in sweeps:
-            sweep.close()
+            sweep.close(done)
     return Elimination(torch.tensor(order, device=alive.device), torch.tensor(errors, dtype=torch.float64).clamp_min(0))
 
 
-class _Sweep:
-    """One consumer's H and M on the columns that are left, and what the panel has taken from them.
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(terms)).sum(0) if len(terms) > 1 else terms[0]
 
-    With ``u = H_:g L^-T``, ``L L^T = H_gg``, ``a = M_g L^-T``, ``z = M^T a`` and ``v = z - u a^T a / 2``, removing g is
-    ``H -= u u^T``, ``M -= a u^T`` and ``M^T M -= u v^T + v u^T``: H and M stay as they are until `close`.
+
+def _cheapest(parts: Sequence[tuple[Tensor, Tensor]], steps: int) -> Tensor:
+    """Who goes first, ``steps`` of them, if only few may go: H and ``M^T M`` of these, both (groups, width) squared.
+
+    With ``K = H_gg^-1 H_g:`` and ``V = (M^T M)_g: - (M^T M)_gg K / 2`` removing g is ``H -= H_:g K``,
+    ``M^T M -= K^T V + V^T K``.
+    """
+    alive = torch.ones(len(parts[0][0]), dtype=torch.bool, device=parts[0][0].device)
+    order = []
+    for _ in range(steps):
+        costs = [_traces(*(A.diagonal(dim1=0, dim2=2).permute(2, 0, 1) for A in part)) for part in parts]
+        g = int(_total(costs).where(alive, math.inf).argmin())
+        order.append(g)
+        alive[g] = False
+        for H, MM in parts:
+            k = H.shape[0] * H.shape[1]
+            H_g, MM_g = H[g].view(-1, k), MM[g].view(-1, k)
+            K = torch.linalg.inv_ex(H[g, :, g])[0] @ H_g
+            V = torch.addmm(MM_g, MM[g, :, g], K, alpha=-0.5)
+            H.view(k, k).addmm_(H_g.T.clone(), K, alpha=-1)
+            MM.view(k, k).addmm_(K.T, V, alpha=-1).addmm_(V.T, K, alpha=-1)
+    return torch.tensor(order, device=alive.device)
+
+
+class _Sweep:
+    """One consumer's H and M on the columns that are left, and the diagonal blocks h of H and m of ``M^T M``.
+
+    With ``u = L^-1 H_g:``, ``L L^T = H_gg``, ``a = L^-1 M_g^T``, ``z = a M`` and ``v = z - a a^T u / 2``, removing g is
+    ``H -= u^T u``, ``M -= a^T u`` and ``M^T M -= u^T v + v^T u``.
     """
 
     def __init__(self, block: Block, alive: Tensor, ridge: float) -> None:
         kept = alive[block.groups].nonzero()[:, 0]
         R, B = _normalised(block, kept, ridge)
-        self.group = block.groups[kept]
         self.H = _inverse(R)
         self.M = B @ self.H
         self.explained = float((self.M * B).sum())
-        self.columns = _members(self.group, len(alive))
-        self.width = self.columns.shape[1]
-        self.h, self.m = _blocks(self.H, self.M, self.columns, torch.ones_like(alive))  # of H and M^T M
+        self.columns = _members(block.groups[kept], len(alive))
+        self.h, self.m = _blocks(self.H, self.M, self.columns, torch.ones_like(alive))
 
-    def costs(self) -> Tensor:
-        """``Tr(M_g H_gg^-1 M_g^T)`` of every group, 0 for those that have gone."""
-        return _traces(self.h, self.m)
+    def compact(self, alive: Tensor) -> None:
+        """Drops the columns that have gone; until then they are zero."""
+        there = torch.ones(len(self.H) + 1, dtype=torch.bool, device=alive.device)
+        there[self.columns[~alive]], there[-1] = False, False
+        kept = there.nonzero()[:, 0]
+        self.H, self.M = self.H[kept][:, kept], self.M[:, kept]
+        self.columns = (there.cumsum(0) - 1).where(there, len(kept))[self.columns]
 
-    def open(self, candidates: Tensor) -> None:
-        """Starts a panel; rows of ``M^T M`` are made ready for those who will probably go."""
-        k = len(self.group)
+    def few(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """H and ``M^T M`` of a few groups, (groups, width, groups, width), H the identity where padded."""
         index = self.columns[candidates].flatten()
-        index = index[index < k]
-        self.place = torch.full((k,), -1, device=index.device)
-        self.place[index] = torch.arange(len(index), device=index.device)
-        self.gram = self.M[:, index].T @ self.M
-        self.taken = self.H.new_empty(PANEL + self.width, 2, k)
-        self.moved = self.M.new_empty(PANEL + self.width, len(self.M))
-        self.used = 0
+        there = index < len(self.H)
+        index = index * there
+        M, shape = self.M[:, index] * there, self.columns[candidates].shape * 2
+        H = self.H[index][:, index] * (there * there[:, None])
+        H.diagonal().add_(~there)
+        return H.view(shape), (M.T @ M).view(shape)
 
-    def remove(self, g: int) -> None:
-        """Takes group g out."""
-        columns = self.columns[g]
-        columns = columns[columns < len(self.group)]
-        w, j = len(columns), self.used
-        if w == 0:
-            return
-        rows, place = self.H[columns], self.place[columns]
-        products = self.gram[place] if bool((place >= 0).all()) else self.M[:, columns].T @ self.M
-        m = self.M[:, columns].T
-        if j:
-            taken = self.taken[:j]
-            uv = taken.index_select(2, columns)  # (j, 2, w)
-            pairs = torch.cat([torch.stack([uv[:, 0], torch.zeros_like(uv[:, 0])], 1), uv.flip(1)], 2)
-            change = pairs.view(2 * j, 2 * w).T @ taken.view(2 * j, -1)
-            rows, products = rows - change[:w], products - change[w:]
-            m = m - uv[:, 0].T @ self.moved[:j]
-        L = torch.linalg.cholesky_ex(rows[:, columns])[0]
-        u, z, a = (torch.linalg.solve_triangular(L, x, upper=False) for x in (rows, products, m))
-        v = z - (a @ a.T) @ u / 2
-        self.taken[j : j + w, 0], self.taken[j : j + w, 1], self.moved[j : j + w] = u, v, a
-        self.used += w
-        padded = torch.nn.functional.pad(torch.stack([u, v]), (0, 1))
-        u_g, v_g = padded.index_select(2, self.columns.flatten()).view(2, w, *self.columns.shape)
-        if self.width == 1:
-            self.h -= u_g[0].square()[..., None]
-            self.m -= 2 * (u_g[0] * v_g[0])[..., None]
-        else:
-            self.h -= torch.einsum("wgi,wgj->gij", u_g, u_g)
-            uv_g = torch.einsum("wgi,wgj->gij", u_g, v_g)
-            self.m -= uv_g + uv_g.mT
+    def open(self, groups: Tensor) -> Tensor:
+        """Prepares to remove these groups in this order; what every group costs before each step."""
+        columns = self.columns[groups]
+        there = columns < len(self.H)
+        index, self.ends = columns[there], there.sum(1).cumsum(0)
+        rows = self.H[index]
+        L = torch.linalg.cholesky_ex(rows[:, index])[0]
+        self.u = torch.linalg.solve_triangular(L, rows, upper=False)
+        self.a = torch.linalg.solve_triangular(L, self.M[:, index].T, upper=False)
+        aa = (self.a @ self.a.T).tril()
+        aa.diagonal().div_(2)
+        v = torch.addmm(self.a @ self.M, aa, self.u, alpha=-1)
+        # (steps, width, groups, width), zero where padded
+        u_g, v_g = (x.new_zeros(*there.shape, *self.columns.shape) for x in (self.u, v))
+        u_g[there], v_g[there] = (torch.nn.functional.pad(x, (0, 1))[:, self.columns] for x in (self.u, v))
+        uv = torch.einsum("swgi,swgj->sgij", u_g, v_g)
+        self.hs = self.h - _before(torch.einsum("swgi,swgj->sgij", u_g, u_g))
+        self.ms = self.m - _before(uv + uv.mT)
+        steps, n = self.hs.shape[0] - 1, self.hs.shape[1]
+        return _traces(self.hs[:-1].flatten(0, 1), self.ms[:-1].flatten(0, 1)).view(steps, n)
 
-    def close(self) -> None:
-        """Applies the panel to H and M; columns that have gone are zero from then on."""
-        u, a = self.taken[: self.used, 0], self.moved[: self.used]
+    def close(self, done: int) -> None:
+        """Takes out of H and M the groups of the first ``done`` steps."""
+        used = int(self.ends[done - 1])
+        u, a = self.u[:used], self.a[:used]
         self.H.addmm_(u.T, u, alpha=-1)
         self.M.addmm_(a.T, u, alpha=-1)
+        self.h, self.m = self.hs[done], self.ms[done]
+
+
+def _before(x: Tensor) -> Tensor:
+    """Sums of what comes before, one entry more than x."""
+    return torch.cat([torch.zeros_like(x[:1]), x.cumsum(0)])
 
 
 def exchange(problem: GroupLasso, support: Tensor, *, ridge: float = RIDGE, tries: int = 8) -> Tensor:
@@ -262,11 +294,10 @@ class _Tableau:
 
 def _normalised(block: Block, columns: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """R and B of these columns at unit second moment, which no cost depends on, with the ridge."""
-    R, B = block.R[columns][:, columns].double(), block.B[:, columns].double()
+    R, B = block.R[columns].double()[:, columns], block.B[:, columns].double()
     size = R.diagonal().sqrt()
     scale = torch.where(size > 0, 1 / size, 0.0)
-    R = R * scale * scale[:, None]
-    R.diagonal().fill_(1 + ridge)
+    R.mul_(scale).mul_(scale[:, None]).diagonal().fill_(1 + ridge)
     B = B * scale
     return R, torch.linalg.qr(B, mode="r").R if len(B) > len(R) else B  # only B^T B matters
 
@@ -319,9 +350,20 @@ def _inverse(A: Tensor) -> Tensor:
     half = n // 2
     inverse = _inverse(A[:half, :half])
     X = inverse @ A[:half, half:]
-    corner = _inverse(torch.addmm(A[half:, half:], A[half:, :half], X, alpha=-1))
+    corner = _inverse(_add_symmetric(A[half:, half:].clone(), A[half:, :half], X, -1))
     XC = X @ corner
     result = torch.empty_like(A)
     result[half:, half:], result[:half, half:], result[half:, :half] = corner, -XC, -XC.T
-    result[:half, :half] = inverse.addmm_(XC, X.T)
+    result[:half, :half] = _add_symmetric(inverse, XC, X.T, 1)
     return result
+
+
+def _add_symmetric(A: Tensor, X: Tensor, Y: Tensor, sign: int) -> Tensor:
+    """``A += sign X Y`` in place, where A and ``X Y`` are symmetric: little more than half of the product."""
+    if len(A) <= LEAF:
+        return A.addmm_(X, Y, alpha=sign)
+    half = len(A) // 2
+    for part in (slice(half), slice(half, None)):
+        _add_symmetric(A[part, part], X[part], Y[:, part], sign)
+    A[:half, half:] = A[half:, :half].addmm_(X[half:], Y[:, :half], alpha=sign).T
+    return A
