@@ -77,19 +77,20 @@ def backward(problem: GroupLasso, *, ridge: float = RIDGE) -> Elimination:
     if not ridge > 0:
         raise ValueError(f"ridge must be > 0, got {ridge}")
     reduced, n = problem.eliminated.problem, problem.n_groups
-    alive = torch.ones(n, dtype=torch.bool, device=problem.weights.device)
+    device = problem.weights.device
+    names, alive = torch.arange(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
     order: list[int] = []
-    errors, sweeps, fresh, size = [0.0] * (n + 1), list[_Sweep](), 4 * n, n
+    errors, sweeps, fresh = [0.0] * (n + 1), list[_Sweep](), 4 * n
     scale = problem.t if problem.t > 0 else 1.0
     while len(order) < n:
         left = n - len(order)
-        if 4 * left <= fresh:
-            sweeps, fresh, size = [_Sweep(block, alive, ridge) for block in reduced.blocks], left, left
-            errors[left] = (reduced.t - sum(sweep.explained for sweep in sweeps)) / scale
-        elif 4 * left <= 3 * size:
-            size = left
+        if 4 * left <= max(3 * len(names), fresh):
             for sweep in sweeps:
                 sweep.compact(alive)
+            names, alive = names[alive], alive[alive]
+        if 4 * left <= fresh:
+            sweeps, fresh = [_Sweep(block, names, n, ridge) for block in reduced.blocks], left
+            errors[left] = (reduced.t - sum(sweep.explained for sweep in sweeps)) / scale
         steps = min(max(1, PANEL // max(sweep.columns.shape[1] for sweep in sweeps)), left)
         costs = _total([_traces(sweep.h, sweep.m) for sweep in sweeps]).where(alive, math.inf)
         candidates = costs.argsort()[: min(steps + steps // 2, left)]
@@ -101,7 +102,7 @@ def backward(problem: GroupLasso, *, ridge: float = RIDGE) -> Elimination:
         wrong = own > (1 + TIE) * costs.amin(1) + 1e-14 * scale
         wrong[0] = False  # then another group has become cheaper than the candidates
         done = int(wrong.nonzero()[0]) if bool(wrong.any()) else steps
-        for g, cost in zip(guess[:done].tolist(), own.tolist(), strict=False):
+        for g, cost in zip(names[guess[:done]].tolist(), own.tolist(), strict=False):
             order.append(g)
             errors[n - len(order)] = errors[n - len(order) + 1] + max(cost, 0.0) / scale
         alive[guess[:done]] = False
@@ -144,22 +145,23 @@ class _Sweep:
     ``H -= u^T u``, ``M -= a^T u`` and ``M^T M -= u^T v + v^T u``.
     """
 
-    def __init__(self, block: Block, alive: Tensor, ridge: float) -> None:
-        kept = alive[block.groups].nonzero()[:, 0]
+    def __init__(self, block: Block, names: Tensor, n_groups: int, ridge: float) -> None:
+        kept = torch.isin(block.groups, names).nonzero()[:, 0]
         R, B = _normalised(block, kept, ridge)
         self.H = _inverse(R)
         self.M = B @ self.H
         self.explained = float((self.M * B).sum())
-        self.columns = _members(block.groups[kept], len(alive))
-        self.h, self.m = _blocks(self.H, self.M, self.columns, torch.ones_like(alive))
+        self.columns = _members(block.groups[kept], n_groups)[names]
+        self.h, self.m = _blocks(self.H, self.M, self.columns, torch.ones_like(names))
 
     def compact(self, alive: Tensor) -> None:
-        """Drops the columns that have gone; until then they are zero."""
+        """Drops the groups that have gone; until then their columns are zero."""
         there = torch.ones(len(self.H) + 1, dtype=torch.bool, device=alive.device)
         there[self.columns[~alive]], there[-1] = False, False
         kept = there.nonzero()[:, 0]
         self.H, self.M = self.H[kept][:, kept], self.M[:, kept]
-        self.columns = (there.cumsum(0) - 1).where(there, len(kept))[self.columns]
+        self.columns = (there.cumsum(0) - 1).where(there, len(kept))[self.columns[alive]]
+        self.h, self.m = self.h[alive], self.m[alive]
 
     def few(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """H and ``M^T M`` of a few groups, (groups, width, groups, width), H the identity where padded."""
@@ -187,10 +189,11 @@ class _Sweep:
         u_g, v_g = (x.new_zeros(*there.shape, *self.columns.shape) for x in (self.u, v))
         u_g[there], v_g[there] = (torch.nn.functional.pad(x, (0, 1))[:, self.columns] for x in (self.u, v))
         uv = torch.einsum("swgi,swgj->sgij", u_g, v_g)
-        self.hs = self.h - _before(torch.einsum("swgi,swgj->sgij", u_g, u_g))
-        self.ms = self.m - _before(uv + uv.mT)
-        steps, n = self.hs.shape[0] - 1, self.hs.shape[1]
-        return _traces(self.hs[:-1].flatten(0, 1), self.ms[:-1].flatten(0, 1)).view(steps, n)
+        uu = torch.einsum("swgi,swgj->sgij", u_g, u_g)
+        self.hs = torch.cat([self.h[None], -uu]).cumsum(0)
+        self.ms = torch.cat([self.m[None], -uv - uv.mT]).cumsum(0)
+        costs = _traces(self.hs[:-1].flatten(0, 1), self.ms[:-1].flatten(0, 1))
+        return costs.view(len(groups), -1)
 
     def close(self, done: int) -> None:
         """Takes out of H and M the groups of the first ``done`` steps."""
@@ -199,11 +202,6 @@ class _Sweep:
         self.H.addmm_(u.T, u, alpha=-1)
         self.M.addmm_(a.T, u, alpha=-1)
         self.h, self.m = self.hs[done], self.ms[done]
-
-
-def _before(x: Tensor) -> Tensor:
-    """Sums of what comes before, one entry more than x."""
-    return torch.cat([torch.zeros_like(x[:1]), x.cumsum(0)])
 
 
 def exchange(problem: GroupLasso, support: Tensor, *, ridge: float = RIDGE, tries: int = 8) -> Tensor:
