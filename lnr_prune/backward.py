@@ -1,4 +1,4 @@
-"""Backward elimination and exchanges on a group-lasso problem: supports from least squares alone, without lam."""
+"""Backward elimination on a group-lasso problem: nested supports from least squares alone, without lam."""
 
 import math
 from collections.abc import Sequence
@@ -10,8 +10,7 @@ from torch import Tensor
 from lnr_prune.problem import Block, GroupLasso
 
 RIDGE = 1e-8  # relative to every column's second moment
-DEPENDENT = 1e-6  # share of a column's second moment below which the kept columns explain it
-PANEL = 128  # columns that go before H and M are updated as a whole
+PANEL = 128  # columns that go before H and M are updated
 TIE = 1e-6  # relative difference of two costs that may be rounding
 LEAF = 256  # size below which an inverse is LAPACK's
 
@@ -50,9 +49,10 @@ def backward(problem: GroupLasso, *, ridge: float = RIDGE) -> Elimination:
 
         cost_g = Tr(M_g H_gg^-1 M_g^T),   M <- M - M_g H_gg^-1 H_g:,   H <- H - H_:g H_gg^-1 H_g: .
 
-    Unpenalised columns are eliminated first; the weights w play no part. The updates of `PANEL` columns are
-    gathered and applied as one matrix product, and both matrices are computed afresh whenever half of the
-    columns have gone, so that rounding does not pile up.
+    Unpenalised columns are eliminated first; the weights w play no part. `PANEL` columns at a time are taken from
+    the groups that are cheapest by now, as if there were no others; one matrix product then gives what every group
+    would have cost at every step, and the panel counts up to where another would have been cheaper. Both matrices
+    are computed afresh whenever three quarters of the groups have gone, so that rounding does not pile up.
 
     Args:
         problem: The problem.
@@ -92,7 +92,7 @@ def backward(problem: GroupLasso, *, ridge: float = RIDGE) -> Elimination:
             sweeps, fresh = [_Sweep(block, names, n, ridge) for block in reduced.blocks], left
             errors[left] = (reduced.t - sum(sweep.explained for sweep in sweeps)) / scale
         steps = min(max(1, PANEL // max(sweep.columns.shape[1] for sweep in sweeps)), left)
-        costs = _total([_traces(sweep.h, sweep.m) for sweep in sweeps]).where(alive, math.inf)
+        costs = _total([traces(sweep.h, sweep.m) for sweep in sweeps]).where(alive, math.inf)
         candidates = costs.argsort()[: min(steps + steps // 2, left)]
         guess = candidates[_cheapest([sweep.few(candidates) for sweep in sweeps], steps)]
         costs = _total([sweep.open(guess) for sweep in sweeps])  # of every group before every step
@@ -124,7 +124,7 @@ def _cheapest(parts: Sequence[tuple[Tensor, Tensor]], steps: int) -> Tensor:
     alive = torch.ones(len(parts[0][0]), dtype=torch.bool, device=parts[0][0].device)
     order = []
     for _ in range(steps):
-        costs = [_traces(*(A.diagonal(dim1=0, dim2=2).permute(2, 0, 1) for A in part)) for part in parts]
+        costs = [traces(*(A.diagonal(dim1=0, dim2=2).permute(2, 0, 1) for A in part)) for part in parts]
         g = int(_total(costs).where(alive, math.inf).argmin())
         order.append(g)
         alive[g] = False
@@ -147,12 +147,12 @@ class _Sweep:
 
     def __init__(self, block: Block, names: Tensor, n_groups: int, ridge: float) -> None:
         kept = torch.isin(block.groups, names).nonzero()[:, 0]
-        R, B = _normalised(block, kept, ridge)
-        self.H = _inverse(R)
+        R, B = normalised(block, kept, ridge)
+        self.H = inverse(R)
         self.M = B @ self.H
         self.explained = float((self.M * B).sum())
-        self.columns = _members(block.groups[kept], n_groups)[names]
-        self.h, self.m = _blocks(self.H, self.M, self.columns, torch.ones_like(names))
+        self.columns = members(block.groups[kept], n_groups)[names]
+        self.h, self.m = diagonal_blocks(self.H, self.M, self.columns, torch.ones_like(names))
 
     def compact(self, alive: Tensor) -> None:
         """Drops the groups that have gone; until then their columns are zero."""
@@ -192,7 +192,7 @@ class _Sweep:
         uu = torch.einsum("swgi,swgj->sgij", u_g, u_g)
         self.hs = torch.cat([self.h[None], -uu]).cumsum(0)
         self.ms = torch.cat([self.m[None], -uv - uv.mT]).cumsum(0)
-        costs = _traces(self.hs[:-1].flatten(0, 1), self.ms[:-1].flatten(0, 1))
+        costs = traces(self.hs[:-1].flatten(0, 1), self.ms[:-1].flatten(0, 1))
         return costs.view(len(groups), -1)
 
     def close(self, done: int) -> None:
@@ -204,93 +204,7 @@ class _Sweep:
         self.h, self.m = self.hs[done], self.ms[done]
 
 
-def exchange(problem: GroupLasso, support: Tensor, *, ridge: float = RIDGE, tries: int = 8) -> Tensor:
-    """Swaps one kept for one dropped group until the refit's error falls no more; the count stays.
-
-    A dropped group is let in, then the group goes that costs least: if that is another one, the swap was worth
-    it. All follows from one tableau per consumer, on which letting groups in or out is the same pivot (the sweep
-    operator), with ``S`` the kept columns, ``H = R_SS^-1`` and ``D`` the others:
-
-        T = [[-H, H R_SD], [R_DS H, R_DD - R_DS H R_SD]],   X = [M_S, B_D - M_S R_SD].
-
-    Args:
-        problem: The problem.
-        support: True for every group that is kept at first, (n_groups,) bool.
-        ridge: As for `backward`.
-        tries: How many dropped groups, those of largest gain first, are tried before giving up; those that
-            the kept ones explain are passed over.
-
-    Returns:
-        The new support, (n_groups,) bool.
-
-    References:
-        Miller, "Subset Selection in Regression", 2002, section 3.9 (sequential replacement).
-    """
-    kept = support.clone()
-    blocks = problem.eliminated.problem.blocks
-    tableaus = [_Tableau(block, kept, ridge) for block in blocks]
-    explained = sum(tableau.explained for tableau in tableaus)
-    improved = bool(kept.any())
-    while improved:
-        improved = False
-        gains = _values(tableaus, kept).where(~kept, -math.inf)
-        for p in gains.argsort(descending=True)[: min(tries, int((~kept).sum()))].tolist():
-            if not all(tableau.accepts(p) for tableau in tableaus):
-                continue
-            for tableau in tableaus:
-                tableau.pivot(p, 1)
-            kept[p] = True
-            cost, g = (number.item() for number in _values(tableaus, kept).where(kept, math.inf).min(0))
-            improved = int(g) != p and cost < (1 - 1e-6) * float(gains[p])
-            leaver = int(g) if improved else p
-            for tableau in tableaus:
-                tableau.pivot(leaver, -1)
-            kept[leaver] = False
-            if improved:
-                break
-    better = sum(_Tableau(block, kept, ridge).explained for block in blocks) > explained  # not by rounding alone
-    return kept if better else support.clone()
-
-
-class _Tableau:
-    """One consumer's T and X of `exchange`."""
-
-    def __init__(self, block: Block, kept: Tensor, ridge: float) -> None:
-        self.T, self.X = _normalised(block, torch.arange(len(block.R), device=kept.device), ridge)
-        self.columns = _members(block.groups, len(kept))
-        S, D = (mask[block.groups].nonzero()[:, 0] for mask in (kept, ~kept))
-        H, R_SD = _inverse(self.T[S][:, S]), self.T[S][:, D]
-        HR, M = H @ R_SD, self.X[:, S] @ H
-        self.T[D[:, None], D] -= R_SD.T @ HR
-        self.T[S[:, None], S], self.T[S[:, None], D], self.T[D[:, None], S] = -H, HR, HR.T
-        self.explained = float((M * self.X[:, S]).sum())
-        self.X[:, D] -= M @ R_SD
-        self.X[:, S] = M
-
-    def accepts(self, g: int) -> bool:
-        """Whether group g is not all but explained by the kept ones: pivots on rounding would spoil T."""
-        columns = self.columns[g]
-        columns = columns[columns < len(self.T)]
-        L, info = torch.linalg.cholesky_ex(self.T[columns][:, columns])
-        return int(info) == 0 and bool((L.diagonal() > DEPENDENT**0.5).all())
-
-    def pivot(self, g: int, sign: int) -> None:
-        """Lets group g in (sign 1) or out (sign -1)."""
-        columns = self.columns[g]
-        columns = columns[columns < len(self.T)]
-        if not len(columns):
-            return
-        rows, x = self.T[columns], self.X[:, columns]
-        corner = torch.linalg.inv(rows[:, columns])
-        solved = corner @ rows
-        self.T.addmm_(rows.T, solved, alpha=-1)
-        self.X.addmm_(x, solved, alpha=-1)
-        self.T[columns], self.T[:, columns] = sign * solved, sign * solved.T
-        self.T[columns[:, None], columns] = -corner
-        self.X[:, columns] = sign * (x @ corner)
-
-
-def _normalised(block: Block, columns: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def normalised(block: Block, columns: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """R and B of these columns at unit second moment, which no cost depends on, with the ridge."""
     R, B = block.R[columns].double()[:, columns], block.B[:, columns].double()
     size = R.diagonal().sqrt()
@@ -300,14 +214,7 @@ def _normalised(block: Block, columns: Tensor, ridge: float) -> tuple[Tensor, Te
     return R, torch.linalg.qr(B, mode="r").R if len(B) > len(R) else B  # only B^T B matters
 
 
-def _values(tableaus: list[_Tableau], kept: Tensor) -> Tensor:
-    """What every group is worth: the error that letting it in takes away, or that letting it go adds."""
-    sign = torch.where(kept, -1.0, 1.0)
-    blocks = (_blocks(tableau.T, tableau.X, tableau.columns, sign) for tableau in tableaus)
-    return torch.stack([_traces(t, x) for t, x in blocks]).sum(0)
-
-
-def _members(group: Tensor, n_groups: int) -> Tensor:
+def members(group: Tensor, n_groups: int) -> Tensor:
     """Columns of every group, (n_groups, width), padded with the number of columns."""
     order = group.argsort(stable=True)
     sizes = torch.bincount(group, minlength=n_groups)
@@ -317,7 +224,7 @@ def _members(group: Tensor, n_groups: int) -> Tensor:
     return columns
 
 
-def _blocks(A: Tensor, M: Tensor, columns: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+def diagonal_blocks(A: Tensor, M: Tensor, columns: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     """Every group's blocks of sign A (the identity where padded) and of ``M^T M``, (n_groups, width, width)."""
     there = columns < len(A)
     if not len(A):
@@ -332,7 +239,7 @@ def _blocks(A: Tensor, M: Tensor, columns: Tensor, sign: Tensor) -> tuple[Tensor
     return a, m @ m.mT
 
 
-def _traces(a: Tensor, m: Tensor) -> Tensor:
+def traces(a: Tensor, m: Tensor) -> Tensor:
     """``Tr(m_g a_g^-1)`` of every group; 0 where ``a_g`` is not positive definite."""
     if a.shape[1] == 1:
         return (m / a).flatten()
@@ -340,19 +247,19 @@ def _traces(a: Tensor, m: Tensor) -> Tensor:
     return torch.cholesky_solve(m, L).diagonal(dim1=1, dim2=2).sum(1).where(info == 0, 0.0)
 
 
-def _inverse(A: Tensor) -> Tensor:
+def inverse(A: Tensor) -> Tensor:
     """``A^-1`` of a positive definite A, by halves: nearly all of it is matrix products."""
     n = len(A)
     if n <= LEAF:
         return torch.cholesky_inverse(torch.linalg.cholesky(A))
     half = n // 2
-    inverse = _inverse(A[:half, :half])
-    X = inverse @ A[:half, half:]
-    corner = _inverse(_add_symmetric(A[half:, half:].clone(), A[half:, :half], X, -1))
+    top = inverse(A[:half, :half])
+    X = top @ A[:half, half:]
+    corner = inverse(_add_symmetric(A[half:, half:].clone(), A[half:, :half], X, -1))
     XC = X @ corner
     result = torch.empty_like(A)
     result[half:, half:], result[:half, half:], result[half:, :half] = corner, -XC, -XC.T
-    result[:half, :half] = _add_symmetric(inverse, XC, X.T, 1)
+    result[:half, :half] = _add_symmetric(top, XC, X.T, 1)
     return result
 
 
