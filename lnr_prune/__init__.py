@@ -1,7 +1,7 @@
 """lnr-prune: make a trained PyTorch model smaller and faster by linear neural reconstruction, without retraining."""
 
 from lnr_prune.allocation import Budget
-from lnr_prune.backward import Elimination, backward, exchange
+from lnr_prune.backward import Elimination, backward
 from lnr_prune.errors import AdapterError, CalibrationError, GraphError, LnrPruneError, VerificationError
 from lnr_prune.inspection import Inspection, inspect
 from lnr_prune.path import CountSearch, RegularizationPath, lam_for_count, regularization_path
@@ -18,6 +18,7 @@ from lnr_prune.solvers import (
     Status,
     solve,
 )
+from lnr_prune.swaps import exchange
 
 __version__ = "0.1.0"
 

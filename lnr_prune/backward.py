@@ -1,6 +1,7 @@
-"""Backward elimination and exchanges on a group-lasso problem: supports from least squares alone, without lam."""
+"""Backward elimination on a group-lasso problem: nested supports from least squares alone, without lam."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 from lnr_prune.problem import Block, GroupLasso
 
 RIDGE = 1e-8  # relative to every column's second moment
-DEPENDENT = 1e-6  # share of a column's second moment below which the kept columns explain it
-PANEL = 96  # columns that go before H and M are updated as a whole
+PANEL = 128  # columns that go before H and M are updated
+TIE = 1e-6  # relative difference of two costs that may be rounding
 LEAF = 256  # size below which an inverse is LAPACK's
 
 
@@ -48,9 +49,10 @@ def backward(problem: GroupLasso, *, ridge: float = RIDGE) -> Elimination:
 
         cost_g = Tr(M_g H_gg^-1 M_g^T),   M <- M - M_g H_gg^-1 H_g:,   H <- H - H_:g H_gg^-1 H_g: .
 
-    Unpenalised columns are eliminated first; the weights w play no part. The updates of `PANEL` columns are
-    gathered and applied as one matrix product, and both matrices are computed afresh whenever half of the
-    columns have gone, so that rounding does not pile up.
+    Unpenalised columns are eliminated first; the weights w play no part. `PANEL` columns at a time are taken from
+    the groups that are cheapest by now, as if there were no others; one matrix product then gives what every group
+    would have cost at every step, and the panel counts up to where another would have been cheaper. Both matrices
+    are computed afresh whenever three quarters of the groups have gone, so that rounding does not pile up.
 
     Args:
         problem: The problem.
@@ -75,210 +77,144 @@ def backward(problem: GroupLasso, *, ridge: float = RIDGE) -> Elimination:
     if not ridge > 0:
         raise ValueError(f"ridge must be > 0, got {ridge}")
     reduced, n = problem.eliminated.problem, problem.n_groups
-    alive = torch.ones(n, dtype=torch.bool, device=problem.weights.device)
+    device = problem.weights.device
+    names, alive = torch.arange(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
     order: list[int] = []
-    errors, sweeps, fresh = [0.0] * (n + 1), list[_Sweep](), 2 * n
+    errors, sweeps, fresh = [0.0] * (n + 1), list[_Sweep](), 4 * n
     scale = problem.t if problem.t > 0 else 1.0
     while len(order) < n:
-        if 2 * (n - len(order)) <= fresh:
-            sweeps = [_Sweep(block, alive, ridge) for block in reduced.blocks]
-            fresh = n - len(order)
-            errors[n - len(order)] = (reduced.t - sum(sweep.explained for sweep in sweeps)) / scale
-        steps = min(max(1, PANEL // max(sweep.width for sweep in sweeps)), n - len(order))
-        for step in range(steps):
-            costs = torch.stack([sweep.costs() for sweep in sweeps]).sum(0).where(alive, math.inf)
-            if step == 0:
-                for sweep in sweeps:
-                    sweep.open(costs.argsort()[: steps + steps // 2])
-            cost, g = (number.item() for number in costs.min(0))
-            order.append(int(g))
-            errors[n - len(order)] = errors[n - len(order) + 1] + max(cost, 0.0) / scale
-            alive[int(g)] = False
+        left = n - len(order)
+        if 4 * left <= max(3 * len(names), fresh):
             for sweep in sweeps:
-                sweep.remove(int(g))
+                sweep.compact(alive)
+            names, alive = names[alive], alive[alive]
+        if 4 * left <= fresh:
+            sweeps, fresh = [_Sweep(block, names, n, ridge) for block in reduced.blocks], left
+            errors[left] = (reduced.t - sum(sweep.explained for sweep in sweeps)) / scale
+        steps = min(max(1, PANEL // max(sweep.columns.shape[1] for sweep in sweeps)), left)
+        costs = _total([traces(sweep.h, sweep.m) for sweep in sweeps]).where(alive, math.inf)
+        candidates = costs.argsort()[: min(steps + steps // 2, left)]
+        guess = candidates[_cheapest([sweep.few(candidates) for sweep in sweeps], steps)]
+        costs = _total([sweep.open(guess) for sweep in sweeps])  # of every group before every step
+        gone = torch.zeros_like(costs, dtype=torch.int8).scatter_(1, guess[:, None], 1)
+        costs = costs.where(alive & (gone.cumsum(0) <= gone), math.inf)
+        own = costs.gather(1, guess[:, None])[:, 0]
+        wrong = own > (1 + TIE) * costs.amin(1) + 1e-14 * scale
+        wrong[0] = False  # then another group has become cheaper than the candidates
+        done = int(wrong.nonzero()[0]) if bool(wrong.any()) else steps
+        for g, cost in zip(names[guess[:done]].tolist(), own.tolist(), strict=False):
+            order.append(g)
+            errors[n - len(order)] = errors[n - len(order) + 1] + max(cost, 0.0) / scale
+        alive[guess[:done]] = False
         for sweep in sweeps:
-            sweep.close()
+            sweep.close(done)
     return Elimination(torch.tensor(order, device=alive.device), torch.tensor(errors, dtype=torch.float64).clamp_min(0))
 
 
-class _Sweep:
-    """One consumer's H and M on the columns that are left, and what the panel has taken from them.
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(terms)).sum(0) if len(terms) > 1 else terms[0]
 
-    With ``u = H_:g L^-T``, ``L L^T = H_gg``, ``a = M_g L^-T``, ``z = M^T a`` and ``v = z - u a^T a / 2``, removing g is
-    ``H -= u u^T``, ``M -= a u^T`` and ``M^T M -= u v^T + v u^T``: H and M stay as they are until `close`.
+
+def _cheapest(parts: Sequence[tuple[Tensor, Tensor]], steps: int) -> Tensor:
+    """Who goes first, ``steps`` of them, if only few may go: H and ``M^T M`` of these, both (groups, width) squared.
+
+    With ``K = H_gg^-1 H_g:`` and ``V = (M^T M)_g: - (M^T M)_gg K / 2`` removing g is ``H -= H_:g K``,
+    ``M^T M -= K^T V + V^T K``.
+    """
+    alive = torch.ones(len(parts[0][0]), dtype=torch.bool, device=parts[0][0].device)
+    order = []
+    for _ in range(steps):
+        costs = [traces(*(A.diagonal(dim1=0, dim2=2).permute(2, 0, 1) for A in part)) for part in parts]
+        g = int(_total(costs).where(alive, math.inf).argmin())
+        order.append(g)
+        alive[g] = False
+        for H, MM in parts:
+            k = H.shape[0] * H.shape[1]
+            H_g, MM_g = H[g].view(-1, k), MM[g].view(-1, k)
+            K = torch.linalg.inv_ex(H[g, :, g])[0] @ H_g
+            V = torch.addmm(MM_g, MM[g, :, g], K, alpha=-0.5)
+            H.view(k, k).addmm_(H_g.T.clone(), K, alpha=-1)
+            MM.view(k, k).addmm_(K.T, V, alpha=-1).addmm_(V.T, K, alpha=-1)
+    return torch.tensor(order, device=alive.device)
+
+
+class _Sweep:
+    """One consumer's H and M on the columns that are left, and the diagonal blocks h of H and m of ``M^T M``.
+
+    With ``u = L^-1 H_g:``, ``L L^T = H_gg``, ``a = L^-1 M_g^T``, ``z = a M`` and ``v = z - a a^T u / 2``, removing g is
+    ``H -= u^T u``, ``M -= a^T u`` and ``M^T M -= u^T v + v^T u``.
     """
 
-    def __init__(self, block: Block, alive: Tensor, ridge: float) -> None:
-        kept = alive[block.groups].nonzero()[:, 0]
-        R, B = _normalised(block, kept, ridge)
-        self.group = block.groups[kept]
-        self.H = _inverse(R)
+    def __init__(self, block: Block, names: Tensor, n_groups: int, ridge: float) -> None:
+        kept = torch.isin(block.groups, names).nonzero()[:, 0]
+        R, B = normalised(block, kept, ridge)
+        self.H = inverse(R)
         self.M = B @ self.H
         self.explained = float((self.M * B).sum())
-        self.columns = _members(self.group, len(alive))
-        self.width = self.columns.shape[1]
-        self.h, self.m = _blocks(self.H, self.M, self.columns, torch.ones_like(alive))  # of H and M^T M
+        self.columns = members(block.groups[kept], n_groups)[names]
+        self.h, self.m = diagonal_blocks(self.H, self.M, self.columns, torch.ones_like(names))
 
-    def costs(self) -> Tensor:
-        """``Tr(M_g H_gg^-1 M_g^T)`` of every group, 0 for those that have gone."""
-        return _traces(self.h, self.m)
+    def compact(self, alive: Tensor) -> None:
+        """Drops the groups that have gone; until then their columns are zero."""
+        there = torch.ones(len(self.H) + 1, dtype=torch.bool, device=alive.device)
+        there[self.columns[~alive]], there[-1] = False, False
+        kept = there.nonzero()[:, 0]
+        self.H, self.M = self.H[kept][:, kept], self.M[:, kept]
+        self.columns = (there.cumsum(0) - 1).where(there, len(kept))[self.columns[alive]]
+        self.h, self.m = self.h[alive], self.m[alive]
 
-    def open(self, candidates: Tensor) -> None:
-        """Starts a panel; rows of ``M^T M`` are made ready for those who will probably go."""
-        k = len(self.group)
+    def few(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """H and ``M^T M`` of a few groups, (groups, width, groups, width), H the identity where padded."""
         index = self.columns[candidates].flatten()
-        index = index[index < k]
-        self.place = torch.full((k,), -1, device=index.device)
-        self.place[index] = torch.arange(len(index), device=index.device)
-        self.gram = self.M[:, index].T @ self.M
-        self.taken = self.H.new_empty(PANEL + self.width, 2, k)
-        self.moved = self.M.new_empty(PANEL + self.width, len(self.M))
-        self.used = 0
+        there = index < len(self.H)
+        index = index * there
+        M, shape = self.M[:, index] * there, self.columns[candidates].shape * 2
+        H = self.H[index][:, index] * (there * there[:, None])
+        H.diagonal().add_(~there)
+        return H.view(shape), (M.T @ M).view(shape)
 
-    def remove(self, g: int) -> None:
-        """Takes group g out."""
-        columns = self.columns[g]
-        columns = columns[columns < len(self.group)]
-        w, j = len(columns), self.used
-        if w == 0:
-            return
-        rows, place = self.H[columns], self.place[columns]
-        products = self.gram[place] if bool((place >= 0).all()) else self.M[:, columns].T @ self.M
-        m = self.M[:, columns].T
-        if j:
-            taken = self.taken[:j]
-            uv = taken.index_select(2, columns)  # (j, 2, w)
-            pairs = torch.cat([torch.stack([uv[:, 0], torch.zeros_like(uv[:, 0])], 1), uv.flip(1)], 2)
-            change = pairs.view(2 * j, 2 * w).T @ taken.view(2 * j, -1)
-            rows, products = rows - change[:w], products - change[w:]
-            m = m - uv[:, 0].T @ self.moved[:j]
-        L = torch.linalg.cholesky_ex(rows[:, columns])[0]
-        u, z, a = (torch.linalg.solve_triangular(L, x, upper=False) for x in (rows, products, m))
-        v = z - (a @ a.T) @ u / 2
-        self.taken[j : j + w, 0], self.taken[j : j + w, 1], self.moved[j : j + w] = u, v, a
-        self.used += w
-        padded = torch.nn.functional.pad(torch.stack([u, v]), (0, 1))
-        u_g, v_g = padded.index_select(2, self.columns.flatten()).view(2, w, *self.columns.shape)
-        if self.width == 1:
-            self.h -= u_g[0].square()[..., None]
-            self.m -= 2 * (u_g[0] * v_g[0])[..., None]
-        else:
-            self.h -= torch.einsum("wgi,wgj->gij", u_g, u_g)
-            uv_g = torch.einsum("wgi,wgj->gij", u_g, v_g)
-            self.m -= uv_g + uv_g.mT
+    def open(self, groups: Tensor) -> Tensor:
+        """Prepares to remove these groups in this order; what every group costs before each step."""
+        columns = self.columns[groups]
+        there = columns < len(self.H)
+        index, self.ends = columns[there], there.sum(1).cumsum(0)
+        rows = self.H[index]
+        L = torch.linalg.cholesky_ex(rows[:, index])[0]
+        self.u = torch.linalg.solve_triangular(L, rows, upper=False)
+        self.a = torch.linalg.solve_triangular(L, self.M[:, index].T, upper=False)
+        aa = (self.a @ self.a.T).tril()
+        aa.diagonal().div_(2)
+        v = torch.addmm(self.a @ self.M, aa, self.u, alpha=-1)
+        # (steps, width, groups, width), zero where padded
+        u_g, v_g = (x.new_zeros(*there.shape, *self.columns.shape) for x in (self.u, v))
+        u_g[there], v_g[there] = (torch.nn.functional.pad(x, (0, 1))[:, self.columns] for x in (self.u, v))
+        uv = torch.einsum("swgi,swgj->sgij", u_g, v_g)
+        uu = torch.einsum("swgi,swgj->sgij", u_g, u_g)
+        self.hs = torch.cat([self.h[None], -uu]).cumsum(0)
+        self.ms = torch.cat([self.m[None], -uv - uv.mT]).cumsum(0)
+        costs = traces(self.hs[:-1].flatten(0, 1), self.ms[:-1].flatten(0, 1))
+        return costs.view(len(groups), -1)
 
-    def close(self) -> None:
-        """Applies the panel to H and M; columns that have gone are zero from then on."""
-        u, a = self.taken[: self.used, 0], self.moved[: self.used]
+    def close(self, done: int) -> None:
+        """Takes out of H and M the groups of the first ``done`` steps."""
+        used = int(self.ends[done - 1])
+        u, a = self.u[:used], self.a[:used]
         self.H.addmm_(u.T, u, alpha=-1)
         self.M.addmm_(a.T, u, alpha=-1)
+        self.h, self.m = self.hs[done], self.ms[done]
 
 
-def exchange(problem: GroupLasso, support: Tensor, *, ridge: float = RIDGE, tries: int = 8) -> Tensor:
-    """Swaps one kept for one dropped group until the refit's error falls no more; the count stays.
-
-    A dropped group is let in, then the group goes that costs least: if that is another one, the swap was worth
-    it. All follows from one tableau per consumer, on which letting groups in or out is the same pivot (the sweep
-    operator), with ``S`` the kept columns, ``H = R_SS^-1`` and ``D`` the others:
-
-        T = [[-H, H R_SD], [R_DS H, R_DD - R_DS H R_SD]],   X = [M_S, B_D - M_S R_SD].
-
-    Args:
-        problem: The problem.
-        support: True for every group that is kept at first, (n_groups,) bool.
-        ridge: As for `backward`.
-        tries: How many dropped groups, those of largest gain first, are tried before giving up; those that
-            the kept ones explain are passed over.
-
-    Returns:
-        The new support, (n_groups,) bool.
-
-    References:
-        Miller, "Subset Selection in Regression", 2002, section 3.9 (sequential replacement).
-    """
-    kept = support.clone()
-    blocks = problem.eliminated.problem.blocks
-    tableaus = [_Tableau(block, kept, ridge) for block in blocks]
-    explained = sum(tableau.explained for tableau in tableaus)
-    improved = bool(kept.any())
-    while improved:
-        improved = False
-        gains = _values(tableaus, kept).where(~kept, -math.inf)
-        for p in gains.argsort(descending=True)[: min(tries, int((~kept).sum()))].tolist():
-            if not all(tableau.accepts(p) for tableau in tableaus):
-                continue
-            for tableau in tableaus:
-                tableau.pivot(p, 1)
-            kept[p] = True
-            cost, g = (number.item() for number in _values(tableaus, kept).where(kept, math.inf).min(0))
-            improved = int(g) != p and cost < (1 - 1e-6) * float(gains[p])
-            leaver = int(g) if improved else p
-            for tableau in tableaus:
-                tableau.pivot(leaver, -1)
-            kept[leaver] = False
-            if improved:
-                break
-    better = sum(_Tableau(block, kept, ridge).explained for block in blocks) > explained  # not by rounding alone
-    return kept if better else support.clone()
-
-
-class _Tableau:
-    """One consumer's T and X of `exchange`."""
-
-    def __init__(self, block: Block, kept: Tensor, ridge: float) -> None:
-        self.T, self.X = _normalised(block, torch.arange(len(block.R), device=kept.device), ridge)
-        self.columns = _members(block.groups, len(kept))
-        S, D = (mask[block.groups].nonzero()[:, 0] for mask in (kept, ~kept))
-        H, R_SD = _inverse(self.T[S][:, S]), self.T[S][:, D]
-        HR, M = H @ R_SD, self.X[:, S] @ H
-        self.T[D[:, None], D] -= R_SD.T @ HR
-        self.T[S[:, None], S], self.T[S[:, None], D], self.T[D[:, None], S] = -H, HR, HR.T
-        self.explained = float((M * self.X[:, S]).sum())
-        self.X[:, D] -= M @ R_SD
-        self.X[:, S] = M
-
-    def accepts(self, g: int) -> bool:
-        """Whether group g is not all but explained by the kept ones: pivots on rounding would spoil T."""
-        columns = self.columns[g]
-        columns = columns[columns < len(self.T)]
-        L, info = torch.linalg.cholesky_ex(self.T[columns][:, columns])
-        return int(info) == 0 and bool((L.diagonal() > DEPENDENT**0.5).all())
-
-    def pivot(self, g: int, sign: int) -> None:
-        """Lets group g in (sign 1) or out (sign -1)."""
-        columns = self.columns[g]
-        columns = columns[columns < len(self.T)]
-        if not len(columns):
-            return
-        rows, x = self.T[columns], self.X[:, columns]
-        corner = torch.linalg.inv(rows[:, columns])
-        solved = corner @ rows
-        self.T.addmm_(rows.T, solved, alpha=-1)
-        self.X.addmm_(x, solved, alpha=-1)
-        self.T[columns], self.T[:, columns] = sign * solved, sign * solved.T
-        self.T[columns[:, None], columns] = -corner
-        self.X[:, columns] = sign * (x @ corner)
-
-
-def _normalised(block: Block, columns: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def normalised(block: Block, columns: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """R and B of these columns at unit second moment, which no cost depends on, with the ridge."""
-    R, B = block.R[columns][:, columns].double(), block.B[:, columns].double()
+    R, B = block.R[columns].double()[:, columns], block.B[:, columns].double()
     size = R.diagonal().sqrt()
     scale = torch.where(size > 0, 1 / size, 0.0)
-    R = R * scale * scale[:, None]
-    R.diagonal().fill_(1 + ridge)
+    R.mul_(scale).mul_(scale[:, None]).diagonal().fill_(1 + ridge)
     B = B * scale
     return R, torch.linalg.qr(B, mode="r").R if len(B) > len(R) else B  # only B^T B matters
 
 
-def _values(tableaus: list[_Tableau], kept: Tensor) -> Tensor:
-    """What every group is worth: the error that letting it in takes away, or that letting it go adds."""
-    sign = torch.where(kept, -1.0, 1.0)
-    blocks = (_blocks(tableau.T, tableau.X, tableau.columns, sign) for tableau in tableaus)
-    return torch.stack([_traces(t, x) for t, x in blocks]).sum(0)
-
-
-def _members(group: Tensor, n_groups: int) -> Tensor:
+def members(group: Tensor, n_groups: int) -> Tensor:
     """Columns of every group, (n_groups, width), padded with the number of columns."""
     order = group.argsort(stable=True)
     sizes = torch.bincount(group, minlength=n_groups)
@@ -288,7 +224,7 @@ def _members(group: Tensor, n_groups: int) -> Tensor:
     return columns
 
 
-def _blocks(A: Tensor, M: Tensor, columns: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+def diagonal_blocks(A: Tensor, M: Tensor, columns: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     """Every group's blocks of sign A (the identity where padded) and of ``M^T M``, (n_groups, width, width)."""
     there = columns < len(A)
     if not len(A):
@@ -303,7 +239,7 @@ def _blocks(A: Tensor, M: Tensor, columns: Tensor, sign: Tensor) -> tuple[Tensor
     return a, m @ m.mT
 
 
-def _traces(a: Tensor, m: Tensor) -> Tensor:
+def traces(a: Tensor, m: Tensor) -> Tensor:
     """``Tr(m_g a_g^-1)`` of every group; 0 where ``a_g`` is not positive definite."""
     if a.shape[1] == 1:
         return (m / a).flatten()
@@ -311,7 +247,7 @@ def _traces(a: Tensor, m: Tensor) -> Tensor:
     return torch.cholesky_solve(m, L).diagonal(dim1=1, dim2=2).sum(1).where(info == 0, 0.0)
 
 
-def _inverse(A: Tensor) -> Tensor:
+def inverse(A: Tensor) -> Tensor:
     """``A^-1``; where rounding has made A indefinite, with the least of some growing ridges."""
     ridge = 0.0
     while True:
@@ -329,11 +265,22 @@ def _by_halves(A: Tensor) -> Tensor:
     if n <= LEAF:
         return torch.cholesky_inverse(torch.linalg.cholesky(A))
     half = n // 2
-    inverse = _by_halves(A[:half, :half])
-    X = inverse @ A[:half, half:]
-    corner = _by_halves(torch.addmm(A[half:, half:], A[half:, :half], X, alpha=-1))
+    top = _by_halves(A[:half, :half])
+    X = top @ A[:half, half:]
+    corner = _by_halves(_add_symmetric(A[half:, half:].clone(), A[half:, :half], X, -1))
     XC = X @ corner
     result = torch.empty_like(A)
     result[half:, half:], result[:half, half:], result[half:, :half] = corner, -XC, -XC.T
-    result[:half, :half] = inverse.addmm_(XC, X.T)
+    result[:half, :half] = _add_symmetric(top, XC, X.T, 1)
     return result
+
+
+def _add_symmetric(A: Tensor, X: Tensor, Y: Tensor, sign: int) -> Tensor:
+    """``A += sign X Y`` in place, where A and ``X Y`` are symmetric: little more than half of the product."""
+    if len(A) <= LEAF:
+        return A.addmm_(X, Y, alpha=sign)
+    half = len(A) // 2
+    for part in (slice(half), slice(half, None)):
+        _add_symmetric(A[part, part], X[part], Y[:, part], sign)
+    A[:half, half:] = A[half:, :half].addmm_(X[half:], Y[:, :half], alpha=sign).T
+    return A

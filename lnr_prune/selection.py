@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lnr_prune.backward import backward as eliminate
-from lnr_prune.backward import exchange
 from lnr_prune.path import lam_for_count
 from lnr_prune.problem import GroupLasso, debias
 from lnr_prune.prox import Matrices
 from lnr_prune.solvers import Solver, solve
+from lnr_prune.swaps import exchange
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,7 +80,8 @@ def group_lasso(case: Case, lam: float) -> list[Tensor]:
         columns = [(c.groups == g).nonzero()[:, 0].numpy() for c in case.consumers]
         pieces = [cp.vec(M[:, k], order="F") for M, k in zip(variables, columns, strict=True) if len(k)]
         terms.append(lam * float(w) * cp.norm(cp.hstack(pieces)))
-    cp.Problem(cp.Minimize(sum(terms))).solve(solver=cp.CLARABEL)
+    tolerances = {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9}
+    cp.Problem(cp.Minimize(sum(terms))).solve(solver=cp.CLARABEL, **tolerances)
     return [torch.from_numpy(M.value) for M in variables]
 
 

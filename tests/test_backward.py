@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lnr_prune import Block, GroupLasso, debias
-from lnr_prune.backward import backward, exchange
+from lnr_prune.backward import backward
+from lnr_prune.swaps import exchange
 from tests import references
 from tests.references import Case
 from tests.strategies import cases, make_case, twins
