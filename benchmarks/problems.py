@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.networks import load
 from lnr_prune import Block, GroupLasso
-from lnr_prune.recipes import data as datasets
-from lnr_prune.recipes.lenet5 import load_weights
 from lnr_prune.statistics import SecondMoments
 
 
@@ -63,10 +60,10 @@ FAMILIES: dict[str, Callable[[], GroupLasso]] = {
 def real_problems(root: Path) -> dict[str, Callable[[], GroupLasso]]:
     """Name -> second moments of a trained network's activations on real data; weights and data lie in root."""
     return {
-        "lenet5 conv2": lambda: moments(*_lenet5(root), "conv2", 25),
-        "lenet5 fc1": lambda: moments(*_lenet5(root), "fc1", 16),
-        "resnet20 layer3.0.conv2": lambda: moments(*_resnet20(root), "layer3.0.conv2", 9),
-        "resnet20 layer2.2.conv2": lambda: moments(*_resnet20(root), "layer2.2.conv2", 9),
+        "lenet5 conv2": lambda: moments(*_network("lenet5", root, 2000), "conv2", 25),
+        "lenet5 fc1": lambda: moments(*_network("lenet5", root, 2000), "fc1", 16),
+        "resnet20 layer3.0.conv2": lambda: moments(*_network("resnet20", root, 500), "layer3.0.conv2", 9),
+        "resnet20 layer2.2.conv2": lambda: moments(*_network("resnet20", root, 500), "layer2.2.conv2", 9),
         "minilm layer.0 ffn": lambda: moments(*_minilm(root), "encoder.layer.0.output.dense", 1),
         "minilm layer.5 ffn": lambda: moments(*_minilm(root), "encoder.layer.5.output.dense", 1),
     }
@@ -97,17 +94,9 @@ def moments(model: nn.Module, batches: Iterable[Any], name: str, width: int) -> 
     return GroupLasso((sums[0].block(torch.cat([groups, torch.tensor([-1])])),))
 
 
-def _lenet5(root: Path) -> tuple[nn.Module, Iterable[Tensor]]:
-    images = datasets.load("mnist", root).train_images[:2000]
-    return load_weights(root / "weights" / "lenet5_mnist.safetensors"), images.split(250)
-
-
-def _resnet20(root: Path) -> tuple[nn.Module, Iterable[Tensor]]:
-    model = ResNet20()
-    model.load_state_dict(load_file(root / "weights" / "resnet20_cifar10.safetensors"), strict=False)
-    images = torch.tensor(np.load(root / "CIFAR10" / "train10k.npz")["images"][:500]).permute(0, 3, 1, 2) / 255
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    return model.eval(), ((images - mean) / deviation).split(100)
+def _network(name: str, root: Path, images: int) -> tuple[nn.Module, Iterable[Tensor]]:
+    trained = load(name, root)
+    return trained.model, trained.train[:images].split(100)
 
 
 def _minilm(root: Path) -> tuple[nn.Module, Iterable[Any]]:
@@ -119,33 +108,3 @@ def _minilm(root: Path) -> tuple[nn.Module, Iterable[Any]]:
     # one length a batch would need padding, whose tokens are no data: every sentence alone
     calls = [dict(tokenizer(sentence, return_tensors="pt")) for sentence in sentences]
     return transformers.AutoModel.from_pretrained(folder).eval(), calls
-
-
-class _Basic(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.stride = outputs // inputs if inputs != outputs else 1
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-        self.pad = (outputs - inputs) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        return (y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))).relu()
-
-
-class ResNet20(nn.Module):
-    """The CIFAR-10 ResNet with 20 layers and shortcuts without parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(_Basic(16, 16) for _ in range(3)))
-        self.layer2 = nn.Sequential(_Basic(16, 32), *(_Basic(32, 32) for _ in range(2)))
-        self.layer3 = nn.Sequential(_Basic(32, 64), *(_Basic(64, 64) for _ in range(2)))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
-        return self.linear(x.mean((2, 3)))
