@@ -11,6 +11,7 @@ import lnr_prune as lnr
 from lnr_prune.collapse import collapse
 from lnr_prune.graph import find_groups, named_tensors
 from lnr_prune.plan import make_plan
+from lnr_prune.statistics import watch
 from lnr_prune.verify import Reference, masked_weights, shrinkable
 from tests import patterns
 from tests.models import randomised
@@ -142,3 +143,11 @@ def test_attention_with_fewer_heads_computes_the_same_function(masking: str, nee
         torch.testing.assert_close(same_weights, weights)
     unbatched, _ = same(x[0], x[0], x[0], need_weights=need_weights)
     torch.testing.assert_close(unbatched, dense(x[0], x[0], x[0])[0])
+
+
+def test_the_packed_weight_of_visible_self_attention_can_be_seen() -> None:
+    """A TorchFunctionMode knows weights by identity: chunks of a weight would be strangers to it."""
+    model, x = nn.MultiheadAttention(12, 3, batch_first=True), torch.randn(2, 5, 12)
+    seen: list[tuple[str, torch.Size]] = []
+    watch(model, ((x, x, x), {}), ["in_proj_weight"], lambda name, call: seen.append((name, call.output.shape)))
+    assert seen == [("in_proj_weight", (2, 5, 36))]

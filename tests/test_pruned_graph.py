@@ -25,6 +25,7 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor]] = [
     (held.HeldHeads, torch.randn(4, 5, 16)),
     (held.DerivedSizes, SEQUENCE),
     (held.MergedHeads, SEQUENCE),
+    (held.UniformBias, SEQUENCE),
     (held.HeldByParts, torch.randn(4, 4)),
     (models.cnn, torch.randn(4, 2, 12, 12)),
     (models.Residual, IMAGE),
