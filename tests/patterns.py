@@ -197,6 +197,19 @@ class Grouped(nn.Module):
         return self.d(F.pixel_shuffle(x, 2))
 
 
+class GroupedUpsampling(nn.Module):
+    """A decoder's grouped and depthwise transposed convolutions, squeezed to whole groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.up = nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 12, 2, stride=2, groups=4)
+        self.norm, self.depthwise = nn.BatchNorm2d(12), nn.ConvTranspose2d(12, 12, 3, groups=12, bias=False)
+        self.out = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.depthwise(self.norm(self.up(self.a(x).relu())).relu()))
+
+
 class ChannelsLast(nn.Module):
     """ConvNeXt's block: depthwise convolution, permuted to channels last for norm and MLP, layer scale."""
 

@@ -41,6 +41,7 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.Gated, torch.randn(4, 3, 7), {"a": 8, "b": 4, "up": 6}),
     (patterns.Conv1D, torch.randn(4, 4), {"weight": 10, "second": 8}),
     (patterns.Grouped, IMAGE, {"a": 4, "c": 2}),
+    (patterns.GroupedUpsampling, IMAGE, {"a": 4}),
     (patterns.ChannelsLast, IMAGE, {"up": 24}),
     (patterns.Recurrent, torch.randn(3, 2, 4), {"b": 7}),
 ]

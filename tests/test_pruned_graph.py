@@ -41,6 +41,7 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor]] = [
     (patterns.Gated, torch.randn(4, 3, 7)),
     (patterns.Conv1D, torch.randn(4, 4)),
     (patterns.Grouped, IMAGE),
+    (patterns.GroupedUpsampling, IMAGE),
     (patterns.ChannelsLast, IMAGE),
 ]
 

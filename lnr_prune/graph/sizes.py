@@ -104,7 +104,7 @@ def _counts(state: Propagation, label: Tensor, node: fx.Node) -> Iterator[Count]
             for position, cut in ((2, start), (3, argument(node, 3, "end"))):
                 if isinstance(cut, int) and -len(units) < cut < len(units):
                     yield Count((position,), units[:cut]) if cut >= 0 else Count((position,), units[cut:], -1)
-    elif name in ("conv1d", "conv2d", "conv3d") and argument(node, 6, "groups", 1) > 1:
+    elif name.startswith("conv") and argument(node, 6, "groups", 1) > 1:
         rows = along_axis(state, label, node, len(shape_of(node)) - 1 - spatial_axes(node))
         yield Count((6,), rows.view(argument(node, 6, "groups"), -1)[:, 0])
     elif name == "group_norm":
