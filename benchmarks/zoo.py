@@ -32,7 +32,6 @@ from benchmarks.zoo_models import SETS, Zoo
 from lnr_prune.calibration import Call, run
 from lnr_prune.collapse import collapse
 from lnr_prune.cost import parameters
-from lnr_prune.errors import LnrPruneError
 from lnr_prune.graph import ChannelGroup, along, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.pruned_graph import pruned_graph
@@ -150,7 +149,7 @@ def _share(model: nn.Module, groups: tuple[Any, ...]) -> float:
 def _child(chosen: str, name: str, graph_only: bool) -> None:
     try:
         row = measure(name, SETS[chosen](), graph_only)
-    except LnrPruneError as error:
+    except Exception as error:  # of any kind: it has its row all the same
         row = Row(name, result=f"{type(error).__name__}: {error}")
     sys.stdout.write(json.dumps(asdict(row)) + "\n")
 

@@ -236,6 +236,36 @@ class Recurrent(nn.Module):
         return self.c(self.b(self.lstm(self.a(x))[0]).relu())
 
 
+class NoKeyBias(nn.Module):
+    """torchvision's Swin v2: a part of the packed bias is zeroed before use."""
+
+    def __init__(self, d: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.head_dim, self.qkv, self.out = d // heads, nn.Linear(d, 3 * d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.qkv.bias.clone()
+        length = bias.numel() // 3
+        bias[length : 2 * length].zero_()
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CachedBias(nn.Module):
+    """LeViT's: in evaluation, the bias of every head is made once and kept in a dict."""
+
+    def __init__(self, d: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.head_dim, self.qkv, self.out = d // heads, nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.table, self.cache = nn.Parameter(torch.randn(heads, 5)), dict[str, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.table[:, torch.arange(5)].unsqueeze(1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, self.cache["bias"]).transpose(1, 2).flatten(2))
+
+
 class RelativeBias(nn.Module):
     """Swin's: attention scores get a bias a head, looked up in a table by relative position."""
 

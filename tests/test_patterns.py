@@ -38,6 +38,8 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.AuxiliaryHead, IMAGE, {"a": 8, "b": 6}),
     (patterns.Tokens, torch.randint(11, (4, 5)), {"free": 8}),
     (patterns.RelativeBias, SEQUENCE, {"qkv": 3}),
+    (patterns.NoKeyBias, SEQUENCE, {"qkv": 3}),
+    (patterns.CachedBias, SEQUENCE, {"qkv": 3}),
     (patterns.Gated, torch.randn(4, 3, 7), {"a": 8, "b": 4, "up": 6}),
     (patterns.Conv1D, torch.randn(4, 4), {"weight": 10, "second": 8}),
     (patterns.Grouped, IMAGE, {"a": 4, "c": 2}),
@@ -152,3 +154,10 @@ def test_the_packed_weight_of_visible_self_attention_can_be_seen() -> None:
     seen: list[tuple[str, torch.Size]] = []
     watch(model, ((x, x, x), {}), ["in_proj_weight"], lambda name, call: seen.append((name, call.output.shape)))
     assert seen == [("in_proj_weight", (2, 5, 36))]
+
+
+def test_what_a_forward_caches_is_forgotten() -> None:
+    model = patterns.CachedBias()
+    groups, _ = shrinkable(model, find_groups(model, (SEQUENCE,), {}).groups, ((SEQUENCE,), {}))
+    assert len(groups) == 1
+    assert model.cache == {}

@@ -38,6 +38,8 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor]] = [
     (patterns.AuxiliaryHead, IMAGE),
     (patterns.Tokens, torch.randint(11, (4, 5))),
     (patterns.RelativeBias, SEQUENCE),
+    (patterns.NoKeyBias, SEQUENCE),
+    (patterns.CachedBias, SEQUENCE),
     (patterns.Gated, torch.randn(4, 3, 7)),
     (patterns.Conv1D, torch.randn(4, 4)),
     (patterns.Grouped, IMAGE),
