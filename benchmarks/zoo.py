@@ -48,7 +48,7 @@ class Row:
 
     model: str
     groups: int = 0
-    graph: float = 0.0  # largest change of outputs when masked channels change; 0 if the graph is right
+    graph: float | None = None  # with --graph-only: what masked channels still have to say, see _leftover
     refused: int = 0  # groups whose sizes the module's forward holds
     reachable: float = 0.0  # share in groups of the graph
     in_module: float = 0.0  # share in groups that the module itself can lose
@@ -69,11 +69,10 @@ def measure(name: str, zoo: Zoo, graph_only: bool) -> Row:
     started = time.process_time()
     graph = find_groups(model, *call)
     row = Row(name, groups=len(graph.groups), graph_seconds=time.process_time() - started)
-    row = replace(row, reachable=_share(model, graph.groups), graph=_leftover(model, graph.groups, call))
+    row = replace(row, reachable=_share(model, graph.groups))
     if graph_only:
-        return replace(
-            row, seconds=time.perf_counter() - begin, result="graph only" if graph.groups else _why(graph.frozen)
-        )
+        row = replace(row, graph=_leftover(model, graph.groups, call), seconds=time.perf_counter() - begin)
+        return replace(row, result="graph only" if graph.groups else _why(graph.frozen))
     groups, fixed = shrinkable(model, graph.groups, call)
     row = replace(row, refused=len(graph.groups) - len(groups), in_module=_share(model, groups))
     result = "exact" if groups else _why(fixed or graph.frozen)
@@ -175,7 +174,7 @@ def _print(rows: list[Row]) -> None:
     for row in rows:
         shares = (f"{share:.3f}" for share in (row.reachable, row.in_module, row.as_graph, row.kept))
         table.add_row(
-            row.model, str(row.groups), f"{row.graph:.0e}", str(row.refused), *shares,
+            row.model, str(row.groups), "" if row.graph is None else f"{row.graph:.0e}", str(row.refused), *shares,
             f"{row.graph_seconds:.1f}", f"{row.seconds:.0f}", row.result[:60],
         )  # fmt: skip
     console = Console(width=160)
@@ -187,8 +186,8 @@ def _summarise(console: Console, rows: list[Row]) -> None:
     exact = sum(row.result.startswith("exact") for row in rows)
     half, seconds = sum(row.reachable >= 0.5 for row in rows), sorted(row.graph_seconds for row in rows)
     console.print(
-        f"exact: {exact} of {len(rows)}; graph wrong: {sum(not row.graph <= 1e-9 for row in rows)}; half of the "
-        f"parameters reachable: {half}; refused groups: {sum(row.refused for row in rows)}; "
+        f"exact: {exact} of {len(rows)}; graph wrong: {sum(not (row.graph or 0.0) <= 1e-9 for row in rows)}; half of "
+        f"the parameters reachable: {half}; refused groups: {sum(row.refused for row in rows)}; "
         f"seconds for the graph: median {seconds[len(rows) // 2]:.1f}, worst {seconds[-1]:.1f}"
     )
 
