@@ -1,7 +1,8 @@
 """Every architecture of a model zoo: its channel groups, and pruned == masked in float64.
 
-Random weights; 30 % of the channels of every group removed at random; one process a model, so that none can hang
-the others or leave memory behind:
+Random weights; 30 % of the channels of every group removed at random, from the module itself; where its forward
+refuses a group, all groups are pruned as graph, too. One process a model, so that none can hang the others or leave
+memory behind:
 
     python benchmarks/zoo.py --set torchvision --json rows.json
     python benchmarks/zoo.py --set timm --only resnest14d,swin_tiny_patch4_window7_224
@@ -31,9 +32,9 @@ from benchmarks.zoo_models import SETS, Zoo
 from lnr_prune.calibration import Call, run
 from lnr_prune.collapse import collapse
 from lnr_prune.cost import parameters
-from lnr_prune.errors import LnrPruneError
 from lnr_prune.graph import ChannelGroup, along, find_groups, named_tensors
-from lnr_prune.plan import make_plan
+from lnr_prune.plan import Plan, make_plan
+from lnr_prune.pruned_graph import pruned_graph
 from lnr_prune.verify import Reference, masked_weights, random_weights, shrinkable
 
 REMOVED = 0.3
@@ -47,10 +48,11 @@ class Row:
 
     model: str
     groups: int = 0
-    graph: float = 0.0  # largest change of outputs when masked channels change; 0 if the graph is right
+    graph: float | None = None  # with --graph-only: what masked channels still have to say, see _leftover
     refused: int = 0  # groups whose sizes the module's forward holds
     reachable: float = 0.0  # share in groups of the graph
     in_module: float = 0.0  # share in groups that the module itself can lose
+    as_graph: float = 0.0  # share in groups that the model as graph lost; 0 where the module loses them all
     kept: float = 1.0
     graph_seconds: float = 0.0  # of one core, whatever else it does
     seconds: float = 0.0
@@ -67,23 +69,30 @@ def measure(name: str, zoo: Zoo, graph_only: bool) -> Row:
     started = time.process_time()
     graph = find_groups(model, *call)
     row = Row(name, groups=len(graph.groups), graph_seconds=time.process_time() - started)
-    row = replace(row, reachable=_share(model, graph.groups), graph=_leftover(model, graph.groups, call))
+    row = replace(row, reachable=_share(model, graph.groups))
     if graph_only:
-        return replace(
-            row, seconds=time.perf_counter() - begin, result="graph only" if graph.groups else _why(graph.frozen)
-        )
+        row = replace(row, graph=_leftover(model, graph.groups, call), seconds=time.perf_counter() - begin)
+        return replace(row, result="graph only" if graph.groups else _why(graph.frozen))
     groups, fixed = shrinkable(model, graph.groups, call)
     row = replace(row, refused=len(graph.groups) - len(groups), in_module=_share(model, groups))
-    supports = _supports(groups)
-    weights = random_weights(model)
-    masked = {**weights, **masked_weights(supports, weights)}
+    result = "exact" if groups else _why(fixed or graph.frozen)
+    if row.refused:
+        result = f"{result}; all as graph" if groups else "exact as graph"
+        pruned_graph(model, *_plan(model, graph.groups), call)  # raises where it differs
+        row = replace(row, as_graph=row.reachable)
+    plan, masked = _plan(model, groups)
     before, reference = parameters(model), Reference(model, masked, call)
-    collapse(model, make_plan(supports), masked)
+    collapse(model, plan, masked)
     reference.check(model)
-    result = "exact" if reference.wide else "exact in the model's dtype"
-    if not groups:
-        result = _why(fixed or graph.frozen)
+    if groups and not reference.wide:
+        result += " (in the model's dtype)"
     return replace(row, kept=parameters(model) / before, seconds=time.perf_counter() - begin, result=result)
+
+
+def _plan(model: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[Plan, dict[str, Tensor]]:
+    """30 % of every group removed, and the weights of the model that only masks them."""
+    supports, weights = _supports(groups), random_weights(model)
+    return make_plan(supports), {**weights, **masked_weights(supports, weights)}
 
 
 def _why(frozen: Mapping[str, str]) -> str:
@@ -139,7 +148,7 @@ def _share(model: nn.Module, groups: tuple[Any, ...]) -> float:
 def _child(chosen: str, name: str, graph_only: bool) -> None:
     try:
         row = measure(name, SETS[chosen](), graph_only)
-    except LnrPruneError as error:
+    except Exception as error:  # of any kind: it has its row all the same
         row = Row(name, result=f"{type(error).__name__}: {error}")
     sys.stdout.write(json.dumps(asdict(row)) + "\n")
 
@@ -157,16 +166,18 @@ def _in_a_process(chosen: str, name: str, limit: float, graph_only: bool) -> Row
 
 def _print(rows: list[Row]) -> None:
     table = Table(box=box.MARKDOWN)
-    titles = ("model", "groups", "leftover", "refused", "reachable", "in module", "kept", "graph s", "s", "result")
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index in (0, 9) else "right")
+    titles = (
+        "model", "groups", "leftover", "refused", "reachable", "in module", "as graph", "kept", "graph s", "s", "result"
+    )  # fmt: skip
+    for title in titles:
+        table.add_column(title, justify="left" if title in ("model", "result") else "right")
     for row in rows:
-        shares = (f"{share:.3f}" for share in (row.reachable, row.in_module, row.kept))
+        shares = (f"{share:.3f}" for share in (row.reachable, row.in_module, row.as_graph, row.kept))
         table.add_row(
-            row.model, str(row.groups), f"{row.graph:.0e}", str(row.refused), *shares,
+            row.model, str(row.groups), "" if row.graph is None else f"{row.graph:.0e}", str(row.refused), *shares,
             f"{row.graph_seconds:.1f}", f"{row.seconds:.0f}", row.result[:60],
         )  # fmt: skip
-    console = Console(width=150)
+    console = Console(width=160)
     console.print(table)
     _summarise(console, rows)
 
@@ -175,8 +186,8 @@ def _summarise(console: Console, rows: list[Row]) -> None:
     exact = sum(row.result.startswith("exact") for row in rows)
     half, seconds = sum(row.reachable >= 0.5 for row in rows), sorted(row.graph_seconds for row in rows)
     console.print(
-        f"exact: {exact} of {len(rows)}; graph wrong: {sum(not row.graph <= 1e-9 for row in rows)}; half of the "
-        f"parameters reachable: {half}; refused groups: {sum(row.refused for row in rows)}; "
+        f"exact: {exact} of {len(rows)}; graph wrong: {sum(not (row.graph or 0.0) <= 1e-9 for row in rows)}; half of "
+        f"the parameters reachable: {half}; refused groups: {sum(row.refused for row in rows)}; "
         f"seconds for the graph: median {seconds[len(rows) // 2]:.1f}, worst {seconds[-1]:.1f}"
     )
 
@@ -201,6 +212,7 @@ def main(
     rows: list[Row] = []
     for name in track(names, "models", console=console, transient=True):
         rows.append(_in_a_process(chosen, name, limit, graph_only))
+        console.print(f"{name}: {rows[-1].result}, {rows[-1].seconds:.0f} s")
         if json_file:  # what is done is kept
             json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     _print(rows)

@@ -72,8 +72,9 @@ def torchvision_models() -> Zoo:
         segments = name in models.list_models(module=models.segmentation)
         if segments:
             options["weights_backbone"] = None
-        size = 299 if name == "inception_v3" else 224
-        return models.get_model(name, weights=None, **options), ((torch.randn(1, 3, size, size),), {})
+        # the auxiliary head normalises one position an image, so that training takes at least two
+        shape = (2, 3, 299, 299) if name == "inception_v3" else (1, 3, 224, 224)
+        return models.get_model(name, weights=None, **options), ((torch.randn(shape),), {})
 
     return Zoo((*models.list_models(module=models), *models.list_models(module=models.segmentation)), make)
 

@@ -80,12 +80,10 @@ def _linear(module: nn.Linear) -> None:
 
 
 def _conv(module: nn.modules.conv._ConvNd) -> None:
-    if module.transposed:
-        module.in_channels, module.out_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
-    else:
-        rows = module.weight.shape[0]
-        module.groups = module.groups * rows // module.out_channels if module.groups > 1 else 1
-        module.out_channels, module.in_channels = rows, module.weight.shape[1] * module.groups
+    rows, whole = len(module.weight), module.in_channels if module.transposed else module.out_channels
+    module.groups = module.groups * rows // whole if module.groups > 1 else 1
+    sides = rows, module.weight.shape[1] * module.groups
+    module.out_channels, module.in_channels = reversed(sides) if module.transposed else sides
 
 
 def _batch_norm(module: nn.modules.batchnorm._NormBase) -> None:

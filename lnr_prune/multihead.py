@@ -27,14 +27,12 @@ class FewerHeads(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention output and, if asked for, the weights; as nn.MultiheadAttention.forward."""
-        batched = query.dim() == 3
+        batched, same = query.dim() == 3, query is key is value
         tokens = [x if batched else x[None] for x in (query, key, value)]
         if batched and not self.batch_first:
             tokens = [x.transpose(0, 1) for x in tokens]
-        q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for x, weight, bias in zip(tokens, *self._projections(), strict=True)
-        )
+        projected = self._projected_as_one(tokens[0]) if same else self._projected(*tokens)
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected)
         mask = self._mask(attn_mask, key_padding_mask, q, is_causal)
         dropout = self.dropout if self.training else 0.0
         if need_weights:
@@ -50,13 +48,19 @@ class FewerHeads(nn.MultiheadAttention):
         weights = weights.mean(1) if average_attn_weights else weights
         return output, weights if batched else weights[0]
 
-    def _projections(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    def _projected_as_one(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of the same tokens: a packed weight is applied as it is, so that it can be seen."""
+        if self.in_proj_weight is None:
+            return self._projected(x, x, x)
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+
+    def _projected(self, *tokens: Tensor) -> tuple[Tensor, ...]:
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases: tuple[Tensor | None, ...] = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return weights, biases
+        return tuple(F.linear(x, weight, bias) for x, weight, bias in zip(tokens, weights, biases, strict=True))
 
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, is_causal: bool

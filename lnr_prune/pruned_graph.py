@@ -3,7 +3,7 @@
 import inspect
 import logging
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from lnr_prune.collapse import collapse
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph import named_tensors
 from lnr_prune.graph.closure import close
-from lnr_prune.graph.nodes import argument
-from lnr_prune.graph.rules import Propagation, propagate
+from lnr_prune.graph.nodes import argument, op_name, shape_of
+from lnr_prune.graph.rules import Propagation, is_pointwise, propagate
 from lnr_prune.graph.sizes import along_axis, counts
 from lnr_prune.graph.trace import export, read
 from lnr_prune.plan import Plan
@@ -193,3 +193,24 @@ def _set_ints(graph: fx.Graph, state: Propagation, label: Tensor, gone: Tensor) 
                 if rest:
                     new = [new if index == rest[0] else entry for index, entry in enumerate(whole)]
                 user.update_arg(first, new)
+        for value, axis, stay in _uniform_operands(state, label, gone, node):
+            user, operand = nodes[node.name], nodes[value.name]
+            with graph.inserting_before(user):
+                part = graph.call_function(torch.ops.aten.slice.Tensor, (operand, axis, 0, stay))
+            user.replace_input_with(operand, part)
+
+
+def _uniform_operands(
+    state: Propagation, label: Tensor, gone: Tensor, node: fx.Node
+) -> Iterator[tuple[fx.Node, int, int]]:
+    """Operands that nobody owns and that are as long as an axis that shrinks: zeros, say, as a bias of every head."""
+    attends = op_name(node) == "scaled_dot_product_attention"
+    if not (attends or is_pointwise(node)):
+        return
+    for value in node.all_input_nodes:
+        if not bool(state.of(value).any()):
+            lead = len(shape_of(node)) - len(shape_of(value))
+            for axis, size in enumerate(shape_of(value)[:-2] if attends else shape_of(value)):
+                left = gone[along_axis(state, label, node, lead + axis)]
+                if size > 1 and bool(left.any()):
+                    yield value, axis, int((~left).sum())

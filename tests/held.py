@@ -94,6 +94,23 @@ class DerivedSizes(nn.Module):
         return {"y": y if scale is None else y * scale, "last": (y[:, -1],)}
 
 
+class UniformBias(nn.Module):
+    """T5's: two layers add one bias, the same for every head, of a size that one of them holds."""
+
+    def __init__(self, d: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.heads, self.first, self.second = heads, nn.Linear(d, 3 * d), nn.Linear(d, 3 * d)
+        self.down, self.out = nn.Linear(d, d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = x.new_zeros(1, self.heads, x.shape[1], x.shape[1]) - torch.arange(x.shape[1])
+        return self._attended(self.second(self._attended(self.first(x), bias, self.down)), bias, self.out)
+
+    def _attended(self, qkv: Tensor, bias: Tensor, out: nn.Linear) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, -1, 4)).permute(2, 0, 3, 1, 4)
+        return out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+
+
 class MergedHeads(nn.Module):
     """Older attention: heads and samples share an axis."""
 

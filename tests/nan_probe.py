@@ -228,4 +228,9 @@ OPERATIONS: dict[str, Operation] = {
     "transposed": Operation(
         lambda y, a, p: F.conv_transpose1d(y, p["w"]), lambda shape: {"w": (shape[-2], 4, 2)}, (3,)
     ),
+    "transposed in groups": Operation(
+        lambda y, a, p: F.conv_transpose1d(y, p["w"], groups=y.shape[-2] // 2),
+        lambda shape: {"w": (shape[-2], 3, 2)},
+        (3,),
+    ),
 }

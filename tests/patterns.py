@@ -197,6 +197,19 @@ class Grouped(nn.Module):
         return self.d(F.pixel_shuffle(x, 2))
 
 
+class GroupedUpsampling(nn.Module):
+    """A decoder's grouped and depthwise transposed convolutions, squeezed to whole groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.up = nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 12, 2, stride=2, groups=4)
+        self.norm, self.depthwise = nn.BatchNorm2d(12), nn.ConvTranspose2d(12, 12, 3, groups=12, bias=False)
+        self.out = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.depthwise(self.norm(self.up(self.a(x).relu())).relu()))
+
+
 class ChannelsLast(nn.Module):
     """ConvNeXt's block: depthwise convolution, permuted to channels last for norm and MLP, layer scale."""
 
@@ -221,6 +234,36 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.b(self.lstm(self.a(x))[0]).relu())
+
+
+class NoKeyBias(nn.Module):
+    """torchvision's Swin v2: a part of the packed bias is zeroed before use."""
+
+    def __init__(self, d: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.head_dim, self.qkv, self.out = d // heads, nn.Linear(d, 3 * d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.qkv.bias.clone()
+        length = bias.numel() // 3
+        bias[length : 2 * length].zero_()
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CachedBias(nn.Module):
+    """LeViT's: in evaluation, the bias of every head is made once and kept in a dict."""
+
+    def __init__(self, d: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.head_dim, self.qkv, self.out = d // heads, nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.table, self.cache = nn.Parameter(torch.randn(heads, 5)), dict[str, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.table[:, torch.arange(5)].unsqueeze(1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, self.cache["bias"]).transpose(1, 2).flatten(2))
 
 
 class RelativeBias(nn.Module):

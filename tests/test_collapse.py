@@ -14,6 +14,7 @@ from lnr_prune.graph import ChannelGroup, Consumer, Graph, find_groups, named_te
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
 from tests.models import FixedView, ReferenceLeNet5, Residual, cnn, mlp, randomised
+from tests.patterns import GroupedUpsampling
 
 
 def prune_at_random(model: nn.Module, graph: Graph, seed: int) -> tuple[Plan, dict[str, Tensor]]:
@@ -59,6 +60,14 @@ def test_attributes_state_dict_deepcopy_and_save_are_those_of_a_smaller_model() 
     twin.load_state_dict(torch.load(buffer, weights_only=True))
     torch.testing.assert_close(twin(x), model(x))
     model.train()(x).sum().backward()  # it trains
+
+
+def test_attributes_of_transposed_convolutions_in_groups() -> None:
+    model, x = GroupedUpsampling(), torch.randn(2, 3, 4, 4)
+    (group,) = find_groups(model, (x,), {}).groups
+    collapse(model, make_plan([(group, torch.arange(4) > 0)]))
+    assert repr(model.up) == "ConvTranspose2d(6, 9, kernel_size=(2, 2), stride=(2, 2), groups=3)"
+    assert repr(model.depthwise) == "ConvTranspose2d(9, 9, kernel_size=(3, 3), stride=(1, 1), groups=9, bias=False)"
 
 
 def test_a_restore_point_undoes_the_collapse_to_the_last_object() -> None:

@@ -11,6 +11,7 @@ import lnr_prune as lnr
 from lnr_prune.collapse import collapse
 from lnr_prune.graph import find_groups, named_tensors
 from lnr_prune.plan import make_plan
+from lnr_prune.statistics import watch
 from lnr_prune.verify import Reference, masked_weights, shrinkable
 from tests import patterns
 from tests.models import randomised
@@ -37,9 +38,12 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.AuxiliaryHead, IMAGE, {"a": 8, "b": 6}),
     (patterns.Tokens, torch.randint(11, (4, 5)), {"free": 8}),
     (patterns.RelativeBias, SEQUENCE, {"qkv": 3}),
+    (patterns.NoKeyBias, SEQUENCE, {"qkv": 3}),
+    (patterns.CachedBias, SEQUENCE, {"qkv": 3}),
     (patterns.Gated, torch.randn(4, 3, 7), {"a": 8, "b": 4, "up": 6}),
     (patterns.Conv1D, torch.randn(4, 4), {"weight": 10, "second": 8}),
     (patterns.Grouped, IMAGE, {"a": 4, "c": 2}),
+    (patterns.GroupedUpsampling, IMAGE, {"a": 4}),
     (patterns.ChannelsLast, IMAGE, {"up": 24}),
     (patterns.Recurrent, torch.randn(3, 2, 4), {"b": 7}),
 ]
@@ -142,3 +146,18 @@ def test_attention_with_fewer_heads_computes_the_same_function(masking: str, nee
         torch.testing.assert_close(same_weights, weights)
     unbatched, _ = same(x[0], x[0], x[0], need_weights=need_weights)
     torch.testing.assert_close(unbatched, dense(x[0], x[0], x[0])[0])
+
+
+def test_the_packed_weight_of_visible_self_attention_can_be_seen() -> None:
+    """A TorchFunctionMode knows weights by identity: chunks of a weight would be strangers to it."""
+    model, x = nn.MultiheadAttention(12, 3, batch_first=True), torch.randn(2, 5, 12)
+    seen: list[tuple[str, torch.Size]] = []
+    watch(model, ((x, x, x), {}), ["in_proj_weight"], lambda name, call: seen.append((name, call.output.shape)))
+    assert seen == [("in_proj_weight", (2, 5, 36))]
+
+
+def test_what_a_forward_caches_is_forgotten() -> None:
+    model = patterns.CachedBias()
+    groups, _ = shrinkable(model, find_groups(model, (SEQUENCE,), {}).groups, ((SEQUENCE,), {}))
+    assert len(groups) == 1
+    assert model.cache == {}

@@ -25,6 +25,7 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor]] = [
     (held.HeldHeads, torch.randn(4, 5, 16)),
     (held.DerivedSizes, SEQUENCE),
     (held.MergedHeads, SEQUENCE),
+    (held.UniformBias, SEQUENCE),
     (held.HeldByParts, torch.randn(4, 4)),
     (models.cnn, torch.randn(4, 2, 12, 12)),
     (models.Residual, IMAGE),
@@ -37,9 +38,12 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor]] = [
     (patterns.AuxiliaryHead, IMAGE),
     (patterns.Tokens, torch.randint(11, (4, 5))),
     (patterns.RelativeBias, SEQUENCE),
+    (patterns.NoKeyBias, SEQUENCE),
+    (patterns.CachedBias, SEQUENCE),
     (patterns.Gated, torch.randn(4, 3, 7)),
     (patterns.Conv1D, torch.randn(4, 4)),
     (patterns.Grouped, IMAGE),
+    (patterns.GroupedUpsampling, IMAGE),
     (patterns.ChannelsLast, IMAGE),
 ]
 

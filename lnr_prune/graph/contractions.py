@@ -93,9 +93,10 @@ def _convolution(state: Propagation, node: fx.Node) -> Tensor | None:
 def _transposed_convolution(state: Propagation, node: fx.Node) -> Tensor | None:
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     axis = len(shape_of(node)) - 1 - spatial_axes(node)
-    if argument(node, 6, "groups", 1) == 1:
+    groups = argument(node, 6, "groups", 1)
+    if groups == 1:
         return _apply_weight(state, node, (x, weight, bias), axis, rows=1, columns=0)
-    return None
+    return _whole_groups(state, node, groups, axis)
 
 
 def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int) -> Tensor | None:
@@ -107,9 +108,9 @@ def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int) -> 
         return None
     first = found[1].view(groups, -1)[:, :1]
     owners.couple(found[1].view(groups, -1), first, reason)
-    per_group = shape_of(x)[axis] // groups
-    owners.couple_axis(state.of(x), axis, first.expand(groups, per_group).reshape(-1), f"input of {reason}")
-    return _produce(state, node, (x, weight, bias), axis, *found)
+    inputs, outputs = (first.expand(groups, shape_of(side)[axis] // groups).reshape(-1) for side in (x, node))
+    owners.couple_axis(state.of(x), axis, inputs, f"input of {reason}")
+    return _produce(state, node, (x, weight, bias), axis, found[0], outputs)
 
 
 @rule("embedding")

@@ -64,7 +64,7 @@ def along_axis(state: Propagation, label: Tensor, node: fx.Node, axis: int, part
         ids, shape = state.of(node), shape_of(node)
     if ids.shape[axis] == 1:
         return torch.zeros(shape[axis], dtype=torch.long)
-    rows = label[ids].movedim(axis, 0).flatten(1)
+    rows = label[ids].movedim(axis, 0).reshape(ids.shape[axis], -1)
     return torch.where((rows == rows[:, :1]).all(1), rows[:, 0], 0)
 
 
@@ -94,17 +94,20 @@ def _counts(state: Propagation, label: Tensor, node: fx.Node) -> Iterator[Count]
     elif name == "tensor_split" and isinstance(second, Sequence):
         units = along_axis(state, label, argument(node, 0, "self"), argument(node, 2, "dim", 0))
         yield from (Count((1, index), units[:cut]) for index, cut in enumerate(second) if cut >= 0)
-    elif name in ("slice", "narrow") and argument(node, 4, "step", 1) == 1:
-        units = along_axis(state, label, argument(node, 0, "self"), argument(node, 1, "dim", 0))
+    elif name == "narrow":
+        units = along_axis(state, label, argument(node, 0, "self"), argument(node, 1, "dim"))
         start = argument(node, 2, "start")
-        if name == "narrow":
-            yield Count((2,), units[:start])
-            yield Count((3,), units[start : start + argument(node, 3, "length")])
-        else:
-            for position, cut in ((2, start), (3, argument(node, 3, "end"))):
-                if isinstance(cut, int) and -len(units) < cut < len(units):
-                    yield Count((position,), units[:cut]) if cut >= 0 else Count((position,), units[cut:], -1)
-    elif name in ("conv1d", "conv2d", "conv3d") and argument(node, 6, "groups", 1) > 1:
+        yield Count((2,), units[:start])
+        yield Count((3,), units[start : start + argument(node, 3, "length")])
+    elif name in ("slice", "slice_scatter"):
+        first = 1 if name == "slice" else 2  # position of the axis
+        axis, step = argument(node, first, "dim", 0), argument(node, first + 3, "step", 1)
+        units = along_axis(state, label, argument(node, 0, "self") if name == "slice" else node, axis)
+        for position, key in ((first + 1, "start"), (first + 2, "end")):
+            cut = argument(node, position, key)
+            if step == 1 and isinstance(cut, int) and -len(units) < cut < len(units):
+                yield Count((position,), units[:cut]) if cut >= 0 else Count((position,), units[cut:], -1)
+    elif name.startswith("conv") and argument(node, 6, "groups", 1) > 1:
         rows = along_axis(state, label, node, len(shape_of(node)) - 1 - spatial_axes(node))
         yield Count((6,), rows.view(argument(node, 6, "groups"), -1)[:, 0])
     elif name == "group_norm":

@@ -1,5 +1,6 @@
 """From an nn.Module to a torch.fx graph of ATen operations whose parameters have names."""
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
@@ -183,15 +184,32 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Puts every submodule into training or evaluation mode, and back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
+    """Puts every submodule into training or evaluation mode, and back into its own mode afterwards.
+
+    What forwards leave in the submodules' attributes is forgotten: caches hold values of the weights, sizes and
+    dtypes that they were made with.
+    """
+    attributes = [vars(module) for module in model.modules()]
+    holders: list[Any] = [value for each in attributes for value in each.values() if type(value) in (dict, list)]
+    saved = [(holder, copy.copy(holder)) for holder in (*attributes, *holders)]
+    for module in model.modules():
         module.training = training
     try:
         yield
     finally:
-        for module, own in modes:
-            module.training = own
+        for holder, before in saved:
+            _put_back(holder, before)
+
+
+def _put_back(holder: Any, before: Any) -> None:
+    """Makes a dict or list what it was; it is not touched if it still is, as someone may be iterating over it."""
+    if isinstance(holder, list):
+        if len(holder) != len(before) or any(a is not b for a, b in zip(holder, before, strict=True)):
+            holder[:] = before
+        return
+    for name in holder.keys() - before.keys():
+        del holder[name]
+    holder.update({name: value for name, value in before.items() if name not in holder or holder[name] is not value})
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
