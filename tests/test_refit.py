@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lnr_prune import statistics
 from lnr_prune.calibration import calibrate
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import find_groups
@@ -16,7 +17,7 @@ from lnr_prune.refit import refit, ridge_regression
 from lnr_prune.registry import Pair, find
 from lnr_prune.statistics import SecondMoments
 from lnr_prune.suspended import suspended
-from tests.models import Functional, mlp
+from tests.models import Functional, cnn, mlp, randomised
 
 
 def layers_of(model: nn.Module, x: Tensor) -> dict[str, Pair]:
@@ -53,6 +54,18 @@ def test_one_sweep_does_what_one_pass_a_layer_would(batches: int) -> None:
         torch.testing.assert_close(done.weights[f"{name}.bias"], M[:, 12])
         assert done.layers[f"{name}.weight"].error == pytest.approx(fit.error)
         inputs["4"] = torch.relu(hidden @ M[:, :12].T + M[:, 12])
+
+
+def test_the_batches_do_not_matter_where_only_some_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "ROWS_PER_COLUMN", 2)
+    model, x = randomised(cnn()).double().requires_grad_(False), torch.randn(24, 2, 12, 12, dtype=torch.float64)
+    kept = {"3.weight": torch.arange(37) % 3 > 0}
+    whole, split = (
+        refit(model, layers_of(model, x[:2]), kept, calibrate(model, data), ridge=1e-3) for data in ([x], x.split(7))
+    )
+    assert whole.layers["3.weight"].samples < 24 * 42
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(weight, split.weights[name], rtol=1e-6, atol=1e-8)
 
 
 def test_nothing_dropped_changes_nothing() -> None:

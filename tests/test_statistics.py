@@ -66,6 +66,20 @@ def test_the_rows_that_are_read_do_not_depend_on_the_batches(cut: int, monkeypat
         torch.testing.assert_close(whole[name].xx, split[name].xx)
 
 
+def test_every_sample_reads_other_positions_and_all_are_read_alike() -> None:
+    read = (
+        statistics._positions(positions=10, wanted=3, first=7, count=100).view(100, 3) - 10 * torch.arange(100)[:, None]
+    )
+    assert bool(((read >= 0) & (read < 10)).all())
+    assert all(len(set(sample)) == 3 for sample in read.tolist())
+    assert len({tuple(sample) for sample in read.tolist()}) == 10
+    assert torch.bincount(read.flatten()).tolist() == pytest.approx([30] * 10, abs=4)
+    later = (
+        statistics._positions(positions=10, wanted=3, first=57, count=50).view(50, 3) - 10 * torch.arange(50)[:, None]
+    )
+    assert torch.equal(later, read[50:])
+
+
 def test_functional_calls_and_shared_weights_are_seen() -> None:
     model, x = Functional().double(), torch.randn(5, 5, dtype=torch.float64)
     moments = gather(model, readers_of(model, x), calibrate(model, [x]))
