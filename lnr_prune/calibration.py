@@ -40,7 +40,7 @@ class Calibration:
     def samples(self) -> int | None:
         """Number of samples, where that can be known without reading the data: lists and data loaders."""
         if isinstance(self.batches, Sequence):
-            return sum(_samples(batch) for batch in self.batches)
+            return sum(samples_in(batch) for batch in self.batches)
         sampler = getattr(self.batches, "sampler", None)
         return len(sampler) if isinstance(sampler, Sized) else None
 
@@ -87,8 +87,8 @@ def calibrate(model: nn.Module, data: Any, inputs: Inputs | None = None) -> Cali
     return Calibration(batches, as_call)
 
 
-def _samples(batch: Any) -> int:
-    """Length of the first tensor's first axis; 1 for a batch without one."""
+def samples_in(batch: Any) -> int:
+    """Number of samples in a batch or call: length of the first tensor's first axis; 1 for a batch without one."""
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 

@@ -1,12 +1,11 @@
 """What a model costs: parameters, multiply-accumulates, bytes and time."""
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from lnr_prune.calibration import Call, run
+from lnr_prune.calibration import Call, run, samples_in
 
 
 def parameters(model: nn.Module) -> int:
@@ -26,9 +25,7 @@ def macs(model: nn.Module, example: Call) -> int:
     """
     with FlopCounterMode(display=False) as counter:
         run(model, example)
-    leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()]
-    samples = leaves[0].shape[0] if leaves else 1
-    return int(counter.get_total_flops() // (2 * max(1, samples)))
+    return int(counter.get_total_flops() // (2 * max(1, samples_in(example))))
 
 
 def latency(model: nn.Module, example: Call, seconds: float = 0.5) -> float:

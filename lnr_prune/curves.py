@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lnr_prune.backward import Elimination, backward
-from lnr_prune.calibration import Calibration, Call, run
+from lnr_prune.calibration import Calibration, Call, run, samples_in
 from lnr_prune.graph import named_tensors
 from lnr_prune.problem import debias
 from lnr_prune.supports import Reading
@@ -109,7 +109,7 @@ def some(data: Iterable[Call], samples: int = SAMPLES) -> list[Call]:
     calls, count = [], 0
     for call in data:
         calls.append(call)
-        count += next((len(leaf) for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+        count += samples_in(call)
         if count >= samples:
             break
     return calls

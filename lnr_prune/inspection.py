@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from lnr_prune import drawing
-from lnr_prune.calibration import Inputs, calibrate, short_example
+from lnr_prune.calibration import Inputs, calibrate, samples_in, short_example
 from lnr_prune.graph import ChannelGroup, find_groups, layer_name, named_tensors
 from lnr_prune.verify import shrinkable
 
@@ -126,7 +126,6 @@ def inspect(model: nn.Module, example: Any, *, inputs: Inputs | None = None) -> 
     groups, fixed = shrinkable(model, graph.groups, call)
     tensors = named_tensors(model)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    samples = next((leaf.shape[0] for leaf in (*call[0], *call[1].values()) if isinstance(leaf, Tensor)), 1)
     reached = {name for group in groups for name, _ in group.slots}
 
     def cost(group: ChannelGroup) -> GroupCost:
@@ -136,7 +135,7 @@ def inspect(model: nn.Module, example: Any, *, inputs: Inputs | None = None) -> 
             for (name, dim), channels in group.slots.items()
         }
         parameters = sum(trained.get(name, 0) * part for (name, _), part in share.items())
-        macs = sum(graph.macs.get(name, 0) * part for (name, _), part in share.items()) / samples
+        macs = sum(graph.macs.get(name, 0) * part for (name, _), part in share.items()) / samples_in(call)
         consumers = tuple(consumer.name for consumer in (*group.consumers, *group.training))
         weights = {layer_name(name) for name, _ in group.slots} - {*group.producers, *consumers}
         through = tuple(layer for layer in dict.fromkeys(target for _, target in graph.flow) if layer in weights)

@@ -151,7 +151,9 @@ def prune(
         readings = read(model, wanted, data, bias=bias, progress=lambda: step("statistics"))
         predicted: Mapping[str, float] = {}
         if budget is not None:
-            allocation = within_budget(model, target, graph, readings, data, budget, bias=bias, progress=step)
+            allocation = within_budget(
+                model, target, graph, readings, data, budget, traced=example, bias=bias, progress=step
+            )
             choices, predicted = choose_channels(graph, keep=allocation.sizes, selector=selector), allocation.errors
         generator = torch.Generator().manual_seed(seed)
         selected = select(readings, choices, tensors, solver=solver, generator=generator, progress=step)

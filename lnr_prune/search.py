@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lnr_prune import cost
 from lnr_prune.allocation import Allocation, Budget, Sizes, allocate, cost_of
-from lnr_prune.calibration import Calibration, short_example
+from lnr_prune.calibration import Calibration, Call, samples_in
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.curves import error_curves, output_error, some
 from lnr_prune.graph import Graph, named_tensors
@@ -29,6 +28,7 @@ def within_budget(
     data: Calibration,
     budget: Budget,
     *,
+    traced: Call,
     bias: bool,
     progress: Callable[[str], None],
 ) -> Allocation:
@@ -41,6 +41,7 @@ def within_budget(
         readings: Groups that may shrink, with their statistics.
         data: The calibration data.
         budget: The budget.
+        traced: The call that the graph was traced with.
         bias: Whether biases are refitted.
         progress: Called with what is being done.
 
@@ -48,9 +49,8 @@ def within_budget(
         ValueError: If the budget is out of reach.
     """
     tensors, example = named_tensors(model), data.example()
-    samples = next((len(leaf) for leaf in tree_leaves(short_example(model, data)) if isinstance(leaf, Tensor)), 1)
     curves, eliminations = error_curves(model, readings, data, lambda name: progress(f"measuring {name}"))
-    costs = {kind: cost_of(model, graph, kind, samples, readings) for kind in ("params", "macs", "size")}
+    costs = {kind: cost_of(model, graph, kind, samples_in(traced), readings) for kind in ("params", "macs", "size")}
     whole = cost.latency(target, example) if budget.latency is not None else 1.0
 
     def latency(sizes: Sizes) -> float:

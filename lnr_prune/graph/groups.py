@@ -78,8 +78,8 @@ class Graph:
         groups: What can be pruned, in order of execution.
         frozen: Name of a layer whose outputs cannot -> why.
         macs: Name of a weight -> multiply-accumulates that it takes part in, in the traced call.
-        layers: Every linear map of which no more than its input may change, in order of execution; each index
-            of its inputs counts as a channel.
+        layers: Every layer ``y = W x`` whose weight nothing else uses, in order of execution; each index of its
+            inputs counts as a channel.
         repeated: Names of weights that are applied more than once in a forward pass.
         flow: Pairs of layers: what the first computes goes into the second, see `data_flow`.
     """
