@@ -2,7 +2,8 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -80,6 +81,24 @@ class Report:
     macs_before: int
     macs_after: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Report":
+        """The report that `to_dict` gave, or JSON made of it.
+
+        Raises:
+            ValueError: If something is missing or not known.
+        """
+        try:
+            groups = tuple(GroupReport(**_tuples(row)) for row in data["groups"])
+            layers = tuple(LayerReport(**row) for row in data["layers"])
+            return cls(**{**data, "groups": groups, "layers": layers})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is not a report of this version of lnr-prune: {error}") from error
+
     def __rich__(self) -> Table:
         table = Table(title="lnr-prune", caption=self._caption(), caption_justify="left")
         for column in ("producers", "consumers"):
@@ -115,6 +134,10 @@ class Report:
         text = io.StringIO()
         Console(file=text, width=120).print(self)
         return text.getvalue()
+
+
+def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
 
 
 def _share(after: int, before: int) -> str:
