@@ -1,17 +1,19 @@
 """Sequential asymmetric refit: every linear layer, inputs from the pruned network, targets from the original one."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lnr_prune.calibration import Calibration, Call
+from lnr_prune.calibration import Calibration, Call, short_example
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import evaluating, named_tensors, unfused_attention
 from lnr_prune.multihead import visible_attention
+from lnr_prune.onward import Following, Onward, Outlook, outlook
 from lnr_prune.problem import GroupLasso
 from lnr_prune.registry import Pair
 from lnr_prune.report import LayerReport
@@ -22,6 +24,7 @@ RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-12)
 """Ridges to choose from, as fractions of the inputs' mean second moment."""
 DEFAULT_RIDGE = 1e-6  # where no sample can be held out
 HELD_OUT = 4  # one sample of so many is held out to choose the ridge on
+STEPS = 3  # towards the fixed point behind an activation
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,22 @@ def refit(
     *,
     repeated: Mapping[str, SecondMoments] | None = None,
     ridge: float | None = None,
+    bias: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Refit:
-    """``argmin_M E||y - M x||^2 + ridge ||M - W||_F^2`` on the kept columns, one layer after the other.
+    """``argmin_M E||phi(z) - phi(z'(M x))||^2 + ridge ||M - W||_F^2`` on the kept columns, one layer after the other.
 
-    y comes from the original network and x from the pruned one, in which all earlier layers are refitted
-    already: each layer undoes the error that reaches it. Every batch goes through both networks side by side,
-    and waits at each layer for the others, so the whole costs two passes over the data however deep the
-    network is, and the memory of what is alive at one layer, for all the data.
+    z is what the original network makes of the layer's output y before it is mixed with others: scaled and
+    shifted, ``z = alpha y + c + beta s``, where s is a shortcut that it is added to, and phi the activation that
+    follows; see `Onward`. z' is what the pruned network makes of M x, with the pruned network's x and s, in which all
+    earlier layers are refitted already: each layer undoes the error that reaches it, and that of the shortcut.
+    Without phi this is a least squares; with it, `STEPS` of the fixed-point iteration ``z' + phi(z) - phi(z')``, the
+    target of the next least squares. Where a layer without a bias is followed by a batch norm, the intercept goes
+    into its running mean.
+
+    Every batch goes through both networks side by side, and waits at each layer for the others, so the whole costs
+    two passes over the data however deep the network is, and the memory of what is alive at one layer, for all the
+    data.
 
     Args:
         model: The original model; it is not changed.
@@ -87,6 +98,7 @@ def refit(
         repeated: Weight's name -> moments of all its calls in the original network, for layers that are called
             again and again in a forward pass: those are refitted to these at their first call.
         ridge: As a fraction of the inputs' mean second moment; default: the best of `RIDGES` on held-out samples.
+        bias: Whether running means may take up intercepts.
         progress: Called with the name of every layer that is reached.
 
     Raises:
@@ -95,34 +107,39 @@ def refit(
     tensors, order = named_tensors(model), list(layers)
     weights: dict[str, Tensor] = {}
     fits: dict[str, LayerFit] = {}
-    done: set[str] = set()
+    swaps: dict[str, dict[str, Tensor]] = {}
     with torch.no_grad(), evaluating(model), unfused_attention(), visible_attention(model), ExitStack() as stack:
-        streams = [stack.enter_context(closing(_both_networks(model, call, layers))) for call in data]
-        if not streams:
-            raise CalibrationError("the calibration data holds no batch; give at least one batch of inputs")
+        ahead = outlook(model, layers, short_example(model, data))
+        streams = [stack.enter_context(closing(_both_networks(model, call, ahead))) for call in data]
         fronts = {stream: arrival for stream in streams if (arrival := next(stream, None)) is not None}
         while fronts:
             name = min((arrival.name for arrival in fronts.values()), key=order.index)
             here = {stream: arrival for stream, arrival in fronts.items() if arrival.name == name}
-            if name not in done:
-                done.add(name)
+            if name not in swaps:
+                swaps[name] = {}
                 pair = layers[name]
                 if progress:
                     progress(pair.consumer.name)
                 W = pair.matrix(tensors)
                 columns = kept.get(name, W.new_ones(W.shape[1], dtype=torch.bool))
-                if not (bool(columns.all()) and all(map(_unchanged, here.values()))):
+                ridged = pair.columns(torch.ones_like(tensors[name]), bias=0.0)
+                if not (bool(columns.all()) and all(arrival.unchanged for arrival in here.values())):
+                    intercept = None
                     if repeated and name in repeated:
-                        fit, held = repeated[name].through(W), None
+                        M, fits[name] = ridge_regression(repeated[name].through(W), None, columns, ridged, W, ridge)
                     else:
-                        fit, held = _moments(pair, list(here.values()), data.samples)
-                    ridged = pair.columns(torch.ones_like(tensors[name]), bias=0.0)
-                    M, fits[name] = ridge_regression(fit, held, columns, ridged, W, ridge)
-                    weights |= pair.write(M, tensors)
-            swapped = {key: weights[full] for key, full in layers[name].names.items() if full in weights}
+                        target = _target(pair, ahead.layers[name], list(here.values()), bias)
+                        M, intercept, fits[name] = _fitted(pair, target, data.samples, columns, ridged, W, ridge)
+                    new = pair.write(M, tensors)
+                    weights |= new
+                    swaps[name] = {key: new[full] for key, full in pair.names.items() if full in new}
+                    if intercept is not None and target.mean is not None:
+                        mean = tensors[target.mean]
+                        weights[target.mean] = (mean.double() - intercept).to(mean)
+                        swaps[name]["bias"] = intercept.to(tensors[name])
             for stream in here:
                 del fronts[stream]
-                if (arrival := _send(stream, swapped)) is not None:
+                if (arrival := _send(stream, swaps[name])) is not None:
                     fronts[stream] = arrival
     return Refit(weights, fits)
 
@@ -135,28 +152,38 @@ class Arrival:
         name: Name of the layer's weight.
         call: The call in the original network, done.
         x: The layer's input in the pruned network, which is about to be called.
+        shortcuts: What its output will be added to, in the original and in the pruned network; None = not known.
     """
 
     name: str
     call: LayerCall
     x: Tensor
+    shortcuts: tuple[list[Tensor], list[Tensor]] | None
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing that reaches the layer has changed."""
+        pairs = zip(*(self.shortcuts or ((), ())), strict=True)
+        return all(torch.equal(a, b) for a, b in ((self.call.input, self.x), *pairs))
 
 
-def _both_networks(
-    model: nn.Module, call: Call, names: Iterable[str]
-) -> Generator[Arrival, Mapping[str, Tensor], None]:
+def _both_networks(model: nn.Module, call: Call, ahead: Outlook) -> Generator[Arrival, Mapping[str, Tensor], None]:
     """Runs the original and the pruned network side by side; at every layer it waits for the pruned one's weights."""
+    modes = [Following(ahead) for _ in range(2)]
 
     def original(ask: Callable[[tuple[str, LayerCall]], None]) -> None:
-        watch(model, call, names, see=lambda name, layer: ask((name, layer)))
+        watch(model, call, ahead.layers, see=lambda name, layer: ask((name, layer)), within=modes[0])
 
     def pruned(ask: Callable[[tuple[str, Tensor]], Mapping[str, Tensor]]) -> None:
-        watch(model, call, names, swap=lambda name, x: ask((name, x)))
+        watch(model, call, ahead.layers, swap=lambda name, x: ask((name, x)), within=modes[1])
 
     with closing(suspended(original)) as first, closing(suspended(pruned)) as second:
         seen, swapped = next(first, None), next(second, None)
         while seen is not None and swapped is not None:
-            new = yield Arrival(*seen, swapped[1])
+            name, layer = seen
+            original_s, pruned_s = (ahead.layers[name].added(mode.results, layer.output) for mode in modes)
+            known = None if original_s is None or pruned_s is None else (original_s, pruned_s)
+            new = yield Arrival(name, layer, swapped[1], known)
             seen, swapped = _send(first, None), _send(second, new)
 
 
@@ -167,32 +194,105 @@ def _send(stream: Generator[Question, Answer, None], answer: Answer) -> Question
         return None
 
 
-def _unchanged(arrival: Arrival) -> bool:
-    return torch.equal(arrival.call.input, arrival.x)
+@dataclass(frozen=True, eq=False)
+class Target:
+    """``z - c - beta s'``, what ``alpha M x`` should be, and phi, to which ``z' = alpha M x + c + beta s'`` comes.
+
+    Attributes:
+        calls: Per batch, the call with the pruned network's x and, as output, the target.
+        offsets: Per batch, ``c + beta s'``.
+        alpha: The scale of every row of M, (h,).
+        activation: phi; None = the identity.
+        mean: Running mean that takes up an intercept; None = there is none.
+    """
+
+    calls: Sequence[LayerCall]
+    offsets: Sequence[Tensor]
+    alpha: Tensor
+    activation: Callable[[Tensor], Tensor] | None = None
+    mean: str | None = None
 
 
-def _moments(
-    pair: Pair, arrivals: Sequence[Arrival], samples: int | None
-) -> tuple[SecondMoments, SecondMoments | None]:
+def _target(pair: Pair, onward: Onward, arrivals: Sequence[Arrival], bias: bool) -> Target:
+    calls = [replace(arrival.call, input=arrival.x) for arrival in arrivals]
+    alpha = _scales(pair, onward, calls[0])
+    if alpha is None or any(arrival.shortcuts is None for arrival in arrivals):
+        rows = pair.outputs(next(calls[0].split(1))).shape[1]
+        return Target(calls, [], torch.ones(rows, dtype=torch.float64, device=calls[0].output.device))
+    targets, offsets = [], []
+    for call, arrival in zip(calls, arrivals, strict=True):
+        original, pruned = arrival.shortcuts or ([], [])
+        offsets.append(onward.affine(torch.zeros_like(call.output), pruned))
+        targets.append(replace(call, output=onward.affine(call.output, original) - offsets[-1]))
+    takes = bias and pair.consumer.bias is None
+    return Target(targets, offsets, alpha, onward.activation, onward.mean if takes else None)
+
+
+def _scales(pair: Pair, onward: Onward, call: LayerCall) -> Tensor | None:
+    """``alpha`` of every row of M, (h,), if it is the same at all positions and nowhere zero."""
+    one = next(call.split(1))
+    alpha = pair.outputs(replace(one, output=onward.scale(one.output))).double()
+    same = torch.allclose(alpha, alpha[:1].expand_as(alpha), rtol=1e-3)
+    return alpha[0] if same and bool((alpha[0].abs() > 1e-6 * alpha.abs().max()).all()) else None
+
+
+def _fitted(
+    pair: Pair, target: Target, samples: int | None, kept: Tensor, ridged: Tensor, W: Tensor, ridge: float | None
+) -> tuple[Tensor, Tensor | None, LayerFit]:
+    """M, the intercept where a running mean takes one, and how well they fit."""
+    if target.mean is not None:
+        W = torch.cat([W, W.new_zeros(len(W), 1)], 1)
+        kept, ridged = torch.cat([kept, kept.new_ones(1)]), torch.cat([ridged, ridged.new_zeros(1)])
+    alpha = target.alpha[:, None].to(W)
+    fit, held = _moments(pair, target, samples)
+    aM, fitted = ridge_regression(fit, held, kept, ridged, alpha * W, ridge)
+    if target.activation is not None:
+        whole = fit if held is None else fit + held
+        for _ in range(STEPS):
+            moments = replace(whole, yx=aM @ whole.xx + _lacking(pair, target, samples, aM))
+            aM, _ = ridge_regression(moments, None, kept, ridged, alpha * W, fitted.ridge)
+    M = aM / alpha
+    return (M, None, fitted) if target.mean is None else (M[:, :-1], M[:, -1], fitted)
+
+
+def _moments(pair: Pair, target: Target, samples: int | None) -> tuple[SecondMoments, SecondMoments | None]:
     """Second moments of the samples to fit on, and of those held out: every fourth batch, or a fourth of each."""
     sums: list[SecondMoments | None] = [None, None]
-    first = 0
-    for index, arrival in enumerate(arrivals):
-        call = replace(arrival.call, input=arrival.x)
-        count = len(call.input)
-        cut = count - count // HELD_OUT
-        if len(arrivals) >= HELD_OUT:
-            cut = 0 if index % HELD_OUT == HELD_OUT - 1 else count
-        for part, piece in enumerate(call.split([cut, count - cut])):
-            for x, y in rows(pair, piece, samples, first):
-                total = sums[part]
-                sums[part] = SecondMoments.of(x, y) if total is None else total.with_rows(x, y)
-            first += len(piece.input)
+    for part, x, y in _rows(pair, target, samples):
+        total = sums[part]
+        sums[part] = SecondMoments.of(x, y) if total is None else total.with_rows(x, y)
     name, (fit, held) = pair.consumer.name, sums
     if fit is None:
-        raise CalibrationError(f"layer {name!r} got no samples from {len(arrivals)} batches; leave out empty batches")
+        raise CalibrationError(
+            f"layer {name!r} got no samples from {len(target.calls)} batches; leave out empty batches"
+        )
     check_finite(name, fit if held is None else fit + held, "the pruned network")
     return fit, held
+
+
+def _lacking(pair: Pair, target: Target, samples: int | None, aM: Tensor) -> Tensor:
+    """``sum (phi(z) - phi(z')) x^T``."""
+    lacking, phi = torch.zeros_like(aM), target.activation or torch.clone
+    for _, x, y, offset in _rows(pair, target, samples, *target.offsets):
+        difference = phi(y + offset) - phi((x @ aM.to(x).T).to(y) + offset)
+        lacking += difference.to(x).T @ x
+    return lacking
+
+
+def _rows(pair: Pair, target: Target, samples: int | None, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+    """0 or 1 (to fit on, held out), x, with a 1 where there is an intercept, y, and the rows of others, one a batch."""
+    first = 0
+    for index, call in enumerate(target.calls):
+        count = len(call.input)
+        cut = count - count // HELD_OUT
+        if len(target.calls) >= HELD_OUT:
+            cut = 0 if index % HELD_OUT == HELD_OUT - 1 else count
+        parts = [cut, count - cut]
+        more = [torch.split(others[index], parts)] if others else []
+        for part, (piece, *rest) in enumerate(zip(call.split(parts), *more, strict=True)):
+            for x, *ys in rows(pair, piece, samples, first, *rest):
+                yield part, x if target.mean is None else torch.cat([x, x.new_ones(len(x), 1)], 1), *ys
+            first += len(piece.input)
 
 
 def ridge_regression(

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from lnr_prune.multihead import visible_attention
 from lnr_prune.problem import Block
 
 CHUNK = 2**23  # elements of x that one product sums; the products are added up in float64
-ROWS_PER_COLUMN = 32  # of a convolution's patches, about so many times d rows are read
+ROWS_PER_COLUMN = 64  # of a convolution's patches, about so many times d rows are read
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -161,7 +162,7 @@ def gather(
     seen: Counter[str] = Counter()
 
     def add(name: str, layer: LayerCall) -> None:
-        for x, _ in rows(readers[name], layer, data.samples, seen[name]):
+        for x, *_ in rows(readers[name], layer, data.samples, seen[name]):
             y = x.new_empty(len(x), 0)
             moments[name] = moments[name].with_rows(x, y) if name in moments else SecondMoments.of(x, y)
         seen[name] += len(layer.input)
@@ -184,7 +185,9 @@ def gather(
     return moments
 
 
-def rows(reader: Reader, layer: LayerCall, samples: int | None, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+def rows(
+    reader: Reader, layer: LayerCall, samples: int | None, first: int, *others: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
     """x, (n, d), and y, (n, h), of one call, in chunks that fit into memory.
 
     The many patches of one image are much alike. Where all the data has more than `ROWS_PER_COLUMN` times d
@@ -196,6 +199,7 @@ def rows(reader: Reader, layer: LayerCall, samples: int | None, first: int) -> I
         layer: The call.
         samples: Number of samples in all the calibration data; None = not known: every row is read.
         first: Number of the call's first sample.
+        others: Tensors of the output's shape, whose rows follow those of y.
     """
     count = len(layer.input)
     if count == 0:
@@ -203,16 +207,19 @@ def rows(reader: Reader, layer: LayerCall, samples: int | None, first: int) -> I
     if layer.input.device.type == "mps":  # has no float64
         bias = None if layer.bias is None else layer.bias.cpu()
         layer = LayerCall(layer.input.cpu(), layer.output.cpu(), layer.weight.cpu(), bias, layer.options)
-    y = reader.outputs(layer)
+        others = tuple(other.cpu() for other in others)
+    outputs = [reader.outputs(layer), *(reader.outputs(replace(layer, output=other)) for other in others)]
+    y = outputs[0]
     d, positions = reader.inputs(layer, torch.zeros(1, dtype=torch.long, device=y.device)).shape[1], len(y) // count
     wanted = positions if samples is None else min(positions, math.ceil(ROWS_PER_COLUMN * d / samples))
     size = max(1, CHUNK // (d * max(1, wanted)))
-    for chunk, y_chunk in zip(layer.split(size), torch.split(y, size * positions), strict=True):
+    pieces = zip(*(torch.split(each, size * positions) for each in outputs), strict=True)
+    for chunk, of_chunk in zip(layer.split(size), pieces, strict=True):
         if wanted < positions:
             drawn = _positions(positions, wanted, first, len(chunk.input)).to(y.device)
-            yield reader.inputs(chunk, drawn), y_chunk[drawn]
+            yield reader.inputs(chunk, drawn), *(each[drawn] for each in of_chunk)
         else:
-            yield reader.inputs(chunk), y_chunk
+            yield reader.inputs(chunk), *of_chunk
         first += len(chunk.input)
 
 
@@ -262,7 +269,8 @@ class _Watch(TorchFunctionMode):
         if self.swap:
             new = self.swap(name, _batched(x, weight))
             args = tuple(new.get(key, value) for key, value in zip(signature, args, strict=False))
-            kwargs = {key: new.get(key, value) for key, value in kwargs.items()}
+            late = {key: value for key, value in new.items() if key in signature[len(args) :]}
+            kwargs = {**kwargs, **late}
         result = func(*args, **kwargs)
         if self.see:
             self.see(name, LayerCall(_batched(x, weight), _batched(result, weight), weight, bias, named))
@@ -275,7 +283,12 @@ def _batched(value: Tensor, weight: Tensor) -> Tensor:
 
 
 def watch(
-    model: nn.Module, call: ModelCall, names: Iterable[str], see: See | None = None, swap: Swap | None = None
+    model: nn.Module,
+    call: ModelCall,
+    names: Iterable[str],
+    see: See | None = None,
+    swap: Swap | None = None,
+    within: AbstractContextManager[Any] | None = None,
 ) -> None:
     """Runs the model once and reports every application of the named weights.
 
@@ -286,7 +299,9 @@ def watch(
         see: Gets the weight's name and the call, when it is done.
         swap: Gets the name and the layer's input before the call; returns the "weight" and "bias" to use
             instead (what it leaves out stays).
+        within: Entered around the forward pass, inside of what watches it.
     """
     tensors = named_tensors(model)
-    with visible_attention(model), _Watch({id(tensors[name]): name for name in names}, see, swap):
+    watching = _Watch({id(tensors[name]): name for name in names}, see, swap)
+    with visible_attention(model), watching, within or nullcontext():
         run(model, call)

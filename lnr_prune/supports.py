@@ -158,6 +158,7 @@ def refit_network(
         data,
         repeated=repeated,
         ridge=ridge,
+        bias=bias,
         progress=None if progress is None else lambda layer: progress(f"refitting {layer}"),
     )
 
