@@ -5,40 +5,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.methods import is_peer
 from lnr_prune.recipes.data import require
 
 if TYPE_CHECKING:
     from benchmarks.accuracy import Row
 
+STYLES = {"raw": ":", "bn": "--", "refit": "-."}  # of peers
+MARKERS = {"budget": "s", "uniform": "o", "global": "x"}
+
 
 def plot(rows: Sequence["Row"], path: Path) -> None:
-    """Draws one network's rows into an image file: ours as solid lines, peers' dashed, those with our refit dotted."""
+    """Draws one network's rows into an image file: a colour a criterion, markers by sizes, ours as solid lines."""
     lines: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         lines[f"{row.method}, one epoch" if row.finetuned else row.method].append(row)
-    figure = require("matplotlib.figure").Figure(figsize=(15, 6), layout="constrained")
-    score, divergence = figure.subplots(1, 2)
-    colours = require("matplotlib").colormaps["tab20"].colors
-    for number, (name, of_method) in enumerate(sorted(lines.items())):
-        if not of_method[0].limited:
-            score.axhline(100 * of_method[0].score, color="grey", label=name)
-            continue
-        of_method.sort(key=lambda row: row.budget)
-        style = "--" if is_peer(of_method[0].method) else ":" if name.startswith("peer") else "-"
-        for axes, values in (
-            (score, [100 * row.score for row in of_method]),
-            (divergence, [row.divergence for row in of_method]),
-        ):
-            axes.plot(
-                [100 * row.budget for row in of_method], values,
-                style, color=colours[number % len(colours)], marker="o", markersize=3, label=name,
-            )  # fmt: skip
-    what = {"macs": "MACs", "params": "parameters"}[next(row.limited for row in rows if row.limited)]
-    score.set(title=rows[0].network, ylabel="score (%)")
-    divergence.set(ylabel="divergence of the outputs", yscale="log")
-    for axes in (score, divergence):
-        axes.set(xlabel=f"{what} left (%)", xscale="log")
+    pruned = {name: sorted(of_method, key=lambda row: row.budget) for name, of_method in lines.items()}
+    pruned = {name: of_method for name, of_method in pruned.items() if of_method[0].limited}
+    figure = require("matplotlib.figure").Figure(figsize=(14, 9), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for row in rows:
+        if not row.limited:
+            panels[0].axhline(100 * row.score, color="grey", linestyle="--" if row.finetuned else "-", label="dense")
+    colours: dict[str, str] = {}
+    for name, of_method in pruned.items():
+        ours, sizes, criterion, *finish = ["ours", *name.split(", ")] if "peer" not in name else name.split(", ")
+        style = {
+            "color": colours.setdefault(criterion, f"C{len(colours)}"),
+            "linestyle": "-" if ours == "ours" else STYLES[finish[0]],
+            "linewidth": 2 if ours == "ours" else 1,
+            "marker": MARKERS[sizes],
+            "label": name,
+        }
+        x = [100 * row.budget for row in of_method]
+        panels[0].plot(x, [100 * row.score for row in of_method], **style)
+        panels[1].plot(x, [row.divergence for row in of_method], **style)
+    some = next(iter(pruned.values()), [])
+    ticks = [100 * row.budget for row in some]
+    for axes in panels:
+        axes.set(xlabel=f"{some[0].limited if some else ''} left (%)", xscale="log")
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
-    figure.legend(*score.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    panels[0].set(title=rows[0].network, ylabel="score (%)")
+    panels[1].set(ylabel="divergence of the outputs", yscale="log")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(path, dpi=120)

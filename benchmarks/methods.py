@@ -57,11 +57,7 @@ def methods(task: Task, level: Level, search: int) -> dict[str, Method]:
 
 
 def budget_of(level: Level, search: int = 0) -> lnr.Budget:
-    """The library's budget.
-
-    Raises:
-        TypeError, ValueError: If there is none.
-    """
+    """The library's budget."""
     limits: dict[str, Any] = dict([level])
     return lnr.Budget(search=search, **limits)
 

@@ -5,6 +5,7 @@ Equal shares of the inner channels, or (as Torch-Pruning's global pruning) the h
 
 import copy
 import importlib.util
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ TORCH_PRUNING = {
     "bn_scale": "BNScaleImportance",
     "fpgm": "FPGMImportance",
 }
+TAYLOR = 8  # labelled batches that its gradients are summed over
 
 Scores = Mapping[str, Tensor]
 """Name of a group -> importance of each of its channels, of mean one."""
@@ -106,7 +108,8 @@ def _torch_pruning(importance: str, task: Task, seed: int) -> dict[str, Tensor]:
     pruning: Any = importlib.import_module("torch_pruning")
     model = copy.deepcopy(task.model).requires_grad_(True)
     if "Taylor" in importance:
-        task.loss(model, next(iter(task.epoch(seed)))).backward()
+        for batch in itertools.islice(task.epoch(seed), TAYLOR):
+            task.loss(model, batch).backward()
     args, kwargs = shortened(task.example)
     dependencies = pruning.DependencyGraph().build_dependency(model, example_inputs=kwargs or args)
     score, scores = getattr(pruning.importance, importance)(), {}
