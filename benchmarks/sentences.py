@@ -77,7 +77,8 @@ def minilm(root: Path) -> Task:
 
     def calibration(samples: int, seed: int) -> list[dict[str, Tensor]]:
         drawn = [sentences[i] for i in draw(len(sentences), samples, seed)]
-        return [call for _, call in of_equal_length(tokenizer, drawn)]
+        calls = [call for _, call in of_equal_length(tokenizer, drawn)]
+        return [calls[i] for i in draw(len(calls), len(calls), seed)]  # the first are not the shortest
 
     def epoch(seed: int) -> Iterator[Pairs]:
         for index in draw(len(train.gold), len(train.gold), seed).split(PAIRS):
