@@ -38,8 +38,7 @@ def graph_of(task: Task) -> Graph:
     """The groups that the module itself can lose channels of."""
     example = shortened(task.example)
     graph = find_groups(task.model, *example)
-    groups, fixed = shrinkable(copy.deepcopy(task.model), graph.groups, example)
-    return replace(graph, groups=groups, frozen={**graph.frozen, **fixed})
+    return replace(graph, groups=shrinkable(copy.deepcopy(task.model), graph.groups, example)[0])
 
 
 def limit(task: Task, graph: Graph, kind: str, share: float) -> tuple[Cost, float]:
@@ -51,8 +50,8 @@ def limit(task: Task, graph: Graph, kind: str, share: float) -> tuple[Cost, floa
 def uniform(task: Task, graph: Graph, kind: str, share: float) -> dict[str, int]:
     """Equal shares of the inner channels, as close to the budget as whole channels allow.
 
-    The shares that meet the budget exactly are rounded down, and those that lost most by it are rounded up again
-    while the budget holds.
+    The shares that meet the budget exactly are rounded down; then, while one fits, another channel goes to the group
+    that is furthest below its share.
     """
     cost, most = limit(task, graph, kind, share)
     whole = {group.name: group.size for group in graph.groups}
@@ -66,10 +65,12 @@ def uniform(task: Task, graph: Graph, kind: str, share: float) -> dict[str, int]
         low, high = (low, middle) if cost({**whole, **shrunk(middle)}) <= most else (middle, high)  # type: ignore[dict-item]
     ideal = shrunk(high)
     sizes = {name: int(size + 1e-6) for name, size in ideal.items()}
-    for name in sorted(sizes, key=lambda each: sizes[each] - ideal[each]):
-        if sizes[name] < whole[name] and cost({**whole, **sizes, name: sizes[name] + 1}) <= most:
-            sizes[name] += 1
-    return sizes
+    while True:
+        more = {name: {**sizes, name: size + 1} for name, size in sizes.items() if size < whole[name]}
+        fitting = [name for name, raised in more.items() if cost({**whole, **raised}) <= most]
+        if not fitting:
+            return sizes
+        sizes = more[min(fitting, key=lambda name: (sizes[name] - ideal[name]) / whole[name])]
 
 
 def highest(task: Task, graph: Graph, kind: str, share: float, scores: Scores) -> dict[str, int]:
