@@ -97,15 +97,17 @@ def measure(
             shares = (
                 cost.macs(model, task.example) / cost.macs(task.model, task.example),
                 cost.parameters(model) / cost.parameters(task.model),
-                time_of(model, task) / time_of(task.model, task),
+                time_share(model, task),
             )
             runs.setdefault(tuned, []).append(((*shares, seconds), task.judge(model)))
     return [_result((network, *level, method, tuned), of_seeds, samples) for tuned, of_seeds in runs.items()]
 
 
-def time_of(model: nn.Module, task: Task) -> float:
-    """Of a forward pass: the fastest of some medians, which others on the machine disturb least."""
-    return min(cost.latency(model, task.example, seconds=0.1) for _ in range(5))
+def time_share(model: nn.Module, task: Task) -> float:
+    """Of a forward pass, from the fastest of some medians taken by turns: others on the machine disturb them least."""
+    turns = [[cost.latency(net, task.example, seconds=0.05) for net in (model, task.model)] for _ in range(10)]
+    pruned, dense = (min(times) for times in zip(*turns, strict=True))
+    return pruned / dense
 
 
 def _result(

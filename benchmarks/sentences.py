@@ -101,7 +101,7 @@ def minilm(root: Path) -> Task:
         inner[f"bert.encoder.layer.{layer}.attention.self.query"] = 0.5
         inner[f"bert.encoder.layer.{layer}.intermediate.dense"] = 1.0
     _, example = next(of_equal_length(tokenizer, sentences[:1] * 32))
-    return Task(model, inner, ((), example), calibration, epoch, loss, judge)
+    return Task(model, inner, ((), example), calibration, epoch, loss, 2e-5, judge)
 
 
 def load_minilm() -> tuple[SentenceEncoder, Any]:

@@ -13,7 +13,6 @@ from lnr_prune.calibration import Call
 from lnr_prune.recipes.data import batches
 
 BATCH = 125
-LEARNING_RATE = 1e-4  # of fine-tuning
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +42,7 @@ class Task:
         calibration: Number of samples and a seed -> batches to calibrate on; what labels they hold is ignored.
         epoch: Seed -> all the training data, labelled, in batches.
         loss: Model and labelled batch -> what is minimised in training.
+        rate: Learning rate of Adam for it.
         judge: Model -> how good it is on the test data.
     """
 
@@ -52,6 +52,7 @@ class Task:
     calibration: Callable[[int, int], list[Any]]
     epoch: Callable[[int], Iterable[Any]]
     loss: Callable[[nn.Module, Any], Tensor]
+    rate: float
     judge: Callable[[nn.Module], Judged]
 
 
@@ -76,6 +77,7 @@ def classifier(trained: Trained) -> Task:
         calibration,
         lambda seed: batches(trained.train, trained.train_labels, BATCH, seed),
         lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        1e-3,
         judge,
     )
 
@@ -92,13 +94,16 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def finetune(model: nn.Module, task: Task, seed: int) -> None:
-    """One epoch of Adam over all the training data, in place."""
-    optimizer = torch.optim.Adam(model.requires_grad_(True).parameters(), lr=LEARNING_RATE)
+    """One epoch of Adam over all the training data, its rate falling to zero; in place."""
+    optimizer = torch.optim.Adam(model.requires_grad_(True).parameters(), lr=task.rate)
+    epoch = list(task.epoch(seed))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(epoch))
     with torch.random.fork_rng(devices=[]):  # dropout
         torch.manual_seed(seed)
         model.train()
-        for batch in task.epoch(seed):
+        for batch in epoch:
             optimizer.zero_grad()
             task.loss(model, batch).backward()
             optimizer.step()
+            schedule.step()
     model.eval()
