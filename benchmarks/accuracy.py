@@ -51,7 +51,7 @@ class Row:
         score: Accuracy or, of sentence embeddings, Spearman's correlation.
         spread: Standard error of the score over the seeds; None with one seed.
         ahead: How much the score is above the best peer's; None without peers.
-        ahead_error: Standard error of that over the test samples.
+        ahead_error: Standard error of that over the test samples; of correlations, as if their ranks were given.
     """
 
     network: str

@@ -1,6 +1,8 @@
 """The peers' ways to choose channels, at the sizes of a budget, and three ways to finish the network after it.
 
 Equal shares of the inner channels, or (as Torch-Pruning's global pruning) the highest of all groups' normalised scores.
+Torch-Pruning's graph also finds the heads of an attention, and scores them; "bn_scale" is for networks with batch norms
+only. Its own removal is not used: the channels that it would choose are taken out by ours.
 """
 
 import copy
