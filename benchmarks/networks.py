@@ -1,5 +1,6 @@
-"""Trained networks and their data, for the benchmarks: LeNet-5 on MNIST, ResNets on CIFAR-10."""
+"""Trained networks and their data, for the benchmarks: LeNet-5 on MNIST, ResNets on CIFAR-10, small nets on digits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from torch.nn import functional as F
 
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.recipes import data as datasets
-from lnr_prune.recipes.lenet5 import load_weights
+from lnr_prune.recipes.lenet5 import adam, load_weights, train_epoch
 
 CIFAR_TRAIN = 7_000  # of train10k.npz; the rest is for choosing settings
+DIGITS_EPOCHS = 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +40,14 @@ class Trained:
 
 
 def load(name: str, root: Path) -> Trained:
-    """ "lenet5", "resnet20", "resnet32", "resnet44" or "resnet56"; weights and data lie in root.
+    """ "lenet5", "resnet20", "resnet32", "resnet44" or "resnet56", whose weights and data lie in root; or "digits_mlp",
+    "digits_cnn", trained here on scikit-learn's digits in seconds.
 
     Raises:
         LnrPruneError: If a file is missing.
     """
+    if name in DIGITS:
+        return digits(*DIGITS[name])
     try:
         if name == "lenet5":
             mnist = datasets.load("mnist", root)
@@ -61,12 +66,44 @@ def load(name: str, root: Path) -> Trained:
         raise LnrPruneError(f"cannot load {name!r} from {root}: {error}") from error
 
 
+def digits(make: Callable[[], nn.Module], inner: tuple[str, ...]) -> Trained:
+    """A network trained on scikit-learn's digits, (n, 1, 28, 28); always the same one."""
+    data = datasets.load("digits")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make()
+    optimizer = adam(model)
+    for epoch in range(DIGITS_EPOCHS):
+        train_epoch(model, optimizer, data, batch_size=64, seed=epoch)
+    return Trained(
+        model.eval(), data.train_images, data.train_labels, data.test_images, data.test_labels, inner
+    )  # fmt: skip
+
+
 def cifar10(file: Path) -> tuple[Tensor, Tensor]:
     """Normalised images, (n, 3, 32, 32), and labels of an npz file."""
     arrays = np.load(file)
     images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2) / 255
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     return (images - mean) / deviation, torch.from_numpy(arrays["labels"]).long()
+
+
+def mlp() -> nn.Module:
+    """Two hidden layers."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+    )  # fmt: skip
+
+
+def cnn() -> nn.Module:
+    """Three convolutions with batch norm."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((1, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(inputs, outputs, 3, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10))
+
+
+DIGITS = {"digits_mlp": (mlp, ("1", "3")), "digits_cnn": (cnn, ("0", "4", "8"))}
 
 
 class BasicBlock(nn.Module):

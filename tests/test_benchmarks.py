@@ -1,0 +1,171 @@
+"""The arithmetic of the accuracy benchmark."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from torch import nn
+
+from benchmarks import peers
+from benchmarks.accuracy import Result, Row, compared, levels_of, table
+from benchmarks.accuracy_plots import plot
+from benchmarks.methods import methods
+from benchmarks.networks import Trained
+from benchmarks.sentences import of_equal_length, spearman_terms
+from benchmarks.tasks import Task, classifier, finetune
+from lnr_prune import cost
+from lnr_prune.calibration import run
+
+
+def small(width: int = 12) -> Task:
+    """Two convolutions with batch norm on noise, labelled by an untrained network itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3), nn.BatchNorm2d(2 * width), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 4),
+        ).eval()  # fmt: skip
+        images = torch.randn(80, 1, 8, 8)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    return classifier(Trained(model, images[:50], labels[:50], images[50:], labels[50:], ("0", "3")))
+
+
+def row(method: str, score: float, **changes: object) -> Row:
+    whole = Row("net", "macs", 0.5, method, False, 0.5, 0.5, 0.5, score, None, score, 0.1, 1.0, 100, 1)
+    return replace(whole, **changes)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=30))
+def test_terms_average_to_spearmans_correlation(pairs: list[tuple[int, int]]) -> None:
+    x, y = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+    if len(x.unique()) > 1 and len(y.unique()) > 1:
+        expected = spearmanr(x.numpy(), y.numpy()).statistic
+        assert float(spearman_terms(x, y).mean()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_every_sentence_is_in_one_batch_without_padding() -> None:
+    sentences = ["a b", "a", "c d", "a b c", "d"] * 40
+
+    def tokenizer(texts: list[str]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(word) for word in text.split()] for text in texts]}
+
+    seen: dict[int, str] = {}
+    for index, call in of_equal_length(tokenizer, sentences):
+        assert bool(call["attention_mask"].all())
+        for i, ids in zip(index.tolist(), call["input_ids"].tolist(), strict=True):
+            seen[i] = " ".join(map(chr, ids))
+    assert [seen[i] for i in range(len(sentences))] == sentences
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.21])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_uniform_sizes_use_up_the_budget(kind: str, share: float, weight: float) -> None:
+    task = replace(small(), inner={"0": weight, "3": 1.0})
+    graph = peers.graph_of(task)
+    sizes = peers.uniform(task, graph, kind, share)
+    spent, most = peers.limit(task, graph, kind, share)
+    assert spent(sizes) <= most
+    assert all(spent({**sizes, name: size + 1}) > most for name, size in sizes.items())
+    removed = {name: (1 - size / {"0": 12, "3": 24}[name]) / task.inner[name] for name, size in sizes.items()}
+    assert abs(removed["0"] - removed["3"]) < 1 / (12 * weight) + 1 / 24  # one channel's rounding of each
+
+
+@given(st.floats(0.1, 0.95), st.integers(0, 5))
+def test_the_highest_scores_of_all_groups_stay(share: float, seed: int) -> None:
+    task = small()
+    graph = peers.graph_of(task)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {"0": torch.rand(12, generator=generator), "3": torch.rand(24, generator=generator)}
+    spent, most = peers.limit(task, graph, "macs", share)
+
+    def kept(threshold: float) -> dict[str, int]:
+        return {name: max(1, int((of_group >= threshold).sum())) for name, of_group in scores.items()}
+
+    fitting = [sizes for each in torch.cat(list(scores.values())).tolist() if spent(sizes := kept(each)) <= most]
+    assert peers.highest(task, graph, "macs", share, scores) == max(fitting, key=spent)
+
+
+def test_scores_are_the_filters_norms_over_their_mean() -> None:
+    task = small()
+    weight = task.model.get_parameter("3.weight").detach().abs().sum((1, 2, 3))
+    score = peers.scores_of("l1", task, peers.graph_of(task), seed=0)["3"]
+    assert torch.allclose(score, weight / weight.mean())
+
+
+@pytest.mark.parametrize("finish", ["raw", "bn", "refit"])
+def test_peers_networks_keep_the_channels_of_the_highest_scores(finish: str) -> None:
+    task = small()
+    graph, batches = peers.graph_of(task), task.calibration(50, 0)
+    scores = {"0": torch.arange(12.0), "3": torch.arange(24.0)}
+    model = peers.finished(task, graph, {"0": 5, "3": 7}, scores, batches, finish)
+    kept, original = (net.get_parameter("0.weight") for net in (model, task.model))
+    assert (kept.shape[0], model.get_parameter("3.weight").shape[0]) == (5, 7)
+    if finish != "refit":
+        assert torch.equal(kept, original[7:])
+    if finish == "bn":
+        filtered = torch.cat([run(model.get_submodule("0"), ((images,), {})).mean((0, 2, 3))[None]
+                              for images, _ in batches])  # fmt: skip
+        assert torch.allclose(model.get_buffer("1.running_mean"), filtered.mean(0), atol=1e-6)
+
+
+def test_every_method_keeps_within_the_budget() -> None:
+    task = small()
+    whole = cost.macs(task.model, task.example)
+    every = methods(task, ("macs", 0.5), search=1)
+    assert {name.split(", ")[0] for name in every} == {"budget", "uniform", "peer"}
+    for name, prune in every.items():
+        model = prune(task.calibration(50, 0), 0)
+        assert cost.macs(model, task.example) <= 0.5 * whole, name
+
+
+def test_ahead_is_the_paired_difference_from_the_best_peer() -> None:
+    def result(row: Row, *terms: float) -> Result:
+        return Result(replace(row, score=sum(terms) / len(terms)), torch.tensor(terms, dtype=torch.float64))
+
+    rows = compared([
+        result(row("budget, backward", 0), 1, 1, 1, 0),
+        result(row("peer, uniform, l1, raw", 0), 1, 0, 1, 0),
+        result(row("peer, uniform, l1, bn", 0), 0, 0, 1, 0),
+        result(row("peer, uniform, l1, refit", 0), 1, 1, 1, 1),
+        result(row("peer, uniform, fpgm, bn", 0, budget=0.25), 1, 1, 1, 1),
+        result(row("budget, backward", 0, finetuned=True), 1, 1, 1, 1),
+    ])  # fmt: skip
+    assert [row.ahead for row in rows] == [0.25, 0.0, -0.25, 0.5, 0.0, None]
+    assert rows[0].ahead_error == pytest.approx(0.5 / math.sqrt(4))
+
+
+def test_fine_tuning_trains_every_parameter_and_ends_in_evaluation_mode() -> None:
+    task = small()
+    model = small().model
+    finetune(model, task, seed=0)
+    for tuned, original in zip(model.parameters(), task.model.parameters(), strict=True):
+        assert not torch.equal(tuned, original)
+    assert not model.training
+
+
+def test_budgets_of_the_command_line() -> None:
+    assert levels_of("macs=0.5,params=0.1") == (("macs", 0.5), ("params", 0.1))
+    for wrong in ("macs", "macs=2", "time=0.5", "latency=0.5", "macs=x"):
+        with pytest.raises(typer.BadParameter, match="shares such as"):
+            levels_of(wrong)
+
+
+def test_rows_are_printed_and_drawn(tmp_path: Path) -> None:
+    rows = [
+        row("dense", 1.0, limited="", budget=1.0),
+        *(row("budget, backward", share, budget=share, spread=0.01) for share in (0.5, 0.25)),
+        *(row("peer, global, l1, raw", share, budget=share, ahead=0.0, ahead_error=0.0) for share in (0.5, 0.25)),
+        row("budget, backward", 0.9, finetuned=True),
+    ]
+    plot(rows, tmp_path / "net.png")
+    assert (tmp_path / "net.png").stat().st_size > 0
+    assert table(rows).row_count == len(rows)
