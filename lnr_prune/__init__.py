@@ -19,6 +19,7 @@ from lnr_prune.solvers import (
     solve,
 )
 from lnr_prune.swaps import exchange
+from lnr_prune.sweep import Sweep, sweep
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "RegularizationPath",
     "Solution",
     "Status",
+    "Sweep",
     "VerificationError",
     "backward",
     "debias",
@@ -53,4 +55,5 @@ __all__ = [
     "register",
     "regularization_path",
     "solve",
+    "sweep",
 ]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lnr_prune import drawing
+from lnr_prune import drawing, page
 from lnr_prune.calibration import Inputs, calibrate, samples_in, short_example
 from lnr_prune.graph import ChannelGroup, find_groups, layer_name, named_tensors
 from lnr_prune.verify import shrinkable
@@ -77,6 +77,9 @@ class Inspection:
             LnrPruneError: If graphviz is not installed, or fails.
         """
         return drawing.draw(self.to_dot(), path)
+
+    def _repr_html_(self) -> str:
+        return page.embedded(page.inspection(self))
 
     def __rich__(self) -> Table:
         table = Table(title="channel groups", caption=f"{self.reachable:.1%} of the parameters are in groups")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lnr_prune import cost
 from lnr_prune.allocation import Budget
 from lnr_prune.amount import choose_channels, group_of, the_one_given
-from lnr_prune.calibration import Inputs, calibrate, short_example
+from lnr_prune.calibration import Call, Inputs, calibrate, short_example
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.curves import output_error
 from lnr_prune.errors import GraphError
@@ -169,7 +169,7 @@ def prune(
     rows = tuple(_row(g, selected.get(g.name), done.layers, predicted.get(g.name)) for g in graph.groups)
     layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := done.layers.get(layer.weight)))
     _warn_of_few_samples(layers)
-    before = cost.parameters(model), cost.macs(model, example)
+    before = _costs(model, example)
     error = output_error(model, masked, data)
     if as_graph:
         target = pruned_graph(model, plan, masked, example)
@@ -182,9 +182,21 @@ def prune(
         except BaseException:
             restore()
             raise
-    after = cost.parameters(target), cost.macs(target, example)
-    report = Report(rows, layers, error, graph.frozen, before[0], after[0], before[1], after[1])
+    after = _costs(target, example)
+    costs = {f"{kind}_{when}": of[kind] for when, of in (("before", before), ("after", after)) for kind in of}
+    report = Report(rows, layers, error, graph.frozen, **costs)
     return Pruned(target, report, plan, masked)
+
+
+def _costs(model: nn.Module, example: Call) -> dict[str, Any]:
+    """As the report names them."""
+    (latency,) = cost.side_by_side([model], example)
+    return {
+        "params": cost.parameters(model),
+        "macs": cost.macs(model, example),
+        "size": cost.size(model),
+        "latency": latency,
+    }
 
 
 def _as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]) -> Refit:
@@ -216,6 +228,7 @@ def _row(
         lam=selection.lam,
         gap=selection.gap,
         predicted=predicted,
+        before_refit=chosen.error,
         note=selection.note,
     )
 

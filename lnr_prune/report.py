@@ -2,11 +2,19 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+from lnr_prune import page, plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lnr_prune.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,8 @@ class GroupReport:
         error: ``E||y - M x||^2 / E||y||^2`` of the consumers on the calibration data; None if left whole.
         predicted: What the budget expected the group to cost: relative squared error of the network's
             outputs; None without a budget.
+        before_refit: ``error`` of the selector's own coefficients, on the original network's inputs; None if
+            left whole.
         lam: Penalty of the group lasso; None if another selector chose.
         gap: Relative duality gap of its solve; None likewise.
         note: What to know, "" if nothing.
@@ -36,6 +46,7 @@ class GroupReport:
     lam: float | None = None
     gap: float | None = None
     predicted: float | None = None
+    before_refit: float | None = None
     note: str = ""
 
 
@@ -70,6 +81,9 @@ class Report:
         frozen: Layer whose outputs cannot be pruned -> why.
         params_before, params_after: Number of parameters.
         macs_before, macs_after: Multiply-accumulates for one sample.
+        size_before, size_after: Bytes of the parameters and buffers; None if unknown.
+        latency_before, latency_after: Median seconds of a few forward passes of two samples, a rough measurement; None
+            if unknown. Two reports are equal whatever these are.
     """
 
     groups: tuple[GroupReport, ...]
@@ -80,6 +94,10 @@ class Report:
     params_after: int
     macs_before: int
     macs_after: int
+    size_before: int | None = None
+    size_after: int | None = None
+    latency_before: float | None = field(default=None, compare=False)
+    latency_after: float | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -98,6 +116,35 @@ class Report:
             return cls(**{**data, "groups": groups, "layers": layers})
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a report of this version of lnr-prune: {error}") from error
+
+    def to_html(
+        self, path: str | Path | None = None, *, title: str = "lnr-prune report", sweep: "Sweep | None" = None
+    ) -> str:
+        """The report as one web page that needs nothing else: no network, no scripts.
+
+        Args:
+            path: File to write it to; None = write nothing.
+            title: Heading of the page.
+            sweep: Shows this Pareto frontier too.
+
+        Returns:
+            The page.
+        """
+        text = page.document(title, page.report(self, title), *([page.sweep(sweep)] if sweep else []))
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def plot(self) -> "Figure":
+        """Channels kept and errors, one bar a group, as a matplotlib figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        return plots.groups(self)
+
+    def _repr_html_(self) -> str:
+        return page.embedded(page.report(self, "lnr-prune report"))
 
     def __rich__(self) -> Table:
         table = Table(title="lnr-prune", caption=self._caption(), caption_justify="left")
