@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lnr_prune import __version__
+from lnr_prune import __version__, commands
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.recipes import session
 from lnr_prune.recipes.data import DATA_ENVIRONMENT
@@ -19,6 +19,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+for command in (commands.inspect, commands.prune, commands.report, commands.bench):
+    app.command()(command)
 
 
 def main() -> None:

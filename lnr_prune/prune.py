@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +67,7 @@ def prune(
     inplace: bool = False,
     as_graph: bool = False,
     seed: int = 0,
-    progress: bool | None = None,
+    progress: bool | Callable[[str], None] | None = None,
 ) -> Pruned:
     """``min_M 1/2 E||y - M x||^2 + lam sum_g w_g ||M[:, g]||_F`` for every layer, then removes the zero groups.
 
@@ -98,7 +99,8 @@ def prune(
         as_graph: Returns a `PrunedGraph`, a GraphModule of ATen operations for evaluation only, instead of a
             module of the model's class. No channels stay then because the model's forward holds their number.
         seed: Of the "random" selector.
-        progress: Whether to show a progress bar; default: if stderr is a terminal.
+        progress: Whether to show a progress bar; default: if stderr is a terminal. Or a function that is called
+            with what is being done.
 
     Returns:
         A `Pruned` with the smaller model, the report and the plan.
@@ -146,8 +148,7 @@ def prune(
         stay = {group_of(graph, producer, "budget.leave") for producer in budget.leave}
         wanted = [group for group in graph.groups if group.name not in stay]
 
-    with _progress_bar(progress) as bar:
-        step = _steps(bar)
+    with _shown(progress) as step:
         readings = read(model, wanted, data, bias=bias, progress=lambda: step("statistics"))
         predicted: Mapping[str, float] = {}
         if budget is not None:
@@ -244,12 +245,13 @@ def _warn_of_few_samples(layers: tuple[LayerReport, ...]) -> None:
         )  # fmt: skip
 
 
-def _steps(bar: Progress) -> Callable[[str], None]:
+@contextmanager
+def _shown(progress: bool | Callable[[str], None] | None) -> Iterator[Callable[[str], None]]:
     """Shows what is being done."""
-    task = bar.add_task("", total=None)
-    return lambda doing: bar.update(task, description=doing, advance=1)
-
-
-def _progress_bar(show: bool | None) -> Progress:
-    show = sys.stderr.isatty() if show is None else show
-    return Progress(console=Console(stderr=True), transient=True, disable=not show)
+    if callable(progress):
+        yield progress
+        return
+    show = sys.stderr.isatty() if progress is None else progress
+    with Progress(console=Console(stderr=True), transient=True, disable=not show) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda doing: bar.update(task, description=doing, advance=1)
