@@ -2,9 +2,11 @@
 
 from lnr_prune.allocation import Budget
 from lnr_prune.backward import Elimination, backward
-from lnr_prune.errors import AdapterError, CalibrationError, GraphError, LnrPruneError, VerificationError
+from lnr_prune.errors import AdapterError, CalibrationError, GraphError, LnrPruneError, PlanError, VerificationError
+from lnr_prune.files import load
 from lnr_prune.inspection import Inspection, inspect
 from lnr_prune.path import CountSearch, RegularizationPath, lam_for_count, regularization_path
+from lnr_prune.plan import Plan
 from lnr_prune.problem import Block, GroupLasso, debias
 from lnr_prune.prox import prox_group_lasso
 from lnr_prune.prune import Pruned, prune
@@ -38,6 +40,8 @@ __all__ = [
     "Inspection",
     "LnrPruneError",
     "Newton",
+    "Plan",
+    "PlanError",
     "ProximalGradient",
     "Pruned",
     "RegularizationPath",
@@ -50,6 +54,7 @@ __all__ = [
     "exchange",
     "inspect",
     "lam_for_count",
+    "load",
     "prox_group_lasso",
     "prune",
     "register",

@@ -1,6 +1,7 @@
 """The front door: prune a model by linear neural reconstruction."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lnr_prune import cost
+from lnr_prune import cost, files
 from lnr_prune.allocation import Budget
 from lnr_prune.amount import choose_channels, group_of, the_one_given
 from lnr_prune.calibration import Call, Inputs, calibrate, short_example
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.curves import output_error
 from lnr_prune.errors import GraphError
+from lnr_prune.fingerprint import fingerprint
 from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.pruned_graph import pruned_graph
@@ -48,6 +50,18 @@ class Pruned:
     report: Report
     plan: Plan
     masked: Mapping[str, Tensor]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the pruned model to a safetensors file, with the plan, the report and the original's fingerprint.
+
+        `load` reads it. All parameters and buffers are stored, tied ones once, with the values that they have
+        now. An existing file is replaced, and stays as it is if anything fails.
+
+        Raises:
+            PlanError: If the model no longer has the shapes that it was pruned to, or its state is not all tensors.
+            OSError: If the file cannot be written.
+        """
+        files.save_model(path, self.model, self.plan, self.report)
 
 
 def prune(
@@ -166,6 +180,7 @@ def prune(
 
     supports = [(readings[name].group, support) for name, support in chosen.items()]
     plan = make_plan(supports)
+    plan = replace(plan, original=fingerprint(model, plan.attributes))
     masked = {**masked_weights(supports, tensors), **done.weights}
     rows = tuple(_row(g, selected.get(g.name), done.layers, predicted.get(g.name)) for g in graph.groups)
     layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := done.layers.get(layer.weight)))
