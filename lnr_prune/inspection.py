@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from lnr_prune import drawing, page
@@ -89,9 +90,9 @@ class Inspection:
             table.add_column(column, justify="right")
         for group in self.groups:
             costs = (f"{group.size:,}", f"{group.parameters:,}", f"{group.macs:,}")
-            table.add_row(", ".join(group.producers), ", ".join(group.consumers), *costs)
+            table.add_row(Text(", ".join(group.producers)), Text(", ".join(group.consumers)), *costs)
         for layer, reason in self.frozen.items():
-            table.add_row(layer, f"frozen: {reason}", "-", "-", "-")
+            table.add_row(Text(layer), Text(f"frozen: {reason}"), "-", "-", "-")
         return table
 
     def __str__(self) -> str:

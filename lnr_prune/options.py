@@ -6,13 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from lnr_prune.allocation import Budget
-from lnr_prune.amount import the_one_given
 
 MODEL, DATA, AMOUNT, OUTPUT = "Model", "Inputs", "How much is kept (give one)", "Output"
 
 Model = Annotated[
     str,
     typer.Argument(
+        metavar="MODEL",
         help="Where the model comes from: package.module:factory, path/to/file.py:factory (a function or class that "
         "makes it), torchvision:NAME, timm:NAME, or hf:FOLDER (saved by Hugging Face's save_pretrained).",
         show_default=False,
@@ -20,7 +20,9 @@ Model = Annotated[
 ]
 ModelArg = Annotated[
     list[str] | None,
-    typer.Option(help="Argument of the factory, key=value with the value in JSON. May be repeated.", rich_help_panel=MODEL),
+    typer.Option(
+        help="Argument of the factory, key=value with the value in JSON. May be repeated.", rich_help_panel=MODEL
+    ),
 ]
 Weights = Annotated[
     Path | None,
@@ -34,9 +36,7 @@ Weights = Annotated[
 Device = Annotated[str, typer.Option(help="Where it runs: cpu, cuda, mps ...", rich_help_panel=MODEL)]
 Shape = Annotated[
     str | None,
-    typer.Option(
-        help="Shape of one sample, such as 3,224,224: random values of it are used.", rich_help_panel=DATA
-    ),
+    typer.Option(help="Shape of one sample, such as 3,224,224: random values of it are used.", rich_help_panel=DATA),
 ]
 Tokens = Annotated[
     int | None,
@@ -48,6 +48,16 @@ Array = Annotated[
         help="Which array of the file is the model's input; repeat it for models that take several, by name.",
         rich_help_panel=DATA,
     ),
+]
+Saved = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PRUNED", exists=True, dir_okay=False, show_default=False, help="A file that lnr-prune prune wrote."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(exists=True, help="Instead, inputs from a .npy, .npz or .safetensors file.", rich_help_panel=DATA),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, to the standard output.", rich_help_panel=OUTPUT)
@@ -92,8 +102,8 @@ def amount(texts: dict[str, list[str] | None], limits: dict[str, float | None], 
     Raises:
         ValueError: If there is no amount, or more than one, or a detail without a limit.
     """
-    given = {name: _amount_of(name, values) for name, values in texts.items() if values}
-    wanted = {name: value for name, value in limits.items() if value is not None}
+    given: dict[str, Any] = {name: _amount_of(name, values) for name, values in texts.items() if values}
+    wanted: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     settings = {name: value for name, value in details.items() if value is not None}
     if wanted:
         given["budget"] = Budget(**wanted, **settings)

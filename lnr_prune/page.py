@@ -104,7 +104,7 @@ def _tiles(of: Report) -> str:
         ("Latency (rough)", of.latency_before, of.latency_after, _seconds),
     ]
     tiles = [
-        f'<div class="tile">{name}<b>{percent(after / before)}</b>{_bar(after / before, f"{after / before:.1%} left")}'
+        f'<div class="tile">{name}<b>{percent(after / before)}</b>{_bar(after / before, percent(after / before))}'
         f'<span class="quiet">{form(before)} → {form(after)}</span></div>'
         for name, before, after, form in counts
         if before and after is not None
@@ -112,7 +112,7 @@ def _tiles(of: Report) -> str:
     predicted = [group.predicted for group in of.groups if group.predicted is not None]
     note = f"squared, relative; predicted {percent(sum(predicted))}" if predicted else "squared, relative to the spread"
     tiles.append(
-        f'<div class="tile">Error of the outputs<b>{percent(of.error)}</b>{_bar(min(1.0, of.error), "error")}'
+        f'<div class="tile">Error of the outputs<b>{percent(of.error)}</b>{_bar(of.error, percent(of.error))}'
         f'<span class="quiet">{note}</span></div>'
     )
     return f'<div class="tiles">{"".join(tiles)}</div>'
@@ -135,7 +135,7 @@ def _groups(of: Report) -> str:
         note = f'<div class="quiet">{escape(group.note)}</div>' if group.note else ""
         row = [
             _who(group.producers, group.consumers) + note,
-            _bar(group.kept / group.size, f"{group.kept} of {group.size} channels kept"),
+            _bar(group.kept / max(1, group.size), f"{group.kept} of {group.size} channels kept"),
             f"{group.kept:,} of {group.size:,}",
             _errors(group.before_refit, group.error, largest),
             _maybe(group.before_refit),
@@ -276,7 +276,7 @@ def _maybe(error: float | None) -> str:
 
 def _bar(share: float, label: str) -> str:
     """A bar of which a share is filled."""
-    filled = f'<rect class="a" width="{share:.2%}" height="100%"/>'
+    filled = f'<rect class="a" width="{min(1.0, max(0.0, share)):.2%}" height="100%"/>'
     return f'<svg class="bar" role="img" aria-label="{escape(label)}">{filled}</svg>'
 
 
@@ -284,7 +284,7 @@ def _errors(before: float | None, after: float | None, largest: float) -> str:
     bars = [(error, style) for error, style in ((before, "b"), (after, "a")) if error is not None]
     return "".join(
         f'<svg class="bar thin" role="img" aria-label="{percent(error)}">'
-        f'<rect class="{style}" width="{error / largest if largest else 0:.2%}" height="100%"/></svg>'
+        f'<rect class="{style}" width="{error / largest if largest > 0 else 0:.2%}" height="100%"/></svg>'
         for error, style in bars
     )
 

@@ -182,7 +182,7 @@ def prune(
     plan = make_plan(supports)
     plan = replace(plan, original=fingerprint(model, plan.attributes))
     masked = {**masked_weights(supports, tensors), **done.weights}
-    rows = tuple(_row(g, selected.get(g.name), done.layers, predicted.get(g.name)) for g in graph.groups)
+    rows = tuple(_row(g, selected.get(g.name), done.layers, predicted.get(g.name), debias) for g in graph.groups)
     layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := done.layers.get(layer.weight)))
     _warn_of_few_samples(layers)
     before = _costs(model, example)
@@ -225,7 +225,11 @@ def _as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]
 
 
 def _row(
-    group: ChannelGroup, chosen: Selected | None, fits: Mapping[str, LayerFit], predicted: float | None
+    group: ChannelGroup,
+    chosen: Selected | None,
+    fits: Mapping[str, LayerFit],
+    predicted: float | None,
+    refitted: bool,
 ) -> GroupReport:
     consumers = tuple(consumer.name for consumer in group.consumers)
     row = GroupReport(group.name, group.producers, consumers, group.size, group.size)
@@ -235,6 +239,8 @@ def _row(
     if fitted:
         scale = sum(fit.scale for fit in fitted)
         error = sum(fit.error for fit in fitted) / scale if scale > 0 else 0.0
+    elif refitted and consumers:  # they read what they did in the original network, and stay as they are
+        error = 0.0
     else:
         error = chosen.error
     return replace(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lnr_prune import page, plots
 
@@ -155,7 +156,7 @@ class Report:
             table.add_column(column, justify="right")
         table.add_column("note")
         for group in self.groups:
-            table.add_row(
+            row = (
                 ", ".join(group.producers),
                 ", ".join(group.consumers),
                 str(group.size),
@@ -165,8 +166,9 @@ class Report:
                 *([] if not budget else ["-" if group.predicted is None else f"{group.predicted:.2%}"]),
                 group.note,
             )
+            table.add_row(*map(Text, row))  # not markup: names are whatever the model's are
         for layer, reason in self.frozen.items():
-            table.add_row(layer, *["-"] * (5 + budget), f"frozen: {reason}")
+            table.add_row(Text(layer), *["-"] * (5 + budget), Text(f"frozen: {reason}"))
         return table
 
     def _caption(self) -> str:

@@ -126,7 +126,9 @@ class _Images(Dataset[Tensor]):
 
 def _images(source: Source, dtype: torch.dtype) -> Iterable[Tensor]:
     if len(source.mean) != len(source.std) or len(source.mean) not in (1, 3):
-        raise ValueError(f"--mean and --std must both have 3 values, or 1 for grey images: got {source.mean}, {source.std}")
+        raise ValueError(
+            f"--mean and --std must both have 3 values, or 1 for grey images: got {source.mean}, {source.std}"
+        )
     files = sorted(file for file in source.path.rglob("*") if file.suffix.lower() in IMAGES)
     if not files:
         raise CalibrationError(f"there is no image in {source.path}; expected files that end in {', '.join(IMAGES)}")

@@ -116,10 +116,10 @@ def _hugging_face(folder: str, **given: Any) -> Any:
         raise LnrPruneError(f"hf:{folder}: there is no folder {folder!r}; give one that save_pretrained wrote")
     with suppress(LnrPruneError):
         import_torchvision()  # which transformers imports for some models
-    transformers = needed("transformers")
+    transformers: Any = needed("transformers")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     name = next(iter(config.architectures or ()), "")
-    of = getattr(transformers, name, None)
+    of: Any = getattr(transformers, name, None)
     if not (isinstance(of, type) and issubclass(of, transformers.PreTrainedModel)):
         of = transformers.AutoModel
     return of.from_pretrained(folder, local_files_only=True, **given)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from lnr_prune import page, plots
@@ -123,7 +124,7 @@ class Sweep:
             values = [point.value, *([] if point.retrained is None else [point.retrained])]
             shares = (f"{point.share('params'):.2%}", f"{point.share('macs'):.2%}")
             mark = "yes" if id(point) in best else ""
-            table.add_row(point.amount, *shares, *(f"{value:.4g}" for value in values), mark)
+            table.add_row(Text(point.amount), *shares, *(f"{value:.4g}" for value in values), mark)
         return table
 
     def __str__(self) -> str:
