@@ -21,7 +21,7 @@ STYLE = """
 .lnr h1 { font-size: 1.6rem; margin: 0 0 .3rem; line-height: 1.2; }
 .lnr h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; }
 .lnr p { margin: .3rem 0 .8rem; max-width: 46rem; }
-.lnr .quiet { opacity: .72; font-size: .87em; }
+.lnr .quiet { opacity: .75; font-size: .9em; }
 .lnr .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
   margin: 1rem 0; }
 .lnr .tile { border: 1px solid var(--faint); border-radius: .6rem; padding: .7rem .8rem; }
@@ -31,11 +31,11 @@ STYLE = """
 .lnr .bar.thin { height: .45rem; margin: .15rem 0; background: none; }
 .lnr .a { fill: var(--accent); } .lnr .b { fill: var(--second); }
 .lnr .chart { width: 100%; max-width: 36rem; height: auto; }
-.lnr .chart text { fill: currentColor; font-size: 12px; }
+.lnr .chart text { fill: currentColor; font-size: 13px; }
 .lnr .chart .grid { stroke: var(--faint); }
 .lnr .chart .a { stroke: var(--accent); } .lnr .chart .b { stroke: var(--second); }
 .lnr .chart polyline { fill: none; stroke-width: 2; }
-.lnr table { border-collapse: collapse; width: 100%; background: none; color: inherit; font-size: .93em; }
+.lnr table { border-collapse: collapse; width: 100%; background: none; color: inherit; font-size: .95em; }
 .lnr tr { background: none; }
 .lnr th, .lnr td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border: 0; }
 .lnr thead th { font-weight: 600; vertical-align: bottom; border-bottom: 1px solid currentColor; }
@@ -44,7 +44,8 @@ STYLE = """
 .lnr th.wide { width: 36%; }
 .lnr th.drawn { width: 16%; }
 .lnr summary { cursor: pointer; }
-.lnr code { font: .9em ui-monospace, monospace; background: none; color: inherit; padding: 0; }
+.lnr code { font: .92em ui-monospace, monospace; background: none; color: inherit; padding: 0; }
+.lnr .quiet code { font-size: 1em; }
 @media (max-width: 46rem) {
   .lnr thead { display: none; }
   .lnr table, .lnr tbody { display: block; }
@@ -53,9 +54,10 @@ STYLE = """
   .lnr td:empty { display: none; }
   .lnr .number { text-align: left; white-space: normal; }
   .lnr .wide, .lnr .drawn { grid-column: 1 / -1; width: auto; }
-  .lnr td[data-label]::before { content: attr(data-label) " "; opacity: .72; font-size: .87em; }
+  .lnr td[data-label]::before { content: attr(data-label) " "; opacity: .75; font-size: .9em; }
 }
 """
+POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 PAGE_STYLE = """
 :root { color-scheme: light dark; }
 body { margin: 0; padding: 1.5rem clamp(1rem, 4vw, 3rem) 3rem; background: #fff; color: #1d2430; }
@@ -74,7 +76,10 @@ Column = tuple[str, str, str]
 
 def document(title: str, *sections: str) -> str:
     """A whole page of sections."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{_title(title)}'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{POLICY}<title>{escape(title)}</title>"
+    )
     content = "\n".join(sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}<style>{STYLE}{PAGE_STYLE}</style></head>\n'
@@ -251,10 +256,6 @@ def _bytes(number: float) -> str:
 
 def _seconds(number: float) -> str:
     return f"{number:.3g} s" if number >= 1 else f"{1e3 * number:.3g} ms"
-
-
-def _title(title: str) -> str:
-    return f"<title>{escape(title)}</title>"
 
 
 def _names(names: Sequence[str]) -> str:

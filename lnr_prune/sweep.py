@@ -76,7 +76,10 @@ class Sweep:
 
     @property
     def pareto(self) -> tuple[SweepPoint, ...]:
-        """The points that no other one beats: none is as cheap and better, or as good and cheaper; cheapest first."""
+        """The points that no other one beats: none is as cheap and better, or as good and cheaper.
+
+        Cheapest first; of equal points the first.
+        """
         sign = -1.0 if self.maximize else 1.0
         best, least = [], math.inf
         for point in sorted(self.points, key=lambda point: (point.share(self.cost), sign * point.final)):
@@ -212,7 +215,7 @@ def _retrained(
     value: Callable[[nn.Module], float],
     seed: int,
 ) -> SweepPoint:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = retrain(point.model) or point.model
     return SweepPoint(point.amount, model, point.report, point.value, value(model))
