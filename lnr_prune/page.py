@@ -131,9 +131,9 @@ def _groups(of: Report) -> str:
         ("channels kept", "drawn", ""),
         ("", "number", "kept"),
         ("errors", "drawn", ""),
-        ("before the refit", "number", "error before the refit"),
-        ("after", "number", "error"),
-        *([("predicted at the outputs", "number", "predicted at the outputs")] if budget else []),
+        ("before the refit", "number", "before the refit"),
+        ("after", "number", "after it"),
+        *([("predicted at the outputs", "number", "at the outputs")] if budget else []),
     ]
     rows = []
     for group in of.groups:
@@ -247,7 +247,7 @@ def short(number: float) -> str:
 
 def percent(share: float) -> str:
     """Three digits."""
-    return "< 0.001 %" if 0 < share < 1e-5 else f"{100 * share:.3g} %"
+    return "< 0.001\N{NO-BREAK SPACE}%" if 0 < share < 1e-5 else f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
 
 
 def _bytes(number: float) -> str:
