@@ -82,7 +82,8 @@ class Sweep:
         """
         sign = -1.0 if self.maximize else 1.0
         best, least = [], math.inf
-        for point in sorted(self.points, key=lambda point: (point.share(self.cost), sign * point.final)):
+        known = [point for point in self.points if not math.isnan(point.final)]
+        for point in sorted(known, key=lambda point: (point.share(self.cost), sign * point.final)):
             if sign * point.final < least:
                 best.append(point)
                 least = sign * point.final

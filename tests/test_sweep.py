@@ -1,6 +1,7 @@
 """The sweep: every budget once, the frontier as its definition says, retraining that depends on the seed alone."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import strategies as st
 import lnr_prune as lnr
 from lnr_prune.graph import named_tensors
 from lnr_prune.report import Report
-from lnr_prune.sweep import Sweep, SweepPoint
+from lnr_prune.sweep import Amounts, Sweep, SweepPoint
 
 REPORT = Report((), (), 0.0, {}, 1000, 1000, 1000, 1000)
-BUDGETS = [lnr.Budget(params=0.7), {"keep": 0.5}, lnr.Budget(macs=0.3, minimum=2, leave=("0",))]
+BUDGETS: list[Amounts] = [lnr.Budget(params=0.7), {"keep": 0.5}, lnr.Budget(macs=0.6, minimum=2, leave=("0",))]
 
 
 def _problem() -> tuple[torch.nn.Module, list[torch.Tensor]]:
@@ -23,10 +24,10 @@ def _problem() -> tuple[torch.nn.Module, list[torch.Tensor]]:
     return torch.nn.Sequential(*layers), list(torch.randn(4, 32, 6))
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6) | st.just(float("nan"))), min_size=1, max_size=8),
-    st.booleans(),
-)
+VALUES = st.integers(1, 6) | st.just(math.nan)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), VALUES), min_size=1, max_size=8), st.booleans())
 def test_the_frontier_is_what_nothing_else_beats(points: list[tuple[int, float]], maximize: bool) -> None:
     model = torch.nn.Identity()
     all_points = tuple(
@@ -36,7 +37,7 @@ def test_the_frontier_is_what_nothing_else_beats(points: list[tuple[int, float]]
 
     def beaten(i: int) -> bool:
         (cost, value), sign = points[i], -1 if maximize else 1
-        return not value == value or any(
+        return math.isnan(value) or any(
             sign * v <= sign * value and c <= cost and ((c, v) != (cost, value) or j < i)
             for j, (c, v) in enumerate(points)
             if j != i
@@ -51,7 +52,7 @@ def test_every_budget_is_pruned_once_and_the_model_is_left_alone() -> None:
     model, data = _problem()
     before = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
     swept = lnr.sweep(model, data, BUDGETS, selector="backward")
-    assert [point.amount for point in swept.points] == ["params=0.7", "keep=0.5", "macs=0.3, minimum=2, leave=('0',)"]
+    assert [point.amount for point in swept.points] == ["params=0.7", "keep=0.5", "macs=0.6, minimum=2, leave=('0',)"]
     for point, budget in zip(swept.points, BUDGETS, strict=True):
         amount = {"budget": budget} if isinstance(budget, lnr.Budget) else budget
         alone = lnr.prune(model, data, selector="backward", **amount)  # type: ignore[arg-type]
@@ -68,7 +69,7 @@ def test_retraining_follows_the_seed_and_is_what_counts() -> None:
     def retrain(pruned: torch.nn.Module) -> None:
         with torch.no_grad():
             for parameter in pruned.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape)
+                parameter.add_(torch.randn(parameter.shape), alpha=0.1)
 
     def swept(budgets: list[dict[str, float]]) -> Sweep:
         return lnr.sweep(model, data, budgets, retrain=retrain, seed=3)
