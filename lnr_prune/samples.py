@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -144,9 +145,9 @@ def _arrays(source: Source, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         elif source.path.suffix == ".npy":
             found = {"": np.load(source.path, mmap_mode="r")}
         else:
-            with np.load(source.path) as stored:
+            with source.path.open("rb") as file, np.load(file) as stored:
                 found = {name: stored[name] for name in _wanted(source, stored.files)}
-    except (OSError, EOFError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, BadZipFile, SafetensorError) as error:  # numpy has many ways to say it
         raise CalibrationError(f"cannot read {source.path}: {error}") from error
     counts = {name: len(array) if array.ndim else 0 for name, array in found.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
@@ -163,9 +164,11 @@ def _wanted(source: Source, names: Iterable[str]) -> tuple[str, ...]:
     held = tuple(names)
     wanted = source.arrays or held
     if unknown := [name for name in wanted if name not in held]:
-        raise ValueError(f"{source.path} has no array {unknown[0]!r}; it holds {', '.join(held)}")
+        raise CalibrationError(f"{source.path} has no array {unknown[0]!r}; it holds {', '.join(held)}")
     if not source.arrays and len(held) != 1:
-        raise ValueError(f"{source.path} holds {', '.join(held) or 'nothing'}: name the model's input with --array")
+        raise CalibrationError(
+            f"{source.path} holds {', '.join(held) or 'nothing'}: name the model's input with --array"
+        )
     return wanted
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_every_budget_is_pruned_once_and_the_model_is_left_alone() -> None:
     assert [point.amount for point in swept.points] == ["params=0.7", "keep=0.5", "macs=0.6, minimum=2, leave=('0',)"]
     for point, budget in zip(swept.points, BUDGETS, strict=True):
         amount = {"budget": budget} if isinstance(budget, lnr.Budget) else budget
-        alone = lnr.prune(model, data, selector="backward", **amount)  # type: ignore[arg-type]
+        alone = lnr.prune(model, data, selector="backward", **amount)
         assert point.report == alone.report
         assert point.value == pytest.approx(alone.report.error)
         assert point.retrained is None
@@ -126,7 +127,7 @@ def test_it_prints_and_is_plain_data() -> None:
         ([{}], {}, "exactly one of keep"),
     ],
 )
-def test_mistakes(budgets: list[dict[str, float]], options: dict[str, object], message: str) -> None:
+def test_mistakes(budgets: list[dict[str, float]], options: dict[str, Any], message: str) -> None:
     model, data = _problem()
     with pytest.raises(ValueError, match=message):
-        lnr.sweep(model, data, budgets, **options)  # type: ignore[arg-type]
+        lnr.sweep(model, data, budgets, **options)
