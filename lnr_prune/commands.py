@@ -65,7 +65,7 @@ def report(saved: Saved, html: Html = None, as_json: Json = False) -> None:
         found = report_of(saved)
         if html is not None:
             check({"--html": html}, {"PRUNED": saved})
-            write(html, found.to_html(title=title(saved.name)))
+            write(html, found.to_html(title=title(str(saved))))
         say(found, found.to_dict())
 
 

@@ -80,5 +80,5 @@ def write(path: Path, text: str) -> None:
 
 
 def title(name: str) -> str:
-    """Of a report's page."""
-    return f"{name}, pruned"
+    """Of a report's page: the end of a path."""
+    return f"{Path(name).name}, pruned"

@@ -41,7 +41,7 @@ STYLE = """
 .lnr thead th { font-weight: 600; vertical-align: bottom; border-bottom: 1px solid currentColor; }
 .lnr tbody tr { border-top: 1px solid var(--faint); }
 .lnr .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.lnr th.wide { width: 36%; }
+.lnr th.wide { width: 40%; }
 .lnr th.drawn { width: 16%; }
 .lnr summary { cursor: pointer; }
 .lnr code { font: .92em ui-monospace, monospace; background: none; color: inherit; padding: 0; }
@@ -105,8 +105,8 @@ def _tiles(of: Report) -> str:
     counts = [
         ("Parameters", of.params_before, of.params_after, short),
         ("MACs a sample", of.macs_before, of.macs_after, short),
-        ("Size", of.size_before, of.size_after, _bytes),
-        ("Latency (rough)", of.latency_before, of.latency_after, _seconds),
+        ("Size", of.size_before, of.size_after, in_bytes),
+        ("Latency (rough)", of.latency_before, of.latency_after, in_seconds),
     ]
     tiles = [
         f'<div class="tile">{name}<b>{percent(after / before)}</b>{_bar(after / before, percent(after / before))}'
@@ -133,7 +133,7 @@ def _groups(of: Report) -> str:
         ("errors", "drawn", ""),
         ("before the refit", "number", "before the refit"),
         ("after", "number", "after it"),
-        *([("predicted at the outputs", "number", "at the outputs")] if budget else []),
+        *([("at the outputs", "number", "at the outputs")] if budget else []),
     ]
     rows = []
     for group in of.groups:
@@ -152,6 +152,8 @@ def _groups(of: Report) -> str:
         "Errors are <code>E‖y − M x‖² / E‖y‖²</code> of the layers that read the channels: with the selector's "
         "coefficients in the original network (orange), and after the refit in the pruned one (blue)."
     )
+    if budget:
+        about += " At the outputs: what the budget predicted of the whole network's error."
     return f'<h2>Channels</h2><p class="quiet">{about}</p>{_table(columns, rows)}'
 
 
@@ -229,7 +231,7 @@ def solution(of: Solution) -> str:
         ["groups kept", f"{of.n_kept:,} of {len(of.support):,}"],
         ["lam", f"{of.lam:.4g}"],
         ["relative duality gap", f"{of.gap:.1e}"],
-        ["solver", f"{escape(of.solver)}, {of.iterations:,} iterations, {_seconds(of.seconds)}"],
+        ["solver", f"{escape(of.solver)}, {of.iterations:,} iterations, {in_seconds(of.seconds)}"],
         ["status", escape(of.status.advice)],
     ]
     bar = _bar(of.n_kept / max(1, len(of.support)), f"{of.n_kept} of {len(of.support)} groups kept")
@@ -250,17 +252,19 @@ def percent(share: float) -> str:
     return "< 0.001\N{NO-BREAK SPACE}%" if 0 < share < 1e-5 else f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
 
 
-def _bytes(number: float) -> str:
+def in_bytes(number: float) -> str:
+    """1.72 MB."""
     return short(number) + "B" if number >= 999.5 else f"{number:.0f} B"
 
 
-def _seconds(number: float) -> str:
+def in_seconds(number: float) -> str:
+    """12.3 ms."""
     return f"{number:.3g} s" if number >= 1 else f"{1e3 * number:.3g} ms"
 
 
 def _names(names: Sequence[str]) -> str:
     """The first few, the others folded."""
-    shown = [f"<code>{escape(name)}</code>" for name in names]
+    shown = [f"<code>{escape(name).replace('.', '.<wbr>')}</code>" for name in names]
     if len(shown) <= FEW + 1:
         return ", ".join(shown)
     first, rest = ", ".join(shown[:FEW]), ", ".join(shown[FEW:])

@@ -172,12 +172,18 @@ class Report:
         return table
 
     def _caption(self) -> str:
-        params = f"parameters {self.params_before:,} -> {self.params_after:,}"
-        macs = f"MACs {self.macs_before:,} -> {self.macs_after:,}"
-        return (
-            f"{params} ({_share(self.params_after, self.params_before)}), "
-            f"{macs} ({_share(self.macs_after, self.macs_before)}), squared error of the outputs {self.error:.2%}"
-        )
+        counts = [
+            ("parameters", self.params_before, self.params_after, "{:,}".format),
+            ("MACs", self.macs_before, self.macs_after, "{:,}".format),
+            ("size", self.size_before, self.size_after, page.in_bytes),
+            ("latency (rough)", self.latency_before, self.latency_after, page.in_seconds),
+        ]
+        costs = [
+            f"{name} {form(before)} -> {form(after)} ({_share(after, before)})"
+            for name, before, after, form in counts
+            if before is not None and after is not None
+        ]
+        return f"{', '.join(costs)}, squared error of the outputs {self.error:.2%}"
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -189,5 +195,5 @@ def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
 
 
-def _share(after: int, before: int) -> str:
+def _share(after: float, before: float) -> str:
     return f"{after / before:.2%}" if before else "-"

@@ -59,7 +59,7 @@ class _Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, *(name for name, _ in attrs)))
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -120,6 +120,8 @@ def test_names_notes_and_reasons_are_text_and_nothing_else(name: str, note: str,
         _Tags(_large("n", "n", "n").to_html(title="n")),
         _Tags(_large(name, note, reason).to_html(title=name)),
     )
+    for parsed in (plain, hostile):  # lines may break at a name's dots
+        parsed.tags = [tag for tag in parsed.tags if tag != ("wbr",)]
     assert hostile.tags == plain.tags
     shown = "".join(hostile.text).replace("\r", "\n")
     assert name.replace("\r", "\n") in shown
