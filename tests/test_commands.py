@@ -262,12 +262,32 @@ def test_a_real_process_prints_plain_lines_and_exits_with_0() -> None:
     ]
 
 
+@pytest.mark.parametrize("writer", ["lnr_prune.files.save_file", "pathlib.Path.write_text"])
+def test_an_interrupted_writing_leaves_what_was_there(
+    writer: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(*arguments: Any, **options: Any) -> None:
+        target = next(each for each in arguments if isinstance(each, str | Path) and str(each).endswith(".part"))
+        Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    Path("m.safetensors").write_bytes(b"old")
+    Path("r.html").write_bytes(b"old")
+    before = {path.name for path in folder.iterdir()}
+    monkeypatch.setattr(writer, half)
+    done = run("prune", MODEL, *DATA, "--keep", "0.5", "--out", "m.safetensors", "--report-html", "r.html")
+    assert done.exit_code == 130
+    assert Path("r.html").read_bytes() == b"old"
+    assert (Path("m.safetensors").read_bytes() == b"old") == ("save_file" in writer)
+    assert {path.name for path in folder.iterdir()} - before <= {"__pycache__"}
+
+
 @pytest.mark.parametrize("stage", ["statistics ...", "refitting ..."])
 def test_an_interruption_exits_with_130_and_leaves_nothing(stage: str, folder: Path) -> None:
     before = {path.name for path in folder.iterdir()}
     options = (
         "--model-arg",
-        "wait=0.2",
+        "wait=0.05",
         "--batch-size",
         "4",
         "--keep",
@@ -282,7 +302,7 @@ def test_an_interruption_exits_with_130_and_leaves_nothing(stage: str, folder: P
     for line in process.stderr:
         if line.strip() == stage:
             break
-    time.sleep(0.3)
+    time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
