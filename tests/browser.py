@@ -32,6 +32,7 @@ frame.onload = () => {
   document.title = JSON.stringify({
     width: page.documentElement.scrollWidth, overlaps, boxes: boxes.length,
     smallest: Math.min(...all('td, p, h1, code').map(e => parseFloat(getComputedStyle(e).fontSize))),
+    titles: all('th').filter(e => box(e).width).length,
     headings: all('h2').map(e => e.innerText),
     bars: all('svg.bar:not(.thin) rect').map(e => box(e).width),
   });

@@ -242,6 +242,7 @@ def test_random_inputs_need_a_shape() -> None:
 def test_amounts_are_those_of_the_api() -> None:
     none: dict[str, Any] = {"keep": None, "lam": None, "lam_ratio": None}
     assert amount({**none, "keep": ["8"]}, {}) == {"keep": 8}
+    assert isinstance(amount({**none, "keep": ["1"]}, {})["keep"], int)  # one channel, not all
     assert isinstance(amount({**none, "keep": ["1.0"]}, {})["keep"], float)
     assert amount({**none, "lam": ["a.b=1e-3", "c=2"]}, {}) == {"lam": {"a.b": 1e-3, "c": 2}}
     assert amount({**none, "lam_ratio": ["0.1"]}, {"macs": None}) == {"lam_ratio": 0.1}

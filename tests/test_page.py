@@ -73,13 +73,16 @@ class _Tags(HTMLParser):
 
 
 def test_the_page_says_everything() -> None:
-    pruned = _pruned(budget=lnr.Budget(params=0.5))
-    text = " ".join(_Tags(pruned.report.to_html(title="A & B")).text)
+    pruned = _pruned(budget=lnr.Budget(params=0.4))
+    html = pruned.report.to_html(title="A & B")
+    text = " ".join(_Tags(html).text)
     assert "A & B" in text
     for section in (*SECTIONS, "Parameters", "MACs a sample", "Size", "Latency", "Error of the outputs"):
         assert section in text
     for group in pruned.report.groups:
         assert f"{group.kept:,} of {group.size:,}" in text
+        label, width = f"{group.kept} of {group.size} channels kept", f"{group.kept / group.size:.2%}"
+        assert f'aria-label="{label}"><rect class="a" width="{width}"' in html
     assert page.percent(pruned.report.error) in text
     assert f"predicted {page.percent(sum(group.predicted or 0 for group in pruned.report.groups))}" in text
     assert "output of the model" in text
@@ -182,6 +185,7 @@ def test_in_a_browser_nothing_overflows_or_overlaps(width: int) -> None:
         assert seen["width"] <= width
         assert (seen["overlaps"], seen["headings"]) == (0, [*SECTIONS, "Sweep"])
         assert seen["boxes"] > 20
+        assert (seen["titles"] > 0) == (width > 800)  # on a phone every number has its own label
         assert seen["smallest"] >= 12
         assert len(seen["bars"]) >= 5 + len(report.groups)
         assert max(seen["bars"]) > 100

@@ -157,6 +157,17 @@ def test_images_are_scaled_cropped_and_normalised(folder: Path) -> None:
         list(batches(source))
 
 
+def test_images_are_cropped_at_the_centre(folder: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    (folder / "wide").mkdir()
+    whole = image.new("RGB", (90, 30), (255, 0, 0))
+    whole.paste((0, 255, 0), (30, 0, 60, 30))
+    whole.save(folder / "wide" / "a.png")
+    (batch,) = batches(Source(folder / "wide", size=15, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    inner = batch[0, :, 2:-2, 2:-2].mean((1, 2))  # resizing blurs the edges
+    assert torch.allclose(inner, torch.tensor([0.0, 1.0, 0.0]), atol=0.02)
+
+
 def test_arrays_are_drawn_by_the_seed_and_cast(folder: Path) -> None:
     x, y = np.arange(40.0).reshape(20, 2), np.arange(20)
     np.save("x.npy", x)
