@@ -34,7 +34,7 @@ def save_model(path: StrPath, model: nn.Module, plan: Plan, report: Report) -> N
     tensors = _tensors_of(model, plan)
     digest, as_graph = digest_of(tensors), isinstance(model, PrunedGraph)
     text = _text(Record(FORMAT, lnr_prune.__version__, torch.__version__, plan, report, as_graph, digest))
-    _replace(path, lambda part: save_file(tensors, part, {"format": "pt", KEY: text}))
+    _replace(path, lambda part: save_file(tensors, part, {KEY: text}))
 
 
 def save_plan(path: StrPath, plan: Plan) -> None:
@@ -210,7 +210,9 @@ def _replace(path: StrPath, write: Callable[[str], object]) -> None:
     part = os.path.join(os.path.dirname(target), f".lnr-prune-{secrets.token_hex(8)}.part")
     try:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = os.stat(target if os.path.exists(target) else part).st_mode
         write(part)
+        os.chmod(part, stat.S_IMODE(mode))  # safetensors makes files that only their owner may read
         with open(part, "rb") as written:
             os.fsync(written.fileno())
         os.replace(part, target)
