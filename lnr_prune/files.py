@@ -1,12 +1,10 @@
 """Pruned models and plans as files, without pickle: safetensors with a JSON record, and such a record alone."""
 
-import json
 import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,19 @@ import lnr_prune
 from lnr_prune import shrink
 from lnr_prune.errors import PlanError
 from lnr_prune.graph import named_tensors
-from lnr_prune.plain_data import LARGEST, parsed
+from lnr_prune.plain_data import LARGEST
 from lnr_prune.plan import Plan
 from lnr_prune.pruned_graph import PrunedGraph
-from lnr_prune.record import FORMAT, Record, check_shapes, check_values, digest_of, original_of, read_record
+from lnr_prune.record import (
+    FORMAT,
+    Record,
+    check_shapes,
+    check_values,
+    digest_of,
+    original_of,
+    read_record,
+    write_record,
+)
 from lnr_prune.report import Report
 
 KEY = "lnr_prune"  # of the record among a safetensors file's metadata
@@ -33,14 +40,14 @@ def save_model(path: StrPath, model: nn.Module, plan: Plan, report: Report) -> N
     """Writes a pruned model to a safetensors file; see `Pruned.save`."""
     tensors = _tensors_of(model, plan)
     digest, as_graph = digest_of(tensors), isinstance(model, PrunedGraph)
-    text = _text(Record(FORMAT, lnr_prune.__version__, torch.__version__, plan, report, as_graph, digest))
-    _replace(path, lambda part: save_file(tensors, part, {"format": "pt", KEY: text}))
+    text = write_record(Record(FORMAT, lnr_prune.__version__, torch.__version__, plan, report, as_graph, digest))
+    _replace(path, lambda part: save_file(tensors, part, {KEY: text}))
 
 
 def save_plan(path: StrPath, plan: Plan) -> None:
     """Writes a plan to a JSON file; see `Plan.save`."""
     original_of(plan)
-    text = _text(Record(FORMAT, lnr_prune.__version__, torch.__version__, plan))
+    text = write_record(Record(FORMAT, lnr_prune.__version__, torch.__version__, plan))
     _replace(path, lambda part: Path(part).write_text(text + "\n", encoding="utf-8"))
 
 
@@ -123,7 +130,7 @@ def _record(path: StrPath) -> Record:
             if b"\0" not in start:
                 raw = start + file.read(4 * LARGEST)
                 try:
-                    return read_record(parsed(raw.decode()))
+                    return read_record(raw.decode())
                 except UnicodeDecodeError as error:
                     raise PlanError(f"it is neither a safetensors file nor JSON: {error}") from error
         with _opened(path) as tensors:
@@ -133,7 +140,7 @@ def _record(path: StrPath) -> Record:
 def _model_record(metadata: Mapping[str, str] | None) -> Record:
     if not metadata or KEY not in metadata:
         raise PlanError("it is a safetensors file without a record of lnr-prune; give one that Pruned.save wrote")
-    record = read_record(parsed(metadata[KEY]))
+    record = read_record(metadata[KEY])
     if record.report is None:
         raise PlanError("its record has no report, so it is not that of a model")
     return record
@@ -171,13 +178,6 @@ def _tensors_of(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return stored
 
 
-def _text(record: Record) -> str:
-    text = json.dumps(asdict(record))
-    if len(text) > LARGEST:
-        raise PlanError(f"the record would have {len(text):,} characters, expected at most {LARGEST:,}")
-    return text
-
-
 @contextmanager
 def _naming(path: StrPath) -> Iterator[None]:
     """Lets errors begin with the file's name."""
@@ -210,7 +210,9 @@ def _replace(path: StrPath, write: Callable[[str], object]) -> None:
     part = os.path.join(os.path.dirname(target), f".lnr-prune-{secrets.token_hex(8)}.part")
     try:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = os.stat(target if os.path.exists(target) else part).st_mode
         write(part)
+        os.chmod(part, stat.S_IMODE(mode))  # safetensors makes files that only their owner may read
         with open(part, "rb") as written:
             os.fsync(written.fileno())
         os.replace(part, target)

@@ -1,9 +1,10 @@
 """The record in a file: plan, fingerprint, report and versions, and whether tensors are those that it describes."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from lnr_prune.errors import PlanError
 from lnr_prune.fingerprint import Fingerprint
-from lnr_prune.plain_data import shown, typed
+from lnr_prune.plain_data import LARGEST, parsed, shown, typed
 from lnr_prune.plan import Plan, kept_shape
 from lnr_prune.report import Report
 
 FORMAT = 1
+HASH = "sha256"  # entry of the record's own
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+){0,2}", re.ASCII)  # of an attribute
 
 
@@ -30,7 +32,7 @@ class Record:
         plan: The plan; it knows the architecture that it was made for.
         report: What the prune did; None in a file of a plan alone.
         as_graph: Whether the pruned model is a `PrunedGraph`.
-        sha256: Hash of the tensors, "" in a file of a plan alone.
+        tensors: SHA-256 of the tensors, "" in a file of a plan alone.
     """
 
     format: int
@@ -39,18 +41,29 @@ class Record:
     plan: Plan
     report: Report | None = None
     as_graph: bool = False
-    sha256: str = ""
+    tensors: str = ""
 
 
-def read_record(data: Any) -> Record:
-    """The record that plain data describes.
+def write_record(record: Record) -> str:
+    """The record as JSON, with its own SHA-256."""
+    entries = asdict(record)
+    text = json.dumps({**entries, HASH: _hash(entries)})
+    if len(text) > LARGEST:
+        raise PlanError(f"the record would have {len(text):,} characters, expected at most {LARGEST:,}")
+    return text
+
+
+def read_record(text: str) -> Record:
+    """The record that `write_record` wrote.
 
     Raises:
-        PlanError: If it is of another format, anything in it is of the wrong type, or the plan does not fit the
-            architecture that it says it was made for.
+        PlanError: If it is damaged or of another format, anything in it is of the wrong type, or the plan does not
+            fit the architecture that it says it was made for.
     """
+    data = parsed(text)
     if isinstance(data, dict) and data.get("format") != FORMAT:
         raise PlanError(f"it is of format {shown(data.get('format'))}, expected {FORMAT}: update lnr-prune")
+    digest = data.pop(HASH, None) if isinstance(data, dict) else None
     record = typed(data, Record)
     plan, original = record.plan, original_of(record.plan)
     for name, first in original.tied.items():
@@ -71,7 +84,13 @@ def read_record(data: Any) -> Record:
                 raise PlanError(
                     f"attribute {path!r} of layer {name!r} cannot become {value}: it is {whole or 'not there'}"
                 )
+    if _hash(data) != digest:
+        raise PlanError("its record is damaged: its SHA-256 is not the one that was written with it")
     return record
+
+
+def _hash(entries: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def _check_indices(where: str, kept: tuple[int, ...], size: int) -> None:
@@ -120,7 +139,7 @@ def check_values(tensors: Mapping[str, Tensor], record: Record) -> None:
         cast = tensor.is_floating_point() and "float" in expected and not record.as_graph  # model.half(), say
         if got != expected and not cast:
             raise PlanError(f"tensor {name!r} is {got}, expected {expected}")
-    if digest_of(tensors) != record.sha256:
+    if digest_of(tensors) != record.tensors:
         raise PlanError("its tensors are damaged: their SHA-256 is not the one that was written with them")
 
 
