@@ -55,13 +55,15 @@ class Pruned:
         """Writes the pruned model to a safetensors file, with the plan, the report and the original's fingerprint.
 
         `load` reads it. All parameters and buffers are stored, tied ones once, with the values that they have
-        now. An existing file is replaced, and stays as it is if anything fails.
+        now; the report without its latencies, so that the same prune gives the same bytes. An existing file is
+        replaced, and stays as it is if anything fails.
 
         Raises:
             PlanError: If the model no longer has the shapes that it was pruned to, or its state is not all tensors.
             OSError: If the file cannot be written.
         """
-        files.save_model(path, self.model, self.plan, self.report)
+        report = replace(self.report, latency_before=None, latency_after=None)
+        files.save_model(path, self.model, self.plan, report)
 
 
 def prune(

@@ -168,6 +168,12 @@ def test_the_seed_draws_the_samples() -> None:
     assert kept("1") == kept("1") != kept("2")
 
 
+def test_the_same_command_writes_the_same_bytes() -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        assert run("prune", MODEL, *DATA, "--keep", "0.5", "--selector", "random", "--out", name).exit_code == 0
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+
+
 def test_inspect(folder: Path) -> None:
     done = run("inspect", MODEL, "--model-arg", "width=6", "--shape", "3,8,8", "--draw", "groups.dot", "--json")
     assert done.exit_code == 0, done.output
