@@ -15,7 +15,12 @@ CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--virtual-time-budget=3000"),
+    *(
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-dev-shm-usage",
+        "--virtual-time-budget=3000",
+    ),
 )
 FRAME = """
 <meta charset="utf-8"><iframe id="frame" width="WIDTH" height="900" style="border:0"></iframe>
@@ -46,7 +51,7 @@ def measured(page: str, width: int) -> dict[str, Any]:
     """The page's layout in a frame of this width."""
     assert CHROMIUM is not None
     text = FRAME.replace("WIDTH", str(width)).replace("PAGE", json.dumps(page).replace("</", "<\\/"))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = Path(folder, "frame.html")
         file.write_text(text, encoding="utf-8")
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder}/profile", "--dump-dom", file.as_uri()]
