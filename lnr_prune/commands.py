@@ -91,9 +91,9 @@ def bench(
 ) -> None:
     """Compare a pruned model with its original: latency side by side, parameters, MACs."""
     with answering(as_json) as say:
-        net = build(model, model_arg or (), weights)
+        net = build(model, model_arg or (), weights, device)
         example = _batch(net, 2, shape, tokens, data, array)
-        models = [net.to(device), load(saved, build(model, model_arg or ()).to(device), example=example).to(device)]
+        models = [net, load(saved, build(model, model_arg or (), device=device), example=example)]
         call = short_example(net, calibrate(net, [example]))
         counts = {
             "parameters": [cost.parameters(each) for each in models],

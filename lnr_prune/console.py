@@ -59,9 +59,10 @@ def lines() -> Callable[[str], None]:
 
 def check(targets: dict[str, Path | None], sources: dict[str, Path | None]) -> None:
     """Refuses early what could not be written after minutes of work."""
-    for option, path in targets.items():
-        if path is None:
-            continue
+    given = {option: path for option, path in targets.items() if path is not None}
+    if len({path.resolve() for path in given.values()}) < len(given):
+        raise ValueError(f"{' and '.join(given)} name the same file")
+    for option, path in given.items():
         if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise ValueError(f"{option} {path}: expected a file in a folder that exists and can be written to")
         for other, source in sources.items():

@@ -146,7 +146,7 @@ def prune(
         source = Source(
             data, count, batch_size, seed, tuple(array or ()), size, colours[0], colours[1], tokenizer, tokens
         )
-        net = build(model, model_arg or (), weights).to(device)
+        net = build(model, model_arg or (), weights, device)
         done = prune_model(
             net,
             samples.batches(source, samples.dtype_of(net)),

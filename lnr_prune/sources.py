@@ -24,7 +24,7 @@ FORMS = "package.module:factory, path/to/file.py:factory, torchvision:NAME, timm
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
 
 
-def build(spec: str, arguments: Iterable[str] = (), weights: Path | None = None) -> nn.Module:
+def build(spec: str, arguments: Iterable[str] = (), weights: Path | None = None, device: str = "cpu") -> nn.Module:
     """The model that a specification names, with the weights of a file, in evaluation mode.
 
     Args:
@@ -32,10 +32,11 @@ def build(spec: str, arguments: Iterable[str] = (), weights: Path | None = None)
             ``hf:FOLDER``. Only what is named is imported and called; nothing is evaluated.
         arguments: ``key=value`` for the factory, values in JSON.
         weights: A file of weights (.safetensors, .pt or .pth), or None.
+        device: Where the model is put.
 
     Raises:
         ValueError: If there is no such factory, or an argument is not ``key=value``.
-        LnrPruneError: If the factory fails, or the weights cannot be read or do not fit.
+        LnrPruneError: If the factory fails, the weights cannot be read or do not fit, or there is no such device.
     """
     factory, given = _factory(spec), dict(map(_argument, arguments))
     try:
@@ -48,7 +49,10 @@ def build(spec: str, arguments: Iterable[str] = (), weights: Path | None = None)
         raise LnrPruneError(f"{spec} returned a {type(model).__name__}, expected a torch.nn.Module")
     if weights is not None:
         _load_weights(model, weights)
-    return model.eval()
+    try:
+        return model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise LnrPruneError(f"cannot use the device {device!r}: {error}") from error
 
 
 def needed(package: str) -> ModuleType:

@@ -198,6 +198,8 @@ MISTAKES = [
     ([*DATA, "--dry-run", "--keep", "0.5", "--mean", "red"], 2, "--mean takes numbers"),
     ([*DATA, "--keep", "0.5", "--out", "nowhere/m.safetensors"], 2, "a folder that exists"),
     ([*DATA, "--keep", "0.5", "--weights", "w.safetensors", "--out", "w.safetensors"], 2, "would overwrite"),
+    ([*DATA, "--keep", "0.5", "--out", "m.html", "--report-html", "./m.html"], 2, "name the same file"),
+    ([*DATA, "--keep", "0.5", "--dry-run", "--device", "abacus"], 1, "cannot use the device 'abacus'"),
     (["--data", "nowhere.npy", "--dry-run", "--keep", "0.5"], 2, "does not exist"),
     (["--data", "nets.py", "--dry-run", "--keep", "0.5"], 2, "cannot tell what nets.py holds"),
     (["--data", "bad.npy", "--dry-run", "--keep", "0.5"], 1, "cannot read bad.npy"),
