@@ -202,19 +202,14 @@ def prune(
             raise
     after = _costs(target, example)
     costs = {f"{kind}_{when}": of[kind] for when, of in (("before", before), ("after", after)) for kind in of}
-    report = Report(rows, layers, error, graph.frozen, **costs)
+    latencies = cost.side_by_side([model, target], example) if target is not model else (None, None)
+    report = Report(rows, layers, error, graph.frozen, **costs, latency_before=latencies[0], latency_after=latencies[1])
     return Pruned(target, report, plan, masked)
 
 
-def _costs(model: nn.Module, example: Call) -> dict[str, Any]:
+def _costs(model: nn.Module, example: Call) -> dict[str, int]:
     """As the report names them."""
-    (latency,) = cost.side_by_side([model], example)
-    return {
-        "params": cost.parameters(model),
-        "macs": cost.macs(model, example),
-        "size": cost.size(model),
-        "latency": latency,
-    }
+    return {"params": cost.parameters(model), "macs": cost.macs(model, example), "size": cost.size(model)}
 
 
 def _as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]) -> Refit:

@@ -83,8 +83,8 @@ class Report:
         params_before, params_after: Number of parameters.
         macs_before, macs_after: Multiply-accumulates for one sample.
         size_before, size_after: Bytes of the parameters and buffers; None if unknown.
-        latency_before, latency_after: Median seconds of a few forward passes of two samples, a rough measurement; None
-            if unknown. Two reports are equal whatever these are.
+        latency_before, latency_after: Median seconds of five forward passes of about two samples, in turns, so a rough
+            measurement; None after pruning in place and in files. Two reports are equal whatever these are.
     """
 
     groups: tuple[GroupReport, ...]

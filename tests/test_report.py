@@ -1,5 +1,6 @@
 """The report: what it says, and that it is plain data."""
 
+import copy
 import json
 import time
 from dataclasses import replace
@@ -40,6 +41,9 @@ def test_it_knows_sizes_and_latencies_and_compares_without_the_latter() -> None:
     assert 0 < report.latency_before < 10
     assert 0 < report.latency_after < 10
     assert "latency (rough)" in str(report)
+    inplace = lnr.prune(copy.deepcopy(model), [torch.randn(64, 6)], keep=0.5, inplace=True).report
+    assert (inplace.latency_before, inplace.latency_after) == (None, None)
+    assert "latency" not in str(inplace) + inplace.to_html()
     assert replace(report, latency_after=1.0) == report
     old = {name: value for name, value in report.to_dict().items() if not name.startswith(("size_", "latency_"))}
     assert "size" not in str(Report.from_dict(old))
