@@ -23,7 +23,7 @@ def main() -> None:
     assert metadata.version("lnr-prune") == lnr.__version__
     assert [entry.value for entry in metadata.entry_points(group="lnr_prune.adapters")] == ["lnr_adapters"]
     assert all(files(package).joinpath("py.typed").is_file() for package in ("lnr_prune", "lnr_adapters"))
-    x = torch.randn(64, 1, 8, 8)
+    x = torch.randn(512, 1, 8, 8)
     pruned = lnr.prune(network(), [x], keep=0.5)
     assert pruned.report.params_after < pruned.report.params_before
     with tempfile.TemporaryDirectory() as folder:
