@@ -4,7 +4,7 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 
-.PHONY: demo test format bench clean
+.PHONY: demo test format bench package clean
 
 # Threads that wait give the processor away: on a busy machine the demo is several times as fast.
 demo: .venv/recipes.stamp
@@ -23,6 +23,15 @@ format: .venv/test.stamp
 
 bench: .venv/bench.stamp
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/lenet5_mnist.py
+
+# Wheel and sdist; the wheel, which is made from the sdist, is installed where nothing else is and tried.
+package: .venv/package.stamp
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install -c constraints.txt dist/*.whl
+	cd build && wheel/bin/python -I -W error ../tests/smoke.py
 
 clean:
 	rm -rf .venv build dist htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,12 +1,13 @@
 """The ``lnr-prune`` command."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from lnr_prune import __version__
+from lnr_prune import __version__, commands, prune_command
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.recipes import session
 from lnr_prune.recipes.data import DATA_ENVIRONMENT
@@ -19,6 +20,29 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+    commands.inspect: (
+        "lnr-prune inspect torchvision:resnet18 --shape 3,224,224",
+        "lnr-prune inspect my_models.py:make_net --model-arg width=64 --shape 1,28,28",
+    ),
+    prune_command.prune: (
+        "Half the multiply-accumulates of a ResNet, from a folder of images:",
+        "  lnr-prune prune torchvision:resnet18 --weights resnet18.pth --data photos --macs 0.5 --out m.safetensors",
+        "Half the channels of every layer of your own model, from arrays:",
+        "  lnr-prune prune my_models.py:Net --weights net.pt --data inputs.npz --array x --keep 0.5 "
+        "--out m.safetensors",
+        "What would happen to a language model, as JSON:",
+        "  lnr-prune prune hf:my-bert --data lines.txt --tokenizer my-bert --params 0.8 --dry-run --json",
+    ),
+    commands.report: ("lnr-prune report m.safetensors --html report.html",),
+    commands.bench: (
+        "lnr-prune bench torchvision:resnet18 m.safetensors --shape 3,224,224 --batch-size 1 --threads 1",
+    ),
+}
+for command, lines in EXAMPLES.items():
+    app.command(epilog="\n\n".join(("Examples:", *lines)))(command)
 
 
 def main() -> None:

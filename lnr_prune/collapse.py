@@ -27,6 +27,17 @@ def collapse(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None 
     for name, old in named_tensors(model).items():
         if id(old) not in new and (name in plan.indices or name in weights):
             new[id(old)] = _kept(weights.get(name, old), old, plan.indices.get(name, {}))
+    for module in replace_tensors(model, new):
+        for kind, update in ATTRIBUTES.items():
+            if isinstance(module, kind):
+                update(module)
+    for name, entries in plan.attributes.items():
+        for path, value in entries.items():
+            assign(model.get_submodule(name), path, value)
+
+
+def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[nn.Module]:
+    """Puts new parameters and buffers, by the ids of the old ones, in their places; returns the modules changed."""
     changed = []
     for module in model.modules():
         for tensors in _registries(module):
@@ -34,13 +45,7 @@ def collapse(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None 
                 if id(old) in new:
                     tensors[leaf] = new[id(old)]
                     changed.append(module)
-    for module in dict.fromkeys(changed):
-        for kind, update in ATTRIBUTES.items():
-            if isinstance(module, kind):
-                update(module)
-    for name, entries in plan.attributes.items():
-        for path, value in entries.items():
-            assign(model.get_submodule(name), path, value)
+    return list(dict.fromkeys(changed))
 
 
 def restore_point(model: nn.Module) -> Callable[[], None]:

@@ -1,8 +1,12 @@
 """What a model costs: parameters, multiply-accumulates, bytes and time."""
 
+from collections.abc import Sequence
+from statistics import median
+
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as now  # waits for the accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from lnr_prune.calibration import Call, run, samples_in
@@ -36,3 +40,19 @@ def latency(model: nn.Module, example: Call, seconds: float = 0.5) -> float:
         num_threads=torch.get_num_threads(),
     )
     return float(timer.blocked_autorange(min_run_time=seconds).median)
+
+
+def side_by_side(models: Sequence[nn.Module], example: Call, rounds: int = 5) -> list[float]:
+    """Median time of a forward pass of each model, in seconds, after one to warm up.
+
+    Round by round the models take turns, so that whatever else the machine does slows down all of them alike.
+    """
+    for model in models:
+        run(model, example)
+    times: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds):
+        for model, taken in zip(models, times, strict=True):
+            begin = now()
+            run(model, example)
+            taken.append(now() - begin)
+    return [median(taken) for taken in times]

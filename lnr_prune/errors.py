@@ -19,3 +19,7 @@ class AdapterError(LnrPruneError):
 
 class VerificationError(LnrPruneError):
     """The pruned model does not equal the masked model; nothing was changed."""
+
+
+class PlanError(LnrPruneError):
+    """A plan, or a file that holds one, is damaged or belongs to another model; nothing was changed."""

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
-from lnr_prune import drawing
+from lnr_prune import drawing, page
 from lnr_prune.calibration import Inputs, calibrate, samples_in, short_example
 from lnr_prune.graph import ChannelGroup, find_groups, layer_name, named_tensors
 from lnr_prune.verify import shrinkable
@@ -78,6 +79,9 @@ class Inspection:
         """
         return drawing.draw(self.to_dot(), path)
 
+    def _repr_html_(self) -> str:
+        return page.embedded(page.inspection(self))
+
     def __rich__(self) -> Table:
         table = Table(title="channel groups", caption=f"{self.reachable:.1%} of the parameters are in groups")
         for column in ("producers", "consumers"):
@@ -86,9 +90,9 @@ class Inspection:
             table.add_column(column, justify="right")
         for group in self.groups:
             costs = (f"{group.size:,}", f"{group.parameters:,}", f"{group.macs:,}")
-            table.add_row(", ".join(group.producers), ", ".join(group.consumers), *costs)
+            table.add_row(Text(", ".join(group.producers)), Text(", ".join(group.consumers)), *costs)
         for layer, reason in self.frozen.items():
-            table.add_row(layer, f"frozen: {reason}", "-", "-", "-")
+            table.add_row(Text(layer), Text(f"frozen: {reason}"), "-", "-", "-")
         return table
 
     def __str__(self) -> str:

@@ -1,8 +1,10 @@
 """The front door: prune a model by linear neural reconstruction."""
 
 import logging
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lnr_prune import cost
+from lnr_prune import cost, files
 from lnr_prune.allocation import Budget
 from lnr_prune.amount import choose_channels, group_of, the_one_given
-from lnr_prune.calibration import Inputs, calibrate, short_example
+from lnr_prune.calibration import Call, Inputs, calibrate, short_example
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.curves import output_error
 from lnr_prune.errors import GraphError
+from lnr_prune.fingerprint import fingerprint
 from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.pruned_graph import pruned_graph
@@ -48,6 +51,20 @@ class Pruned:
     plan: Plan
     masked: Mapping[str, Tensor]
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the pruned model to a safetensors file, with the plan, the report and the original's fingerprint.
+
+        `load` reads it. All parameters and buffers are stored, tied ones once, with the values that they have
+        now; the report without its latencies, so that the same prune gives the same bytes. An existing file is
+        replaced, and stays as it is if anything fails.
+
+        Raises:
+            PlanError: If the model no longer has the shapes that it was pruned to, or its state is not all tensors.
+            OSError: If the file cannot be written.
+        """
+        report = replace(self.report, latency_before=None, latency_after=None)
+        files.save_model(path, self.model, self.plan, report)
+
 
 def prune(
     model: nn.Module,
@@ -66,7 +83,7 @@ def prune(
     inplace: bool = False,
     as_graph: bool = False,
     seed: int = 0,
-    progress: bool | None = None,
+    progress: bool | Callable[[str], None] | None = None,
 ) -> Pruned:
     """``min_M 1/2 E||y - M x||^2 + lam sum_g w_g ||M[:, g]||_F`` for every layer, then removes the zero groups.
 
@@ -98,7 +115,8 @@ def prune(
         as_graph: Returns a `PrunedGraph`, a GraphModule of ATen operations for evaluation only, instead of a
             module of the model's class. No channels stay then because the model's forward holds their number.
         seed: Of the "random" selector.
-        progress: Whether to show a progress bar; default: if stderr is a terminal.
+        progress: Whether to show a progress bar; default: if stderr is a terminal. Or a function that is called
+            with what is being done.
 
     Returns:
         A `Pruned` with the smaller model, the report and the plan.
@@ -146,8 +164,7 @@ def prune(
         stay = {group_of(graph, producer, "budget.leave") for producer in budget.leave}
         wanted = [group for group in graph.groups if group.name not in stay]
 
-    with _progress_bar(progress) as bar:
-        step = _steps(bar)
+    with _shown(progress) as step:
         readings = read(model, wanted, data, bias=bias, progress=lambda: step("statistics"))
         predicted: Mapping[str, float] = {}
         if budget is not None:
@@ -165,11 +182,12 @@ def prune(
 
     supports = [(readings[name].group, support) for name, support in chosen.items()]
     plan = make_plan(supports)
+    plan = replace(plan, original=fingerprint(model, plan.attributes))
     masked = {**masked_weights(supports, tensors), **done.weights}
-    rows = tuple(_row(g, selected.get(g.name), done.layers, predicted.get(g.name)) for g in graph.groups)
+    rows = tuple(_row(g, selected.get(g.name), done.layers, predicted.get(g.name), debias) for g in graph.groups)
     layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := done.layers.get(layer.weight)))
     _warn_of_few_samples(layers)
-    before = cost.parameters(model), cost.macs(model, example)
+    before = _costs(model, example)
     error = output_error(model, masked, data)
     if as_graph:
         target = pruned_graph(model, plan, masked, example)
@@ -182,9 +200,16 @@ def prune(
         except BaseException:
             restore()
             raise
-    after = cost.parameters(target), cost.macs(target, example)
-    report = Report(rows, layers, error, graph.frozen, before[0], after[0], before[1], after[1])
+    after = _costs(target, example)
+    costs = {f"{kind}_{when}": of[kind] for when, of in (("before", before), ("after", after)) for kind in of}
+    latencies = cost.side_by_side([model, target], example) if target is not model else (None, None)
+    report = Report(rows, layers, error, graph.frozen, **costs, latency_before=latencies[0], latency_after=latencies[1])
     return Pruned(target, report, plan, masked)
+
+
+def _costs(model: nn.Module, example: Call) -> dict[str, int]:
+    """As the report names them."""
+    return {"params": cost.parameters(model), "macs": cost.macs(model, example), "size": cost.size(model)}
 
 
 def _as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]) -> Refit:
@@ -197,7 +222,11 @@ def _as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]
 
 
 def _row(
-    group: ChannelGroup, chosen: Selected | None, fits: Mapping[str, LayerFit], predicted: float | None
+    group: ChannelGroup,
+    chosen: Selected | None,
+    fits: Mapping[str, LayerFit],
+    predicted: float | None,
+    refitted: bool,
 ) -> GroupReport:
     consumers = tuple(consumer.name for consumer in group.consumers)
     row = GroupReport(group.name, group.producers, consumers, group.size, group.size)
@@ -207,6 +236,8 @@ def _row(
     if fitted:
         scale = sum(fit.scale for fit in fitted)
         error = sum(fit.error for fit in fitted) / scale if scale > 0 else 0.0
+    elif refitted and consumers:  # they read what they did in the original network, and stay as they are
+        error = 0.0
     else:
         error = chosen.error
     return replace(
@@ -216,6 +247,7 @@ def _row(
         lam=selection.lam,
         gap=selection.gap,
         predicted=predicted,
+        before_refit=chosen.error,
         note=selection.note,
     )
 
@@ -231,12 +263,13 @@ def _warn_of_few_samples(layers: tuple[LayerReport, ...]) -> None:
         )  # fmt: skip
 
 
-def _steps(bar: Progress) -> Callable[[str], None]:
+@contextmanager
+def _shown(progress: bool | Callable[[str], None] | None) -> Iterator[Callable[[str], None]]:
     """Shows what is being done."""
-    task = bar.add_task("", total=None)
-    return lambda doing: bar.update(task, description=doing, advance=1)
-
-
-def _progress_bar(show: bool | None) -> Progress:
-    show = sys.stderr.isatty() if show is None else show
-    return Progress(console=Console(stderr=True), transient=True, disable=not show)
+    if callable(progress):
+        yield progress
+        return
+    show = sys.stderr.isatty() if progress is None else progress
+    with Progress(console=Console(stderr=True), transient=True, disable=not show) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda doing: bar.update(task, description=doing, advance=1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from lnr_prune import __version__
-from lnr_prune.cli import app
+from lnr_prune.cli import EXAMPLES, app
 from lnr_prune.recipes.lenet5 import initialised
 
 WIDE = {"COLUMNS": "300", "TERM": "dumb"}
@@ -18,6 +19,26 @@ WIDE = {"COLUMNS": "300", "TERM": "dumb"}
 def test_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output.strip()) == (0, f"lnr-prune {__version__}")
+
+
+@pytest.mark.parametrize("name", ["inspect", "prune", "report", "bench", "lenet5"])
+def test_every_command_explains_itself(name: str) -> None:
+    command: Any = typer.main.get_command(app)
+    of = command.get_command(command.make_context("lnr-prune", [name]), name)
+    assert [parameter.name for parameter in of.params if not parameter.help] == []
+    result = CliRunner().invoke(app, [name, "--help"], env=WIDE)
+    assert result.exit_code == 0
+    for option in (flag for parameter in of.params for flag in parameter.opts if flag.startswith("--")):
+        assert option in result.output
+    examples = {function.__name__: lines for function, lines in EXAMPLES.items()}
+    assert name in examples or name == "lenet5"
+    for line in examples.get(name, ()):
+        words = line.split()
+        if words[0] == "lnr-prune":  # what an example names is there
+            named = command.get_command(None, words[1])
+            flags = {flag for parameter in named.params for flag in parameter.opts}
+            assert {word for word in words if word.startswith("--")} <= flags
+            assert line.strip() in result.output
 
 
 def test_help_explains_every_option() -> None:

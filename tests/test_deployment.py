@@ -28,7 +28,8 @@ def pruned(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
 
 def test_torch_export(pruned: tuple[nn.Module, Tensor]) -> None:
     model, x = pruned
-    with warnings.catch_warnings(action="ignore"):  # torch's own
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
         program = torch.export.export(model, (x,), strict=False)
         exported = program.module()(x)
     torch.testing.assert_close(exported, model(x))
@@ -37,7 +38,8 @@ def test_torch_export(pruned: tuple[nn.Module, Tensor]) -> None:
 def test_torch_compile(pruned: tuple[nn.Module, Tensor]) -> None:
     model, x = pruned
     torch._dynamo.reset()
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(compiled, model(x))
 
@@ -45,7 +47,8 @@ def test_torch_compile(pruned: tuple[nn.Module, Tensor]) -> None:
 def test_onnx(pruned: tuple[nn.Module, Tensor]) -> None:
     pytest.importorskip("onnxscript", reason="needs onnx and onnxscript")
     model, x = pruned
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     assert program is not None
     graph = program.model.graph

@@ -51,7 +51,8 @@ def _spread(call: LayerCall, kernel: Sequence[int], stride: Sequence[int], dilat
     n = len(kernel)
     sizes = [s * (size - 1) + 1 for s, size in zip(stride, call.input.shape[2:], strict=True)]
     x = call.input.new_zeros(*call.input.shape[:2], *sizes)
-    x[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = call.input
+    entries = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+    x[entries] = call.input
     padding = per_axis(call.options.get("padding", 0), n)
     before = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
     after = [

@@ -64,10 +64,8 @@ def export(
         GraphError: If torch.export cannot follow the model's forward.
     """
     try:
-        with (
-            in_mode(model, training), unfused_attention(), _returning_no_caches(model),
-            warnings.catch_warnings(action="ignore"),  # torch's own
-        ):  # fmt: skip
+        with in_mode(model, training), unfused_attention(), _returning_no_caches(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own
             program = torch.export.export(model, args, dict(kwargs), strict=False, dynamic_shapes=dynamic_shapes)
             if any(_hides_something(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # inlines regions, replaces writes through views

@@ -3,11 +3,17 @@
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lnr_prune import page, plots
 from lnr_prune.problem import GroupLasso
 from lnr_prune.prox import Matrices
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Status(enum.Enum):
@@ -80,6 +86,17 @@ class Solution:
     def n_kept(self) -> int:
         """Number of groups that are not zero."""
         return int(self.support.sum())
+
+    def plot_convergence(self, axes: "Axes | None" = None) -> "Figure":
+        """``P(M)`` above the best value reached, by iteration, as a matplotlib figure, or drawn into ``axes``.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        return plots.convergence(self, axes)
+
+    def _repr_html_(self) -> str:
+        return page.embedded(page.solution(self))
 
     def __repr__(self) -> str:
         return (

@@ -1,0 +1,182 @@
+"""A whole model and a plan -> the shrunk model, without calibration data."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lnr_prune.attributes import ints
+from lnr_prune.calibration import Call, calibrate
+from lnr_prune.collapse import collapse, replace_tensors, restore_point
+from lnr_prune.errors import GraphError, PlanError
+from lnr_prune.fingerprint import fingerprint
+from lnr_prune.graph import along, named_tensors
+from lnr_prune.plan import Plan
+from lnr_prune.pruned_graph import PrunedGraph, pruned_graph
+from lnr_prune.verify import Reference, copied
+
+
+def planned(model: nn.Module, plan: Plan, *, example: Any, inplace: bool) -> nn.Module:
+    """The model without the planned channels; see `Plan.apply`."""
+    call = _checked(model, plan, example)
+    target = _target(model, call, inplace)
+    reference = Reference(model, _masked(plan, named_tensors(model)), call) if call else None
+    with _unless_it_fails(target):
+        collapse(target, plan)
+        if reference:
+            reference.check(target)
+    return target
+
+
+def filled(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, example: Any, inplace: bool) -> nn.Module:
+    """The model without the planned channels and with these tensors, name -> what is left of it."""
+    call = _checked(model, plan, example)
+    target = _target(model, call, inplace)
+    reference = Reference(model, _spread(plan, tensors), call) if call else None
+    with _unless_it_fails(target):
+        collapse(target, plan)
+        old = named_tensors(target)
+        replace_tensors(target, {id(old[name]): _like(tensor, old[name]) for name, tensor in tensors.items()})
+        if reference:
+            reference.check(target)
+    return target
+
+
+def filled_graph(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, example: Any) -> PrunedGraph:
+    """The same as a graph, which is traced anew."""
+    call = _checked(model, plan, example)
+    if call is None:
+        raise PlanError(
+            "the pruned model is a graph (as_graph=True), which is traced anew when it is loaded: "
+            "give a batch as example=. torch.export.save keeps a graph as it is"
+        )
+    graph = pruned_graph(model, plan, _spread(plan, tensors), call)
+    original = fingerprint(model)
+    for name in named_tensors(graph):
+        name = original.tied.get(name, name)
+        if name in original.tensors and name not in tensors:
+            raise PlanError(f"the file lacks {name!r}, which the graph of {type(model).__name__} uses")
+    return graph
+
+
+def _checked(model: nn.Module, plan: Plan, example: Any) -> Call | None:
+    """The example's call, once it is known that the plan is for this model."""
+    if plan.original is not None:
+        plan.original.check(model)
+    modules, tensors = dict(model.named_modules(remove_duplicate=False)), named_tensors(model)
+    for name, dims in plan.indices.items():
+        shape = tensors[name].shape if name in tensors else ()
+        for dim, kept in dims.items():
+            if not (0 <= dim < len(shape) and kept and kept[0] >= 0 and kept[-1] < shape[dim]):
+                raise PlanError(f"the plan keeps indices of dimension {dim} of {name!r} that the model does not have")
+    for name, entries in plan.attributes.items():
+        held = dict(ints(modules[name])) if name in modules else {}
+        for path, value in entries.items():
+            if not 0 < value <= held.get(path, 0):
+                raise PlanError(
+                    f"the plan sets attribute {path!r} of layer {name!r} to {value}; expected one that holds an int "
+                    f"of at least that, got {held.get(path, 'no such int')}"
+                )
+    return None if example is None else calibrate(model, [example]).example()
+
+
+def _target(model: nn.Module, call: Call | None, inplace: bool) -> nn.Module:
+    if inplace:
+        return model
+    if call is not None:
+        return copied(model, call)
+    try:
+        target = copy.deepcopy(model)
+    except Exception as error:  # deepcopy raises whatever the model's attributes raise
+        raise GraphError(f"{type(model).__name__} cannot be deep-copied ({error}); use inplace=True") from error
+    if _reaches(target, model):
+        raise GraphError(
+            f"a deep copy of {type(model).__name__} holds functions, such as lambdas in a list, that close over the "
+            "original: use inplace=True, give an example= to find out whether they run, or turn them into methods"
+        )
+    return target
+
+
+def _reaches(target: nn.Module, original: nn.Module) -> bool:
+    """Whether something that a copy holds, a function's closure included, still holds a part of the original."""
+    parts = {id(part) for part in (*original.modules(), *original.parameters(), *original.buffers())}
+    seen: set[int] = set()
+    waiting: list[Any] = list(target.modules())
+    while waiting:
+        value = waiting.pop()
+        if id(value) in parts:
+            return True
+        if id(value) not in seen:
+            seen.add(id(value))
+            waiting += _held(value)
+    return False
+
+
+def _held(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    if isinstance(value, type | Tensor | ModuleType):
+        return []
+    own = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    if isinstance(value, MethodType):
+        own.append(value.__self__)
+    elif isinstance(value, partial):
+        own += [value.func, value.args, value.keywords]
+    elif isinstance(value, FunctionType):
+        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())
+        own += [*cells, value.__defaults__, value.__kwdefaults__]
+    return own
+
+
+@contextmanager
+def _unless_it_fails(target: nn.Module) -> Iterator[None]:
+    """Puts the module back as it was if anything fails."""
+    restore = restore_point(target)
+    try:
+        yield
+    except BaseException as error:
+        restore()
+        if isinstance(error, ArithmeticError | LookupError | RuntimeError | TypeError | ValueError):
+            raise PlanError(f"the plan does not fit {type(target).__name__}: {error}") from error
+        raise
+
+
+def _masked(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is removed set to zero, in whatever may be a consumer's weight."""
+    masked = {}
+    for name, dims in plan.indices.items():
+        value = tensors[name].detach()
+        if value.dim() > 1:
+            for dim, kept in dims.items():
+                keep = torch.zeros(value.shape[dim], dtype=torch.bool)
+                keep[list(kept)] = True
+                value = value * along(keep, dim, value.shape).to(value)
+            masked[name] = value
+    return masked
+
+
+def _spread(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is left of every tensor, at its full size: with zeros where it lost entries, ones in a vector."""
+    assert plan.original is not None
+    spread = {}
+    for name, value in tensors.items():
+        shape = plan.original.tensors[name].shape
+        for dim, kept in plan.indices.get(name, {}).items():
+            full = [shape[dim] if axis == dim else size for axis, size in enumerate(value.shape)]
+            whole = value.new_zeros(full) if len(full) > 1 else value.new_ones(full)
+            value = whole.index_copy(dim, torch.tensor(kept), value)
+        spread[name] = value
+    return spread
+
+
+def _like(tensor: Tensor, old: Tensor) -> Tensor:
+    """The tensor on the device of another one, and a parameter if that is one."""
+    tensor = tensor.to("cpu" if old.is_meta else old.device)
+    return nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
