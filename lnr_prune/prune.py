@@ -24,8 +24,9 @@ from lnr_prune.fingerprint import fingerprint
 from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.pruned_graph import pruned_graph
-from lnr_prune.refit import LayerFit, Refit
+from lnr_prune.refit import Refit
 from lnr_prune.report import GroupReport, LayerReport, Report
+from lnr_prune.ridge import LayerFit
 from lnr_prune.search import within_budget
 from lnr_prune.solvers import Solver
 from lnr_prune.supports import Selected, read, refit_network, select

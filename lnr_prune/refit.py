@@ -1,7 +1,6 @@
 """Sequential asymmetric refit: every linear layer, inputs from the pruned network, targets from the original one."""
 
-import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,47 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lnr_prune.calibration import Calibration, Call, short_example
+from lnr_prune.calibration import Calibration, short_example
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import evaluating, named_tensors, unfused_attention
 from lnr_prune.multihead import visible_attention
-from lnr_prune.onward import Following, Onward, Outlook, outlook
-from lnr_prune.problem import GroupLasso
+from lnr_prune.onward import Onward, outlook
 from lnr_prune.registry import Pair
-from lnr_prune.report import LayerReport
-from lnr_prune.statistics import LayerCall, SecondMoments, check_finite, rows, watch
-from lnr_prune.suspended import Answer, Question, suspended
+from lnr_prune.ridge import LayerFit, ridge_regression
+from lnr_prune.statistics import LayerCall, SecondMoments, check_finite, rows
+from lnr_prune.streams import Arrival, advance, both_networks
 
-RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-12)
-"""Ridges to choose from, as fractions of the inputs' mean second moment."""
-DEFAULT_RIDGE = 1e-6  # where no sample can be held out
 HELD_OUT = 4  # one sample of so many is held out to choose the ridge on
 STEPS = 3  # towards the fixed point behind an activation
-
-
-@dataclass(frozen=True)
-class LayerFit:
-    """How well one layer was refitted.
-
-    Attributes:
-        error: ``E||y - M x||^2`` on the calibration data: x in the pruned network, y in the original one.
-        scale: ``E||y||^2``.
-        ridge: The ridge, as a fraction of the inputs' mean second moment.
-        samples: Number of samples (rows) it was fitted to.
-        columns: Number of columns that were fitted.
-    """
-
-    error: float
-    scale: float
-    ridge: float
-    samples: int
-    columns: int
-
-    def row(self, layer: str) -> LayerReport:
-        """The layer's row of the report."""
-        return LayerReport(
-            layer, self.error / self.scale if self.scale > 0 else 0.0, self.ridge, self.samples, self.columns
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +80,7 @@ def refit(
     swaps: dict[str, dict[str, Tensor]] = {}
     with torch.no_grad(), evaluating(model), unfused_attention(), visible_attention(model), ExitStack() as stack:
         ahead = outlook(model, layers, short_example(model, data))
-        streams = [stack.enter_context(closing(_both_networks(model, call, ahead))) for call in data]
+        streams = [stack.enter_context(closing(both_networks(model, call, ahead))) for call in data]
         fronts = {stream: arrival for stream in streams if (arrival := next(stream, None)) is not None}
         while fronts:
             name = min((arrival.name for arrival in fronts.values()), key=order.index)
@@ -139,59 +109,9 @@ def refit(
                         swaps[name]["bias"] = intercept.to(tensors[name])
             for stream in here:
                 del fronts[stream]
-                if (arrival := _send(stream, swaps[name])) is not None:
+                if (arrival := advance(stream, swaps[name])) is not None:
                     fronts[stream] = arrival
     return Refit(weights, fits)
-
-
-@dataclass(frozen=True, eq=False)
-class Arrival:
-    """A batch that has come to a layer.
-
-    Attributes:
-        name: Name of the layer's weight.
-        call: The call in the original network, done.
-        x: The layer's input in the pruned network, which is about to be called.
-        shortcuts: What its output will be added to, in the original and in the pruned network; None = not known.
-    """
-
-    name: str
-    call: LayerCall
-    x: Tensor
-    shortcuts: tuple[list[Tensor], list[Tensor]] | None
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether nothing that reaches the layer has changed."""
-        pairs = zip(*(self.shortcuts or ((), ())), strict=True)
-        return all(torch.equal(a, b) for a, b in ((self.call.input, self.x), *pairs))
-
-
-def _both_networks(model: nn.Module, call: Call, ahead: Outlook) -> Generator[Arrival, Mapping[str, Tensor], None]:
-    """Runs the original and the pruned network side by side; at every layer it waits for the pruned one's weights."""
-    modes = [Following(ahead) for _ in range(2)]
-
-    def original(ask: Callable[[tuple[str, LayerCall]], None]) -> None:
-        watch(model, call, ahead.layers, see=lambda name, layer: ask((name, layer)), within=modes[0])
-
-    def pruned(ask: Callable[[tuple[str, Tensor]], Mapping[str, Tensor]]) -> None:
-        watch(model, call, ahead.layers, swap=lambda name, x: ask((name, x)), within=modes[1])
-
-    with closing(suspended(original)) as first, closing(suspended(pruned)) as second:
-        seen, swapped = next(first, None), next(second, None)
-        while seen is not None and swapped is not None:
-            name, layer = seen
-            original_s, pruned_s = (ahead.layers[name].added(mode.results, layer.output) for mode in modes)
-            known = None if original_s is None or pruned_s is None else (original_s, pruned_s)
-            new = yield Arrival(name, layer, swapped[1], known)
-            seen, swapped = _send(first, None), _send(second, new)
-
-
-def _send(stream: Generator[Question, Answer, None], answer: Answer) -> Question | None:
-    try:
-        return stream.send(answer)
-    except StopIteration:
-        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,67 +213,3 @@ def _rows(pair: Pair, target: Target, samples: int | None, *others: Tensor) -> I
             for x, *ys in rows(pair, piece, samples, first, *rest):
                 yield part, x if target.mean is None else torch.cat([x, x.new_ones(len(x), 1)], 1), *ys
             first += len(piece.input)
-
-
-def ridge_regression(
-    fit: SecondMoments,
-    held: SecondMoments | None,
-    kept: Tensor,
-    ridged: Tensor,
-    W: Tensor,
-    ridge: float | None = None,
-) -> tuple[Tensor, LayerFit]:
-    """``argmin_M E||y - M x||^2 + ridge * mean(diag R) * ||M - W||_F^2``, M zero on columns that are not kept.
-
-    Columns that are kept but not ridged (a bias) are eliminated first, exactly.
-
-    Args:
-        fit: Moments of the samples to fit on.
-        held: Moments of others, on which the ridge is chosen; the last fit is to all of them. None = there are none.
-        kept: Columns that stay, (d,) bool.
-        ridged: Columns that the ridge holds, (d,) bool.
-        W: The layer's own matrix, (h, d).
-        ridge: The ridge; default: the best of `RIDGES` on ``held``. It grows where R is singular with it.
-
-    Returns:
-        M, (h, d), and how well it fits.
-    """
-    if ridge is None and held is not None:
-        regress, columns = _regression(fit, kept, ridged, W), kept.nonzero()[:, 0]
-        best, ridge, held_kept = math.inf, DEFAULT_RIDGE, held.at(columns)
-        for candidate in RIDGES:
-            M = regress(candidate)
-            error = math.inf if M is None else held_kept.error(M)
-            if error > best:
-                break
-            best, ridge = error, candidate
-    ridge = DEFAULT_RIDGE if ridge is None else ridge
-    whole = fit if held is None else fit + held
-    regress = _regression(whole, kept, ridged, W)
-    while (M := regress(ridge)) is None:
-        ridge = max(10 * ridge, RIDGES[-1])
-    full = torch.zeros_like(W)
-    full[:, kept] = M
-    return full, LayerFit(whole.error(full), float(whole.yy) / whole.count, ridge, whole.count, int(kept.sum()))
-
-
-def _regression(moments: SecondMoments, kept: Tensor, ridged: Tensor, W: Tensor) -> Callable[[float], Tensor | None]:
-    """Ridge -> M on the kept columns, or None where R + ridge is singular to working precision."""
-    groups = ridged[kept].long() - 1  # one group, and the columns that are eliminated
-    block = moments.at(kept.nonzero()[:, 0]).block(groups)
-    eliminated = GroupLasso((block,), W.new_ones(1)).eliminated
-    (block,) = eliminated.problem.blocks
-    W = W[:, kept & ridged]
-    scale = float(block.R.diagonal().mean()) or 1.0
-    residual = block.B - W @ block.R
-
-    def regress(ridge: float) -> Tensor | None:
-        R = block.R.clone()
-        R.diagonal().add_(ridge * scale)
-        L, info = torch.linalg.cholesky_ex(R)
-        if int(info) != 0:
-            return None
-        (M,) = eliminated.complete((W + torch.cholesky_solve(residual.T, L).T,))
-        return M
-
-    return regress

@@ -1,6 +1,7 @@
 """What becomes of a layer's output, and that the refit aims at it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from lnr_prune.refit import refit
 from tests.models import randomised
 from tests.test_refit import layers_of
 
+After = Callable[[Any, Tensor, Tensor], Tensor]
+
 
 class Through(nn.Module):
     """A layer, and what a function makes of its output y and of an earlier h."""
 
-    def __init__(self, after: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, after: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.before, self.layer, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
         self.norm, self.late, self.gain = nn.BatchNorm1d(6), nn.Linear(4, 6), nn.Parameter(torch.rand(6) + 0.5)
@@ -30,13 +33,13 @@ class Through(nn.Module):
         return self.last(self.after(self, self.layer(h), h))
 
 
-def seen(after: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> tuple[Onward, Through, Tensor]:
+def seen(after: After) -> tuple[Onward, Through, Tensor]:
     torch.manual_seed(0)
     model, x = randomised(Through(after)).eval().requires_grad_(False), torch.randn(7, 4)
     return outlook(model, ["layer.weight"], ((x,), {})).layers["layer.weight"], model, x
 
 
-AFTER = {
+AFTER: dict[str, tuple[After, int, int, Callable[[Tensor], Tensor] | None]] = {
     "nothing": (lambda m, y, h: y, 0, 0, None),
     "relu": (lambda m, y, h: y.relu(), 0, 0, F.relu),
     "relu in place": (lambda m, y, h: F.relu_(y), 0, 0, F.relu),

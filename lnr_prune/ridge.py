@@ -1,0 +1,105 @@
+"""Least squares with a ridge towards the original weights, chosen on samples that were held out."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lnr_prune.problem import GroupLasso
+from lnr_prune.report import LayerReport
+from lnr_prune.statistics import SecondMoments
+
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-12)
+"""Ridges to choose from, as fractions of the inputs' mean second moment."""
+DEFAULT_RIDGE = 1e-6  # where no sample can be held out
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How well one layer was refitted.
+
+    Attributes:
+        error: ``E||y - M x||^2`` on the calibration data: x in the pruned network, y in the original one.
+        scale: ``E||y||^2``.
+        ridge: The ridge, as a fraction of the inputs' mean second moment.
+        samples: Number of samples (rows) it was fitted to.
+        columns: Number of columns that were fitted.
+    """
+
+    error: float
+    scale: float
+    ridge: float
+    samples: int
+    columns: int
+
+    def row(self, layer: str) -> LayerReport:
+        """The layer's row of the report."""
+        return LayerReport(
+            layer, self.error / self.scale if self.scale > 0 else 0.0, self.ridge, self.samples, self.columns
+        )
+
+
+def ridge_regression(
+    fit: SecondMoments,
+    held: SecondMoments | None,
+    kept: Tensor,
+    ridged: Tensor,
+    W: Tensor,
+    ridge: float | None = None,
+) -> tuple[Tensor, LayerFit]:
+    """``argmin_M E||y - M x||^2 + ridge * mean(diag R) * ||M - W||_F^2``, M zero on columns that are not kept.
+
+    Columns that are kept but not ridged (a bias) are eliminated first, exactly.
+
+    Args:
+        fit: Moments of the samples to fit on.
+        held: Moments of others, on which the ridge is chosen; the last fit is to all of them. None = there are none.
+        kept: Columns that stay, (d,) bool.
+        ridged: Columns that the ridge holds, (d,) bool.
+        W: The layer's own matrix, (h, d).
+        ridge: The ridge; default: the best of `RIDGES` on ``held``. It grows where R is singular with it.
+
+    Returns:
+        M, (h, d), and how well it fits.
+    """
+    if ridge is None and held is not None:
+        regress, columns = _regression(fit, kept, ridged, W), kept.nonzero()[:, 0]
+        best, ridge, held_kept = math.inf, DEFAULT_RIDGE, held.at(columns)
+        for candidate in RIDGES:
+            M = regress(candidate)
+            error = math.inf if M is None else held_kept.error(M)
+            if error > best:
+                break
+            best, ridge = error, candidate
+    ridge = DEFAULT_RIDGE if ridge is None else ridge
+    whole = fit if held is None else fit + held
+    regress = _regression(whole, kept, ridged, W)
+    while (M := regress(ridge)) is None:
+        ridge = max(10 * ridge, RIDGES[-1])
+    full = torch.zeros_like(W)
+    full[:, kept] = M
+    return full, LayerFit(whole.error(full), float(whole.yy) / whole.count, ridge, whole.count, int(kept.sum()))
+
+
+def _regression(moments: SecondMoments, kept: Tensor, ridged: Tensor, W: Tensor) -> Callable[[float], Tensor | None]:
+    """Ridge -> M on the kept columns, or None where R + ridge is singular to working precision."""
+    groups = ridged[kept].long() - 1  # one group, and the columns that are eliminated
+    block = moments.at(kept.nonzero()[:, 0]).block(groups)
+    eliminated = GroupLasso((block,), W.new_ones(1)).eliminated
+    (block,) = eliminated.problem.blocks
+    W = W[:, kept & ridged]
+    scale = float(block.R.diagonal().mean()) or 1.0
+    residual = block.B - W @ block.R
+
+    def regress(ridge: float) -> Tensor | None:
+        R = block.R.clone()
+        R.diagonal().add_(ridge * scale)
+        L, info = torch.linalg.cholesky_ex(R)
+        if int(info) != 0:
+            return None
+        (M,) = eliminated.complete((W + torch.cholesky_solve(residual.T, L).T,))
+        return M
+
+    return regress
