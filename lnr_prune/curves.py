@@ -24,6 +24,8 @@ def error_curves(
     readings: Mapping[str, Reading],
     data: Calibration,
     progress: Callable[[str], None] | None = None,
+    *,
+    logits: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Elimination]]:
     """Relative squared error of the network's outputs when one group keeps 0, 1, ... n of its channels.
 
@@ -37,6 +39,7 @@ def error_curves(
         readings: Name of a group -> the group and its consumers' second moments.
         data: The calibration data, of which about `SAMPLES` samples are used.
         progress: Called with every group's name.
+        logits: Whether the outputs are logits, see `divergence`.
 
     Returns:
         Name of a group -> its curve, (n + 1,) float64; and name -> its backward elimination.
@@ -55,7 +58,7 @@ def error_curves(
             weights: dict[str, Tensor] = {}
             for pair, M_c in zip(reading.pairs, M, strict=True):
                 weights |= pair.write(M_c, {**tensors, **weights})
-            measured[size] = divergence(original, [outputs(model, call, weights) for call in calls])
+            measured[size] = divergence(original, [outputs(model, call, weights) for call in calls], logits)
         curves[name] = through(elimination.errors, measured)
     return curves, eliminations
 
@@ -75,10 +78,11 @@ def through(shape: Tensor, measured: Mapping[int, float]) -> Tensor:
     return torch.from_numpy(np.maximum.accumulate(curve[::-1])[::-1].copy())
 
 
-def output_error(model: nn.Module, weights: Mapping[str, Tensor], data: Calibration) -> float:
+def output_error(model: nn.Module, weights: Mapping[str, Tensor], data: Calibration, *, logits: bool = False) -> float:
     """`divergence` of the outputs with these full-size weights, on about `SAMPLES` samples."""
     calls = some(data)
-    return divergence([outputs(model, call) for call in calls], [outputs(model, call, weights) for call in calls])
+    original, pruned = ([outputs(model, call, given) for call in calls] for given in (None, weights))
+    return divergence(original, pruned, logits)
 
 
 def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -92,16 +96,26 @@ def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None =
     return torch.cat([leaf.reshape(1, -1) for leaf in real], 1)
 
 
-def divergence(original: list[Tensor], pruned: list[Tensor]) -> float:
+def divergence(original: list[Tensor], pruned: list[Tensor], logits: bool = False) -> float:
     """``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of outputs, one (n, values) tensor a batch.
 
-    Values that are infinite in either (masked scores) do not count.
+    Of logits, ``E KL(p || p') / E KL(p || E p)`` of their softmax. Values that are infinite in either (masked
+    scores) do not count.
     """
+    if logits:
+        p, q = (torch.cat(batches).log_softmax(1) for batches in (original, pruned))
+        spread = _kl(p, p.exp().mean(0).log())
+        return _kl(p, q) / spread if spread > 0 else 0.0
     error = sum(float((a - b).nan_to_num(0.0, 0.0, 0.0).square().sum()) for a, b in zip(original, pruned, strict=True))
     alike = len({batch.shape[1:] for batch in original}) == 1
     mean = torch.cat(original).mean(0) if alike and sum(map(len, original)) > 1 else 0.0
     spread = sum(float((batch - mean).nan_to_num(0.0, 0.0, 0.0).square().sum()) for batch in original)
     return error / spread if spread > 0 else 0.0
+
+
+def _kl(p: Tensor, q: Tensor) -> float:
+    """Mean KL divergence of log probabilities."""
+    return float((p.exp() * (p - q)).nan_to_num(0.0, 0.0, 0.0).sum(1).mean())
 
 
 def some(data: Iterable[Call], samples: int = SAMPLES) -> list[Call]:

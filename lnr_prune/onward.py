@@ -92,10 +92,12 @@ class Outlook:
     Attributes:
         functions: Every function that the forward pass calls, in order.
         layers: Weight's name -> what becomes of that layer's output.
+        last: Name of the weight whose layer's output is the network's; None = there is no such layer.
     """
 
     functions: tuple[Any, ...]
     layers: Mapping[str, Onward]
+    last: str | None = None
 
 
 def outlook(model: nn.Module, names: Iterable[str], example: Call) -> Outlook:
@@ -111,10 +113,12 @@ def outlook(model: nn.Module, names: Iterable[str], example: Call) -> Outlook:
     """
     record = _Record()
     with visible_attention(model), record:
-        run(model, example)
+        outputs = run(model, example)
     names = list(names)
     trail = _Trail(record.calls, named_tensors(model), names)
-    return Outlook(tuple(call.function for call in record.calls), {name: trail.follow(name) for name in names})
+    given = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    last = next((name for name in names if len(given) == 1 and trail.makes_alone(name, given[0])), None)
+    return Outlook(tuple(call.function for call in record.calls), {name: trail.follow(name) for name in names}, last)
 
 
 class Following(TorchFunctionMode):
@@ -217,6 +221,11 @@ class _Trail:
                     onward = Onward(onward.steps, onward.shortcuts, partial(_alone, step), onward.mean)
                 break
         return onward
+
+    def makes_alone(self, name: str, output: Tensor) -> bool:
+        """Whether a tensor is what the layer with this weight returned, in its one call."""
+        applied = self.applied[name]
+        return len(applied) == 1 and self.makes[id(output)] == applied
 
     def _path(self, layer: int) -> Iterator[tuple[int, Tensor]]:
         """The calls that use a layer's output, then their result, and so on, while each is the only one."""

@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lnr_prune import cost, files
 from lnr_prune.allocation import Budget
 from lnr_prune.amount import choose_channels, group_of, the_one_given
-from lnr_prune.calibration import Call, Inputs, calibrate, short_example
+from lnr_prune.calibration import Call, Inputs, calibrate, run, short_example
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.curves import output_error
 from lnr_prune.errors import GraphError
@@ -80,6 +81,7 @@ def prune(
     bias: bool = True,
     debias: bool = True,
     ridge: float | None = None,
+    logits: bool = False,
     inputs: Inputs | None = None,
     inplace: bool = False,
     as_graph: bool = False,
@@ -111,6 +113,9 @@ def prune(
             left them: shrunk by the lasso, or the original ones.
         ridge: Ridge of the refit towards the original weights, as a fraction of the inputs' mean second moment;
             default: chosen on held-out samples, layer by layer.
+        logits: Whether the model's output is the logits of classes: the layer that gives them is then fitted to
+            the probabilities, and errors of the outputs are measured between these, by Kullback-Leibler divergences
+            instead of squares.
         inputs: Turns a batch of any other form into ``(args, kwargs)`` of the model.
         inplace: Shrinks ``model`` itself. If anything fails it is as before.
         as_graph: Returns a `PrunedGraph`, a GraphModule of ATen operations for evaluation only, instead of a
@@ -149,6 +154,8 @@ def prune(
     the_one_given(keep=keep, lam=lam, lam_ratio=lam_ratio, budget=budget)
     data = calibrate(model, calibration, inputs)
     example = short_example(model, data)
+    if logits:
+        _check_logits(model, example)
     graph = find_groups(model, *example)
     target = model if inplace or as_graph else copied(model, example)
     if not as_graph:
@@ -170,14 +177,16 @@ def prune(
         predicted: Mapping[str, float] = {}
         if budget is not None:
             allocation = within_budget(
-                model, target, graph, readings, data, budget, traced=example, bias=bias, progress=step
+                model, target, graph, readings, data, budget, traced=example, bias=bias, logits=logits, progress=step
             )
             choices, predicted = choose_channels(graph, keep=allocation.sizes, selector=selector), allocation.errors
         generator = torch.Generator().manual_seed(seed)
         selected = select(readings, choices, tensors, solver=solver, generator=generator, progress=step)
         chosen = {name: of_group.selection.support for name, of_group in selected.items()}
         if debias:
-            done = refit_network(model, graph, readings, chosen, data, bias=bias, ridge=ridge, progress=step)
+            done = refit_network(
+                model, graph, readings, chosen, data, bias=bias, ridge=ridge, logits=logits, progress=step
+            )
         else:
             done = _as_selected(selected, tensors)
 
@@ -189,7 +198,7 @@ def prune(
     layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := done.layers.get(layer.weight)))
     _warn_of_few_samples(layers)
     before = _costs(model, example)
-    error = output_error(model, masked, data)
+    error = output_error(model, masked, data, logits=logits)
     if as_graph:
         target = pruned_graph(model, plan, masked, example)
     else:
@@ -211,6 +220,15 @@ def prune(
 def _costs(model: nn.Module, example: Call) -> dict[str, int]:
     """As the report names them."""
     return {"params": cost.parameters(model), "macs": cost.macs(model, example), "size": cost.size(model)}
+
+
+def _check_logits(model: nn.Module, example: Call) -> None:
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(run(model, example)) if isinstance(leaf, torch.Tensor)]
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        raise ValueError(
+            f"logits=True needs a model whose output is one tensor (samples, classes), got "
+            f"{', '.join(map(str, shapes)) or 'no tensor'}; leave logits out, or wrap the model"
+        )
 
 
 def _as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]) -> Refit:

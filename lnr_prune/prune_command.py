@@ -111,6 +111,12 @@ def prune(
     selector: Annotated[
         str, typer.Option(help=f"How channels are chosen: {', '.join(SELECTORS)}.", rich_help_panel=AMOUNT)
     ] = "group_lasso",
+    logits: Annotated[
+        bool,
+        typer.Option(
+            "--logits", help="The outputs are logits of classes: keep their probabilities.", rich_help_panel=AMOUNT
+        ),
+    ] = False,
     as_graph: Annotated[
         bool,
         typer.Option(
@@ -152,6 +158,7 @@ def prune(
             samples.batches(source, samples.dtype_of(net)),
             **wanted,
             selector=selector,
+            logits=logits,
             as_graph=as_graph,
             seed=seed,
             progress=None if sys.stderr.isatty() else lines(),

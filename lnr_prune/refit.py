@@ -14,7 +14,7 @@ from lnr_prune.graph import evaluating, named_tensors, unfused_attention
 from lnr_prune.multihead import visible_attention
 from lnr_prune.onward import Onward, outlook
 from lnr_prune.registry import Pair
-from lnr_prune.ridge import LayerFit, ridge_regression
+from lnr_prune.ridge import LayerFit, ridge_regression, softmax_regression
 from lnr_prune.statistics import LayerCall, SecondMoments, check_finite, rows
 from lnr_prune.streams import Arrival, advance, both_networks
 
@@ -44,6 +44,7 @@ def refit(
     repeated: Mapping[str, SecondMoments] | None = None,
     ridge: float | None = None,
     bias: bool = True,
+    logits: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Refit:
     """``argmin_M E||phi(z) - phi(z'(M x))||^2 + ridge ||M - W||_F^2`` on the kept columns, one layer after the other.
@@ -69,6 +70,8 @@ def refit(
             again and again in a forward pass: those are refitted to these at their first call.
         ridge: As a fraction of the inputs' mean second moment; default: the best of `RIDGES` on held-out samples.
         bias: Whether running means may take up intercepts.
+        logits: Whether the network's output is logits: the layer that gives them is then fitted to their softmax,
+            see `softmax_regression`.
         progress: Called with the name of every layer that is reached.
 
     Raises:
@@ -100,6 +103,8 @@ def refit(
                     else:
                         target = _target(pair, ahead.layers[name], list(here.values()), bias)
                         M, intercept, fits[name] = _fitted(pair, target, data.samples, columns, ridged, W, ridge)
+                        if logits and name == ahead.last:
+                            M = _divergence_fitted(pair, target, data.samples, columns, M)
                     new = pair.write(M, tensors)
                     weights |= new
                     swaps[name] = {key: new[full] for key, full in pair.names.items() if full in new}
@@ -173,6 +178,12 @@ def _fitted(
             aM, _ = ridge_regression(moments, None, kept, ridged, alpha * W, fitted.ridge)
     M = aM / alpha
     return (M, None, fitted) if target.mean is None else (M[:, :-1], M[:, -1], fitted)
+
+
+def _divergence_fitted(pair: Pair, target: Target, samples: int | None, kept: Tensor, M: Tensor) -> Tensor:
+    parts, xs, ys = zip(*((part, x, y) for part, x, y in _rows(pair, target, samples)), strict=True)
+    held = torch.cat([torch.full((len(x),), bool(part), device=M.device) for part, x in zip(parts, xs, strict=True)])
+    return softmax_regression(torch.cat(xs) * kept, torch.cat(ys), held, M)
 
 
 def _moments(pair: Pair, target: Target, samples: int | None) -> tuple[SecondMoments, SecondMoments | None]:

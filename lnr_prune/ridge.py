@@ -103,3 +103,43 @@ def _regression(moments: SecondMoments, kept: Tensor, ridged: Tensor, W: Tensor)
         return M
 
     return regress
+
+
+def softmax_regression(x: Tensor, y: Tensor, held: Tensor, M: Tensor) -> Tensor:
+    """``argmin_M E KL(softmax(y) || softmax(M x)) + ridge E[x^2] ||M - M_0||_F^2``, for logits y.
+
+    The ridge is the best of `RIDGES` on the rows that are held out, or so large that M stays M_0.
+
+    Args:
+        x: Inputs, (n, d); M is changed only on columns where some of them are not zero.
+        y: Logits, (n, h).
+        held: Rows that are held out, (n,) bool.
+        M: M_0, (h, d), where the fit begins.
+    """
+    x, p = x.to(M), y.to(M).softmax(1)
+
+    def divergence(M: Tensor, rows: Tensor) -> Tensor:
+        return (p[rows] * (p[rows].clamp_min(1e-30).log() - (x[rows] @ M.T).log_softmax(1))).sum(1).mean()
+
+    def fitted(start: Tensor, rows: Tensor, ridge: float) -> Tensor:
+        found, scale = start.clone().requires_grad_(), x[rows].square().mean()
+        optimiser = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            value = divergence(found, rows) + ridge * scale * (found - M).square().sum()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimiser.step(loss)
+        return found.detach()
+
+    if not bool(held.any()) or bool(held.all()):
+        return M
+    start, best, chosen = M, float(divergence(M, held)), math.inf
+    for ridge in RIDGES:
+        start = fitted(start, ~held, ridge)
+        if (error := float(divergence(start, held))) < best:
+            best, chosen = error, ridge
+    return M if math.isinf(chosen) else fitted(M, torch.ones_like(held), chosen)

@@ -30,6 +30,7 @@ def within_budget(
     *,
     traced: Call,
     bias: bool,
+    logits: bool = False,
     progress: Callable[[str], None],
 ) -> Allocation:
     """Sizes of the groups within the budget.
@@ -43,13 +44,16 @@ def within_budget(
         budget: The budget.
         traced: The call that the graph was traced with.
         bias: Whether biases are refitted.
+        logits: Whether the outputs are logits.
         progress: Called with what is being done.
 
     Raises:
         ValueError: If the budget is out of reach.
     """
     tensors, example = named_tensors(model), data.example()
-    curves, eliminations = error_curves(model, readings, data, lambda name: progress(f"measuring {name}"))
+    curves, eliminations = error_curves(
+        model, readings, data, lambda name: progress(f"measuring {name}"), logits=logits
+    )
     costs = {kind: cost_of(model, graph, kind, samples_in(traced), readings) for kind in ("params", "macs", "size")}
     whole = cost.latency(target, example) if budget.latency is not None else 1.0
 
@@ -67,8 +71,8 @@ def within_budget(
         progress("searching")
         supports = {name: eliminations[name].support(size) for name, size in sizes.items()}
         masked = masked_weights([(readings[name].group, support) for name, support in supports.items()], tensors)
-        done = refit_network(model, graph, readings, supports, fit, bias=bias)
-        return output_error(model, {**masked, **done.weights}, judged)
+        done = refit_network(model, graph, readings, supports, fit, bias=bias, logits=logits)
+        return output_error(model, {**masked, **done.weights}, judged, logits=logits)
 
     batches = some(data, 2 * SAMPLES) if budget.search else []
     fit, judged = (Calibration(part, lambda call: call) for part in (batches[::2], batches[1::2] or batches))

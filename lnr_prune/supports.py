@@ -126,6 +126,7 @@ def refit_network(
     *,
     bias: bool,
     ridge: float | None = None,
+    logits: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Refit:
     """Refits every linear layer of the network, pruned or not, in one sweep; see `refit`.
@@ -159,6 +160,7 @@ def refit_network(
         repeated=repeated,
         ridge=ridge,
         bias=bias,
+        logits=logits,
         progress=None if progress is None else lambda layer: progress(f"refitting {layer}"),
     )
 

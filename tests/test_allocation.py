@@ -235,3 +235,13 @@ def test_a_searched_budget_still_holds() -> None:
     model = randomised(cnn())
     pruned = lnr.prune(model, IMAGES.split(8), budget=lnr.Budget(params=0.5, search=3), selector="backward")
     assert pruned.report.params_after <= 0.5 * pruned.report.params_before
+
+
+def test_logits_are_compared_by_their_probabilities() -> None:
+    z = torch.randn(50, 4, dtype=torch.float64)
+    p = z.softmax(1)
+    assert divergence([z], [z + 3], logits=True) == pytest.approx(0, abs=1e-12)
+    assert divergence([z], [p.mean(0).log().expand(50, 4)], logits=True) == pytest.approx(1)
+    other = torch.randn(50, 4, dtype=torch.float64)
+    kl, spread = ((p * (p / q).log()).sum(1).mean() for q in (other.softmax(1), p.mean(0)))
+    assert divergence([z[:20], z[20:]], [other[:20], other[20:]], logits=True) == pytest.approx(float(kl / spread))

@@ -360,3 +360,18 @@ def test_a_cache_among_the_outputs_shrinks_along(as_graph: bool) -> None:
     cache = pruned.model(torch.randn(3, 4))["cache"]
     assert cache is None if as_graph else cache.entries[0].shape == (3, 4)
     assert "forward" not in vars(model)
+
+
+def test_logits_are_fitted_to_their_probabilities() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(6, 24, 24, 4).requires_grad_(False), 2 * torch.randn(1200, 6)
+    model.get_parameter("4.weight").mul_(8)
+    plain, fitted = (lnr.prune(model, x[:900].split(150), keep=0.25, logits=logits) for logits in (False, True))
+
+    def kl(pruned: nn.Module) -> float:
+        p, q = model(x[900:]).log_softmax(1), pruned(x[900:]).log_softmax(1)
+        return float((p.exp() * (p - q)).sum(1).mean())
+
+    assert kl(fitted.model) < 0.95 * kl(plain.model)
+    with pytest.raises(ValueError, match=r"one tensor \(samples, classes\), got \(2, 3, 4\)"):
+        lnr.prune(model, [torch.randn(2, 3, 6)], keep=0.5, logits=True)

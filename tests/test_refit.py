@@ -15,7 +15,7 @@ from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import find_groups
 from lnr_prune.refit import STEPS, refit
 from lnr_prune.registry import Pair, find
-from lnr_prune.ridge import ridge_regression
+from lnr_prune.ridge import RIDGES, ridge_regression, softmax_regression
 from lnr_prune.statistics import SecondMoments
 from lnr_prune.suspended import suspended
 from tests.models import Functional, cnn, mlp, randomised
@@ -171,6 +171,36 @@ def test_ridge_regression_meets_its_optimality_condition(seed: int, ridge: float
     torch.testing.assert_close(gradient[:, kept], torch.zeros(3, 5, dtype=torch.float64), atol=1e-9, rtol=0)
     assert not bool(M[:, ~kept].any())
     assert fit.ridge == ridge or (dead and ridge == 0)
+
+
+def _classes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, logits that are not linear in them, a fourth of the rows held out, and the least-squares fit."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(800, 5, dtype=torch.float64), torch.ones(800, 1, dtype=torch.float64)], 1)
+    y = 2 * (x @ torch.randn(6, 4, dtype=torch.float64)).relu()
+    return x, y, torch.arange(800) % 4 == 3, torch.linalg.lstsq(x, y).solution.T
+
+
+def _kl(x: Tensor, y: Tensor, M: Tensor) -> Tensor:
+    return nn.functional.kl_div((x @ M.T).log_softmax(1), y.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def test_softmax_regression_is_optimal_at_a_ridge_of_the_list() -> None:
+    x, y, held, M0 = _classes()
+    M = softmax_regression(x, y, held, M0)
+    found = M.clone().requires_grad_()
+    _kl(x, y, found).backward()
+    assert found.grad is not None
+    residuals = [found.grad + 2 * ridge * x.square().mean() * (M - M0) for ridge in RIDGES]
+    assert min(float(residual.abs().max()) for residual in residuals) < 1e-4
+    assert _kl(x, y, M) < 0.95 * _kl(x, y, M0)
+
+
+def test_softmax_regression_changes_nothing_that_it_cannot_judge() -> None:
+    x, y, held, M0 = _classes()
+    assert torch.equal(softmax_regression(x, y, torch.zeros_like(held), M0), M0)
+    exact = torch.linalg.lstsq(x, y := x @ M0.T).solution.T
+    torch.testing.assert_close(softmax_regression(x, y, held, exact), exact, atol=1e-6, rtol=0)
 
 
 def test_a_suspended_function_asks_and_is_answered() -> None:
