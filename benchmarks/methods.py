@@ -34,7 +34,9 @@ def methods(task: Task, level: Level, search: int) -> dict[str, Method]:
 
     def ours(selector: str, **amount: Any) -> Method:
         return lambda batches, seed: (
-            lnr.prune(task.model, batches, selector=selector, seed=seed, progress=False, **amount).model
+            lnr.prune(
+                task.model, batches, selector=selector, logits=task.logits, seed=seed, progress=False, **amount
+            ).model
         )
 
     def peer(criterion: str, sharing: str, finish: str) -> Method:

@@ -152,7 +152,7 @@ def finished(task: Task, graph: Graph, sizes: Sizes, scores: Scores, batches: It
     weights: Mapping[str, Tensor] = {}
     if finish == "refit":
         readings = read(task.model, chosen, data, bias=True)
-        weights = refit_network(task.model, graph, readings, supports, data, bias=True).weights
+        weights = refit_network(task.model, graph, readings, supports, data, bias=True, logits=task.logits).weights
     model = copy.deepcopy(task.model)
     collapse(model, make_plan((group, supports[group.name]) for group in chosen), weights)
     if finish == "bn":

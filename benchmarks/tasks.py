@@ -44,6 +44,7 @@ class Task:
         loss: Model and labelled batch -> what is minimised in training.
         rate: Learning rate of Adam for it.
         judge: Model -> how good it is on the test data.
+        logits: Whether its outputs are the logits of classes.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Task:
     loss: Callable[[nn.Module, Any], Tensor]
     rate: float
     judge: Callable[[nn.Module], Judged]
+    logits: bool = False
 
 
 def classifier(trained: Trained) -> Task:
@@ -79,6 +81,7 @@ def classifier(trained: Trained) -> Task:
         lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
         1e-3,
         judge,
+        logits=True,
     )
 
 
