@@ -140,7 +140,7 @@ class Target:
 
 def _target(pair: Pair, onward: Onward, arrivals: Sequence[Arrival], bias: bool) -> Target:
     calls = [replace(arrival.call, input=arrival.x) for arrival in arrivals]
-    alpha = _scales(pair, onward, calls[0])
+    alpha = _scales(pair, onward, next((call for call in calls if len(call.input)), calls[0]))
     if alpha is None or any(arrival.shortcuts is None for arrival in arrivals):
         rows = pair.outputs(next(calls[0].split(1))).shape[1]
         return Target(calls, [], torch.ones(rows, dtype=torch.float64, device=calls[0].output.device))
@@ -154,11 +154,12 @@ def _target(pair: Pair, onward: Onward, arrivals: Sequence[Arrival], bias: bool)
 
 
 def _scales(pair: Pair, onward: Onward, call: LayerCall) -> Tensor | None:
-    """``alpha`` of every row of M, (h,), if it is the same at all positions and nowhere zero."""
+    """``alpha`` of every row of M, (h,), if it is the same at all positions; 0 where it is next to nothing."""
     one = next(call.split(1))
     alpha = pair.outputs(replace(one, output=onward.scale(one.output))).double()
-    same = torch.allclose(alpha, alpha[:1].expand_as(alpha), rtol=1e-3)
-    return alpha[0] if same and bool((alpha[0].abs() > 1e-6 * alpha.abs().max()).all()) else None
+    if not alpha.any() or not torch.allclose(alpha, alpha[:1].expand_as(alpha), rtol=1e-3):
+        return None
+    return alpha[0].where(alpha[0].abs() > 1e-6 * alpha.abs().max(), 0.0)
 
 
 def _fitted(
@@ -176,7 +177,7 @@ def _fitted(
         for _ in range(STEPS):
             moments = replace(whole, yx=aM @ whole.xx + _lacking(pair, target, samples, aM))
             aM, _ = ridge_regression(moments, None, kept, ridged, alpha * W, fitted.ridge)
-    M = aM / alpha
+    M = (aM / alpha).where(alpha != 0, W * kept)  # rows that nothing comes of stay
     return (M, None, fitted) if target.mean is None else (M[:, :-1], M[:, -1], fitted)
 
 

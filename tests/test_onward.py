@@ -168,3 +168,16 @@ def test_a_running_mean_takes_up_the_intercept(bias: bool) -> None:
     z = torch.func.functional_call(model, dict(done.weights), (x,))
     exact = torch.allclose(z, model(x), atol=1e-6)
     assert exact == bias
+
+
+def test_a_row_that_nothing_comes_of_stays() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU())
+    model = randomised(model.double()).eval().requires_grad_(False)
+    model.get_parameter("3.weight")[2] = 0
+    x, kept = torch.randn(300, 5, dtype=torch.float64), torch.arange(12) > 4
+    done = refit(model, layers_of(model, x[:2]), {"2.weight": kept}, calibrate(model, [x]), ridge=1e-9)
+    M, W = done.weights["2.weight"], model.get_parameter("2.weight")
+    torch.testing.assert_close(M[2], W[2] * kept)
+    assert not torch.isclose(M, W * kept)[[0, 1, 3, 4, 5]][:, kept].any()
+    assert done.layers["2.weight"].error < 0.5
