@@ -29,7 +29,7 @@ from lnr_prune.recipes import lenet5, toy
 
 problem = toy.problem(toy.SMALL)
 R, B = problem.blocks[0].R, problem.blocks[0].B
-print(f"R {tuple(R.shape)}, B {tuple(B.shape)}, lambda_max {problem.lambda_max:.3g}")
+print(f"R {tuple(R.shape)}, B {tuple(B.shape)}, lambda_max {problem.lambda_max():.3g}")
 
 # %%
 # The smooth part has the gradient ``M R - B``. The penalty has none where a group is zero, but its proximal operator
