@@ -36,7 +36,7 @@ print(f"R {tuple(R.shape)}, B {tuple(B.shape)}, lambda_max {problem.lambda_max()
 # is closed-form: every column is shortened by the threshold, and is zero if it was no longer than that.
 
 M = torch.tensor([[3.0, 0.1], [4.0, 0.1]])
-print(lnr.prox_group_lasso(M, torch.tensor([0, 1]), torch.tensor([1.0, 1.0])))
+print(lnr.prox_group_lasso(M, 1.0))
 
 # %%
 # Four solvers
