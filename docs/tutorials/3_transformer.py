@@ -72,9 +72,8 @@ print(f"digits in their place: {accuracy(model):.2%}")
 # %%
 # What can be pruned
 # ------------------
-# A head leaves as a whole: its rows of the three input projections, its columns of the output projection. The residual
-# stream is frozen, because the embedded positions say of each of its channels something different; the rest of the
-# table shows the reasons.
+# A head leaves as a whole: its rows of the three input projections, and its columns of the output projection. The
+# residual stream stays: its channels hang together, and `inspect` says what joins them.
 
 found = lnr.inspect(model, test[:2])
 for group in found.groups:
