@@ -68,7 +68,7 @@ unregister("columns_bias")
 doubled = Doubled()
 lnr.register(doubled)
 model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
-check_adapter(doubled, model, torch.randn(16, 8))
+check_adapter(doubled, model, torch.randn(64, 8))
 print("the contract holds")
 
 # %%
@@ -85,7 +85,7 @@ class Forgetful(Doubled):
 unregister("doubled")
 lnr.register(forgetful := Forgetful())
 try:
-    check_adapter(forgetful, model, torch.randn(16, 8))
+    check_adapter(forgetful, model, torch.randn(64, 8))
 except lnr.AdapterError as error:
     print(error)
 
