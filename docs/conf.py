@@ -17,7 +17,6 @@ release = version = metadata.version("lnr-prune")
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_gallery.gen_gallery",
 ]
@@ -27,6 +26,8 @@ highlight_language = "none"
 html_theme = "furo"
 html_title = "lnr-prune"
 html_copy_source = False
+html_static_path = ["style.css"]
+html_css_files = ["style.css"]
 suppress_warnings = ["config.cache"]  # the gallery's settings hold a function
 
 myst_heading_anchors = 3
@@ -37,10 +38,10 @@ SHOWN: list[Figure] = []  # figures that the gallery has
 
 
 def figures(block: Any, variables: dict[str, Any], configuration: dict[str, Any]) -> str:
-    """New figures among a script's variables that are not pyplot's: those of lnr_prune."""
+    """New figures among a script's variables: those of lnr_prune are not pyplot's."""
     paths = []
     for figure in variables["example_globals"].values():
-        if isinstance(figure, Figure) and figure.canvas.manager is None and not any(figure is old for old in SHOWN):
+        if isinstance(figure, Figure) and not any(figure is old for old in SHOWN):
             SHOWN.append(figure)
             paths.append(next(variables["image_path_iterator"]))
             figure.savefig(paths[-1], dpi=110)
@@ -52,7 +53,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"/\d_",
     "within_subsection_order": "FileNameSortKey",
-    "image_scrapers": ("matplotlib", figures),
+    "image_scrapers": (figures,),
     "capture_repr": ("_repr_html_",),
     "abort_on_example_error": True,
     "download_all_examples": False,
@@ -76,6 +77,6 @@ class Help(Directive):
 
 def setup(app: Sphinx) -> None:
     """Registers the directive; everything runs on one thread."""
-    os.environ["TERMINAL_WIDTH"] = "100"
+    os.environ["TERMINAL_WIDTH"] = "90"
     torch.set_num_threads(1)
     app.add_directive("help", Help)

@@ -19,13 +19,12 @@ from lnr_prune.recipes import lenet5, toy
 # %%
 # The problem
 # -----------
-# A layer :math:`y = W x` is to be reconstructed by a matrix M that reads few of its inputs:
+# A layer ``y = W x`` is to be reconstructed by a matrix M that reads few of its inputs::
 #
-# .. math:: \min_M \tfrac12 E \|y - M x\|^2 + \lambda \sum_g w_g \|M_{:,g}\|_F
+#     min_M  ½ E‖y − M x‖² + λ Σ_g w_g ‖M[:, g]‖_F
 #
-# Only the second moments :math:`R = E[x x^T]`, :math:`B = E[y x^T]` and :math:`t = E \|y\|^2` matter: their
-# size does not depend on the number of samples, and after one pass no data is needed. The toy data has 100
-# inputs of rank 80, and 200 outputs.
+# Only the second moments ``R = E[x xᵀ]``, ``B = E[y xᵀ]`` and ``t = E‖y‖²`` matter: their size does not depend on the
+# number of samples, and after one pass no data is needed. The toy data has 100 inputs of rank 80, and 200 outputs.
 
 problem = toy.problem(toy.SMALL)
 R, B = problem.blocks[0].R, problem.blocks[0].B
@@ -54,7 +53,7 @@ axes.set_title("300 iterations at most")
 axes.legend()
 
 # %%
-# FISTA's look-ahead :math:`k / (k + q + 1)` depends on q: a larger q bounces less and starts more slowly.
+# FISTA's look-ahead ``k / (k + q + 1)`` depends on q: a larger q bounces less and starts more slowly.
 
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 for q, run in zip(toy.MOMENTA, toy.compare_momenta(problem, max_iterations=300), strict=True):
@@ -64,7 +63,7 @@ axes.set_title("")
 axes.legend()
 
 # %%
-# Time to the same certificate, on the larger toy problem (scaled down here; `toy.LARGE` is the session's):
+# Time to the same certificate; the session times a larger problem, ``toy.LARGE``:
 
 for run in toy.time_solvers(problem):
     print(f"{run.solver:36} {run.seconds:.3f} s")
