@@ -26,6 +26,7 @@ highlight_language = "none"
 html_theme = "furo"
 html_title = "lnr-prune"
 html_copy_source = False
+html_show_copyright = False
 html_static_path = ["style.css"]
 html_css_files = ["style.css"]
 suppress_warnings = ["config.cache"]  # the gallery's settings hold a function

@@ -49,11 +49,10 @@ print(f"accuracy {accuracy(model):.4f}")
 # %%
 # What can be pruned
 # ------------------
-# `inspect` needs one batch. A group is a set of channels that are made by its producers and read by its
-# consumers. Layers that are added to one another lose the same channels; the last column is what one of them
-# costs.
+# `inspect` needs one batch. A group is a set of channels that are made by its producers and read by its consumers;
+# layers that are added to one another lose the same channels. It also says what one of them costs.
 
-print(lnr.inspect(model, images[:2]))
+lnr.inspect(model, images[:2])
 
 # %%
 # Half the MACs
