@@ -10,13 +10,10 @@ ROOT = Path(__file__).parents[1]
 ROW = re.compile(r"^\| ([\d.]+) % \| \**([\d.]+)\** \| ([\d.]+) \|$", re.MULTILINE)
 
 
-def rows(text: str) -> list[tuple[float, float, float]]:
-    """Parameters left, our accuracy and the best peer's, all in percent."""
-    return [(float(size), float(ours), float(peer)) for size, ours, peer in ROW.findall(text)]
-
-
 def draw(text: str, path: Path) -> None:
-    sizes, ours, peer = zip(*rows(text), strict=True)
+    """Our accuracy and the best peer's against the parameters left, all in percent."""
+    rows = ROW.findall(text)
+    sizes, ours, peer = (list(map(float, column)) for column in zip(*rows, strict=True))
     dense = float(re.search(r"Dense: ([\d.]+) %", text).group(1))
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -30,7 +27,8 @@ def draw(text: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     matplotlib.rcParams["svg.hashsalt"] = "lnr-prune"  # the same picture, the same bytes
-    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+    description = "; ".join(map(" ".join, rows))  # a test compares it with the table
+    figure.savefig(path, metadata={"Date": None, "Description": description}, facecolor="white")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,13 @@ def test_links_lead_somewhere(path: str) -> None:
     assert (ROOT / path).exists()
 
 
+def test_the_picture_is_of_the_table() -> None:
+    rows = re.findall(r"^\| ([\d.]+) % \| \**([\d.]+)\** \| ([\d.]+) \|$", README, re.MULTILINE)
+    picture = (ROOT / "docs" / "lenet5.svg").read_text(encoding="utf-8")
+    assert len(picture) < 100_000
+    assert "; ".join(map(" ".join, rows)) in picture, "draw it again: python docs/picture.py"
+
+
 @pytest.mark.parametrize("script", sorted(set(re.findall(r"python (benchmarks/\S+\.py)", README))))
 def test_the_benchmarks_start(script: str) -> None:
     subprocess.run([sys.executable, ROOT / script, "--help"], cwd=ROOT, check=True, capture_output=True)
