@@ -4,7 +4,7 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 
-.PHONY: demo test format bench package clean
+.PHONY: demo test format bench docs package clean
 
 # Threads that wait give the processor away: on a busy machine the demo is several times as fast.
 demo: .venv/recipes.stamp
@@ -24,6 +24,11 @@ format: .venv/test.stamp
 bench: .venv/bench.stamp
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/lenet5_mnist.py
 
+# Tutorials run as the pages are built; a warning is an error, and so is a link that leads nowhere.
+docs: .venv/docs.stamp
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going docs build/docs
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -b linkcheck -D plot_gallery=0 docs build/links
+
 # Wheel and sdist; the wheel, which is made from the sdist, is installed where nothing else is and tried.
 package: .venv/package.stamp
 	rm -rf dist build/wheel
@@ -34,7 +39,7 @@ package: .venv/package.stamp
 	cd build && wheel/bin/python -I -W error ../tests/smoke.py
 
 clean:
-	rm -rf .venv build dist htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist docs/gallery docs/sg_execution_times.rst htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # .venv/EXTRA.stamp: the environment holds the extra EXTRA. Every extra includes `recipes`.

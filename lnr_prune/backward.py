@@ -45,7 +45,7 @@ class Elimination:
 def backward(problem: GroupLasso, *, ridge: float = RIDGE) -> Elimination:
     """Removes, one after another, the group whose absence costs least when all others are refitted.
 
-    With ``H = (R + ridge)^-1`` and ``M = B H`` on the groups still there, summed over the consumers,
+    With ``H = (R + ridge)^-1`` and ``M = B H`` on the groups still there, summed over the consumers::
 
         cost_g = Tr(M_g H_gg^-1 M_g^T),   M <- M - M_g H_gg^-1 H_g:,   H <- H - H_:g H_gg^-1 H_g: .
 

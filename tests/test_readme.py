@@ -24,7 +24,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert len(torch.load("small.pt", weights_only=True)["4.weight"]) < 32
 
 
-COMMANDS = re.findall(r"^\$ (.*?)(?: +#.*)?$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^\$ (.*?)(?: +#.*)?$", README, re.MULTILINE) + re.findall(r"`(make \w+)`", README)
 
 
 def test_the_commands_are_there() -> None:
@@ -41,6 +41,18 @@ def test_make_knows_its_targets(command: str) -> None:
 def test_the_command_line_knows_its_commands(command: str) -> None:
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)]+)\)", README))
+def test_links_lead_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_the_picture_is_of_the_table() -> None:
+    rows = re.findall(r"^\| ([\d.]+) % \| \**([\d.]+)\** \| ([\d.]+) \|$", README, re.MULTILINE)
+    picture = (ROOT / "docs" / "lenet5.svg").read_text(encoding="utf-8")
+    assert len(picture) < 100_000
+    assert "; ".join(map(" ".join, rows)) in picture, "draw it again: python docs/picture.py"
 
 
 @pytest.mark.parametrize("script", sorted(set(re.findall(r"python (benchmarks/\S+\.py)", README))))
