@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.attributes import ints
-from lnr_prune.calibration import Call, calibrate
+from lnr_prune.calibration import Call, calibrate, check_model
 from lnr_prune.collapse import collapse, replace_tensors, restore_point
 from lnr_prune.errors import GraphError, PlanError
 from lnr_prune.fingerprint import fingerprint
@@ -66,6 +66,7 @@ def filled_graph(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *,
 
 def _checked(model: nn.Module, plan: Plan, example: Any) -> Call | None:
     """The example's call, once it is known that the plan is for this model."""
+    check_model(model)
     if plan.original is not None:
         plan.original.check(model)
     modules, tensors = dict(model.named_modules(remove_duplicate=False)), named_tensors(model)
