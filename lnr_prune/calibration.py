@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lnr_prune.errors import CalibrationError, LnrPruneError
+from lnr_prune.errors import CalibrationError, LnrPruneError, ran_out_of_memory
 from lnr_prune.graph import evaluating, unfused_attention, without_caches
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -180,11 +180,6 @@ def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = Non
             f"{_failing_layer(model, error)}: {type(error).__name__}: {error}. Give batches as the model's forward "
             "takes them, or map them with inputs="
         ) from error
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, the processor's or an accelerator's, is used up."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _reader(model: nn.Module) -> Inputs:

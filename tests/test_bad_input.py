@@ -23,6 +23,7 @@ from tests.untouched import Untouched
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(12, 2, 12, 12, generator=torch.Generator().manual_seed(1))
 NAN, INF = float("nan"), float("inf")
+OTHER = mlp(8, 3)
 
 
 def net() -> nn.Sequential:
@@ -167,7 +168,7 @@ DATA = [
     pruning("NaN", lambda: [X, put(X, NAN)], CalibrationError, "inputs of layer '2' are not finite in batch 1: 1 of"),
     pruning("Inf", lambda: [put(X, INF)], CalibrationError, "layer '2'.*in batch 0.*NaN or Inf: leave out these"),
     pruning("an overflow", lambda: X * 1e30, CalibrationError, "the batch itself is finite.*scale the data"),
-    pruning("a wrong shape", lambda: X[:, :7], CalibrationError, r"\(2, 7\).*layer '0'.*\(2x7 and 8x16\)"),
+    pruning("a wrong shape", lambda: X[:, :7], CalibrationError, r"\(40, 7\).*layer '0'.*\(40x7 and 8x16\)"),
     pruning("a wrong shape later", lambda: [X, X[:, :7]], CalibrationError, r"\(40, 7\).*layer '0'.*Give batches"),
     pruning("a scalar", lambda: [torch.tensor(1.0)], CalibrationError, "layer '0'.*at least 1D"),
     pruning("float64 for float32", X.double, CalibrationError, "layer '0'.*same dtype, but got Double and Float"),
@@ -293,7 +294,7 @@ BUDGETS = [
 OTHERS = [
     Case("inspect: no model", lambda of, _: lnr.inspect(of, X), TypeError, "got NoneType", lambda: None),
     Case("inspect: no example", lambda of, _: lnr.inspect(of, None), CalibrationError, "a batch is a NoneType"),
-    Case("inspect: a wrong shape", lambda of, _: lnr.inspect(of, X[:, :3]), CalibrationError, r"\(2, 3\).*layer '0'"),
+    Case("inspect: a wrong shape", lambda of, _: lnr.inspect(of, X[:, :3]), CalibrationError, r"\(40, 3\).*layer '0'"),
     Case("save: a folder", lambda of, f: lnr.prune(of, X, keep=4).save(f), IsADirectoryError, "name a file in it"),
     Case("save: no such folder", lambda of, f: lnr.prune(of, X, keep=4).save(f / "a" / "b"), FileNotFoundError,
          "its folder does not exist; make it first: .*b"),
@@ -302,7 +303,7 @@ OTHERS = [
     Case("plan: no such folder", lambda of, f: lnr.prune(of, X, keep=4).plan.save(f / "a" / "b"), FileNotFoundError,
          "make it first"),
     Case("apply: no model", lambda of, _: lnr.prune(of, X, keep=4).plan.apply(None), TypeError, "got NoneType"),  # type: ignore[arg-type]
-    Case("apply: another model", lambda of, _: lnr.prune(of, X, keep=4).plan.apply(mlp(8, 3)), PlanError,
+    Case("apply: another model", lambda of, _: lnr.prune(of, X, keep=4).plan.apply(OTHER), PlanError,
          "not of the architecture.*Give a new instance"),
     Case("load: a number", lambda of, _: lnr.load(3, of), TypeError, "not int"),  # type: ignore[arg-type]
     Case("load: nothing", lambda of, f: lnr.load(f / "none", of), OSError, "none"),
