@@ -232,7 +232,8 @@ def _checked(budgets: Iterable[Amounts], options: Mapping[str, Any]) -> list[Amo
             raise TypeError(f"a point of a sweep is a Budget or a mapping such as {{'keep': 0.5}}, got {point!r}")
         settings = {**options, **_settings(point)}
         inspect.signature(prune).bind(None, None, **settings)  # TypeError: it names what is unknown
-        check_amounts(**{name: settings[name] for name in (*AMOUNTS, "selector") if name in settings})
+        amounts = {name: settings.get(name) for name in AMOUNTS}
+        check_amounts(**amounts, selector=settings.get("selector", "group_lasso"))
     return asked
 
 

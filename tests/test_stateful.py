@@ -134,7 +134,7 @@ TestVerbs.settings = settings(
     max_examples=COUNT,
     stateful_step_count=6,
     deadline=None,
-    derandomize=COUNT < 100,
+    derandomize=COUNT < 50,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
