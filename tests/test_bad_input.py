@@ -364,8 +364,8 @@ def test_what_must_not_change_is_seen(tmp_path: Path) -> None:
 
     changes: list[Callable[[nn.Sequential], Any]] = [
         lambda model: model.train(),
-        lambda model: model[0].weight.requires_grad_(True),
-        lambda model: model[0].weight.data.add_(1e-6),
+        lambda model: model.get_parameter("0.weight").requires_grad_(True),
+        lambda model: model.get_parameter("0.weight").data.add_(1e-6),
         lambda model: torch.rand(1),
         lambda model: np.random.rand(),
         lambda model: (tmp_path / "left").touch(),
