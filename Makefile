@@ -4,7 +4,7 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 
-.PHONY: demo test format bench docs package clean
+.PHONY: demo test format bench docs package audit clean
 
 # Threads that wait give the processor away: on a busy machine the demo is several times as fast.
 demo: .venv/recipes.stamp
@@ -15,6 +15,7 @@ test: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --recursive lnr_prune adapters
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadscope --cov
 
 format: .venv/test.stamp
@@ -37,6 +38,12 @@ package: .venv/package.stamp
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install -c constraints.txt dist/*.whl
 	cd build && wheel/bin/python -I -W error ../tests/smoke.py
+
+# Known vulnerabilities of the pinned versions; asks the package index's database, and fails where that has no answer.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install pip-audit
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 clean:
 	rm -rf .venv build dist docs/gallery docs/sg_execution_times.rst htmlcov .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

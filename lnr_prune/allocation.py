@@ -1,7 +1,8 @@
 """How many channels every group keeps under a budget: the cheapest errors first."""
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Budget:
             keeps them if the outputs suffer less; 0 = none. A trial costs as much as a refit of some hundred samples.
 
     Raises:
-        ValueError: If no limit is given, or a value is out of range.
+        ValueError, TypeError: If no limit is given, or a value is out of range or no number.
     """
 
     params: float | None = None
@@ -47,17 +48,25 @@ class Budget:
     search: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "leave", (self.leave,) if isinstance(self.leave, str) else tuple(self.leave))
+        leave = (self.leave,) if isinstance(self.leave, str) or not isinstance(self.leave, Iterable) else self.leave
+        object.__setattr__(self, "leave", tuple(leave))
+        if wrong := [name for name in self.leave if not isinstance(name, str)]:
+            raise TypeError(f"budget leave must be names of layers, got {wrong[0]!r}")
         limits = {name: getattr(self, name) for name in ("params", "macs", "size", "latency", "error")}
         given = {name: value for name, value in limits.items() if value is not None}
         if not given:
             raise ValueError(f"a budget needs a limit: one or more of {', '.join(limits)}")
         for name, value in given.items():
-            if not (0 < value <= 1):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"budget {name} must be a number, a fraction in (0, 1], got {value!r}")
+            if not (0 < float(value) <= 1):
                 raise ValueError(f"budget {name} must be a fraction in (0, 1], got {value}")
         for name, least in (("round_to", 1), ("minimum", 1), ("search", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"budget {name} must be at least {least}, got {getattr(self, name)}")
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, numbers.Integral):
+                raise TypeError(f"budget {name} must be an int, got {number!r}")
+            if number < least:
+                raise ValueError(f"budget {name} must be at least {least}, got {number}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +157,33 @@ class Allocation:
         return sum(self.errors.values())
 
 
+def check_reach(costs: Mapping[str, Cost], groups: Iterable[ChannelGroup], budget: Budget) -> None:
+    """Refuses a budget that no sizes of the groups keep, before anything is measured.
+
+    Raises:
+        ValueError: It says what the smallest model costs.
+    """
+    whole = {group.name: group.size for group in groups}
+    if not whole:
+        raise ValueError("budget.leave names every channel group: nothing is left to prune; take one out")
+    smallest = {name: _levels(size, budget)[0] for name, size in whole.items()}
+    limits = {kind: getattr(budget, kind) * cost(whole) for kind, cost in costs.items() if getattr(budget, kind)}
+    if any(costs[kind](smallest) > limit for kind, limit in limits.items()):
+        raise _out_of_reach(costs, limits, smallest, whole)
+
+
+def _out_of_reach(costs: Mapping[str, Cost], limits: Mapping[str, float], smallest: Sizes, whole: Sizes) -> ValueError:
+    of_whole = {kind: costs[kind](whole) for kind in limits}
+    least = ", ".join(
+        f"{kind} {costs[kind](smallest) / of_whole[kind]:.1%} of the original's, asked for {limit / of_whole[kind]:.3g}"
+        for kind, limit in limits.items()
+    )
+    return ValueError(
+        f"the budget is out of reach: the smallest model that it allows has {least}. Raise the limit, "
+        "or lower minimum and round_to, or shorten leave"
+    )
+
+
 def allocate(
     curves: Mapping[str, Tensor],
     costs: Mapping[str, Cost],
@@ -178,8 +214,7 @@ def allocate(
         path = [point for point in path if point.error <= budget.error]
     first = next((index for index, point in enumerate(path) if fits(point.sizes)), None)
     if first is None:
-        least = ", ".join(f"{kind} {costs[kind](path[-1].sizes) / costs[kind](whole):.1%}" for kind in limits)
-        raise ValueError(f"the budget is out of reach: the smallest model that it allows has {least} of the original's")
+        raise _out_of_reach(costs, limits, path[-1].sizes, whole)
     if budget.error is not None:
         first = len(path) - 1
     if budget.latency is not None and latency is not None:

@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lnr_prune.allocation import Budget
 from lnr_prune.graph import Graph
 from lnr_prune.selection import SELECTORS, Candidates, Selection, at_lam
 
@@ -21,17 +22,32 @@ def choose_channels(
         ValueError, TypeError: If not exactly one amount is given, or one is out of range or names no
             prunable producer.
     """
-    if selector not in SELECTORS:
-        raise ValueError(f"unknown selector {selector!r}; known selectors: {', '.join(SELECTORS)}")
     kind, wanted = the_one_given(keep=keep, lam=lam, lam_ratio=lam_ratio)
-    if kind != "keep" and selector != "group_lasso":
-        raise ValueError(f"{kind} is a penalty of the group lasso; the selector {selector!r} takes keep=")
     if isinstance(wanted, Mapping):
         values = {group_of(graph, producer, kind): value for producer, value in wanted.items()}
     else:
         values = {group.name: wanted for group in graph.groups}
     sizes = {group.name: group.size for group in graph.groups}
     return {name: _choice(kind, value, sizes[name], selector) for name, value in values.items()}
+
+
+def check_amounts(*, budget: Budget | None = None, selector: str = "group_lasso", **amounts: Amount) -> None:
+    """Refuses what is wrong with keep, lam, lam_ratio or budget for any model, before there is a graph.
+
+    Raises:
+        ValueError, TypeError: As `choose_channels`.
+    """
+    if not isinstance(selector, str) or selector not in SELECTORS:
+        raise ValueError(f"unknown selector {selector!r}; known selectors: {', '.join(SELECTORS)}")
+    kind, wanted = the_one_given(**amounts, budget=budget)
+    if kind == "budget":
+        if not isinstance(wanted, Budget):
+            raise TypeError(f"budget must be a Budget, such as Budget(macs=0.5), got {wanted!r}")
+        return
+    if kind != "keep" and selector != "group_lasso":
+        raise ValueError(f"{kind} is a penalty of the group lasso; the selector {selector!r} takes keep=")
+    for value in wanted.values() if isinstance(wanted, Mapping) else (wanted,):
+        _choice(kind, value, 1, selector)
 
 
 def the_one_given(**amounts: Any) -> tuple[str, Any]:

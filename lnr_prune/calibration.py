@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lnr_prune.errors import CalibrationError
+from lnr_prune.errors import CalibrationError, LnrPruneError, ran_out_of_memory
 from lnr_prune.graph import evaluating, unfused_attention, without_caches
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -34,7 +34,9 @@ class Calibration:
 
     def __iter__(self) -> Iterator[Call]:
         for batch in self.batches:
-            yield self.as_call(batch)
+            call = self.as_call(batch)
+            if samples_in(call):  # the last batch of a filtered data set may be empty
+                yield call
 
     @cached_property
     def samples(self) -> int | None:
@@ -63,28 +65,66 @@ def calibrate(model: nn.Module, data: Any, inputs: Inputs | None = None) -> Cali
         data: An iterable of batches. A batch is a tensor; a tuple or list, of which as many leading entries
             are taken as the model's forward requires (so the label of a pair is ignored); or a dict of keyword
             arguments (entries called "label" or "labels" are left out unless forward names them). A single
-            tensor or dict is one batch. An iterator, which can be gone through only once, is kept in memory.
+            tensor or dict is one batch. What can be gone through only once is kept in memory. Batches without
+            samples are passed over.
         inputs: Turns any other batch into ``(args, kwargs)``.
 
     Raises:
+        TypeError: If model is no module, or inputs cannot be called.
         CalibrationError: If data is not iterable; while iterating, if a batch cannot be read.
     """
+    check_model(model)
+    if inputs is not None and not callable(inputs):
+        raise TypeError(f"inputs must be a function of a batch that returns (args, kwargs), got {inputs!r}")
     if isinstance(data, Tensor | Mapping):
         data = [data]
     if not isinstance(data, Iterable):
         raise CalibrationError(
             f"calibration data must be an iterable of batches, got {type(data).__name__}; wrap a batch in a list"
         )
-    batches = list(data) if isinstance(data, Iterator) else data
+    once = isinstance(data, Iterator) or (not isinstance(data, Sized) and iter(data) is iter(data))
+    batches = list(data) if once else data
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     read = inputs or _reader(model)
 
     def as_call(batch: Any) -> Call:
-        args, kwargs = read(batch)
-        moved: Call = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        moved: Call = tree_map(lambda leaf: _moved(leaf, device), _checked(read(batch)))
         return moved
 
     return Calibration(batches, as_call)
+
+
+def check_model(model: object) -> None:
+    """Refuses what is no model.
+
+    Raises:
+        TypeError: If it is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        made = "a class: make an instance of it" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model must be a torch.nn.Module, got {made}")
+
+
+def _checked(call: Any) -> Call:
+    """What ``inputs`` returned."""
+    if isinstance(call, tuple | list) and len(call) == 2:
+        args, kwargs = call
+        if isinstance(args, tuple | list) and isinstance(kwargs, Mapping):
+            return tuple(args), dict(kwargs)
+    got = f"a tuple of {len(call)}" if isinstance(call, tuple) else type(call).__name__
+    raise CalibrationError(
+        f"inputs() returned {got}, expected (args, kwargs): a tuple of forward's positional arguments and a dict of "
+        "its keyword arguments, such as (batch['x'],), {}"
+    )
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.layout != torch.strided or (leaf.is_meta and device.type != "meta"):
+        kind = "a meta tensor, which has no values" if leaf.is_meta else f"a tensor of layout {leaf.layout}"
+        raise CalibrationError(f"a batch holds {kind}, expected dense values: make it dense (x.to_dense()) or real")
+    return leaf.to(device)
 
 
 def samples_in(batch: Any) -> int:
@@ -125,12 +165,20 @@ def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = Non
     try:
         with torch.no_grad(), evaluating(model), unfused_attention():
             return without_caches(functional_call(model, dict(weights or {}), args, kwargs))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except LnrPruneError:
+        raise
+    except Exception as error:  # a forward raises what it likes
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+        inputs = f"inputs of shape {', '.join(map(str, shapes))}" if shapes else "a call without tensors"
+        if ran_out_of_memory(error):
+            raise CalibrationError(
+                f"{type(model).__name__} ran out of memory on {inputs}, {_failing_layer(model, error)}: "
+                "give smaller batches"
+            ) from error
         raise CalibrationError(
-            f"{type(model).__name__} does not accept inputs of shape {', '.join(map(str, shapes))}: "
-            f"{_failing_layer(model, error)}: {error}. Give batches as the model's forward takes them, "
-            "or map them with inputs="
+            f"{type(model).__name__} does not accept {inputs}: "
+            f"{_failing_layer(model, error)}: {type(error).__name__}: {error}. Give batches as the model's forward "
+            "takes them, or map them with inputs="
         ) from error
 
 

@@ -1,7 +1,7 @@
 """A drawing of a model's layers, coloured by their channel groups."""
 
 import shutil
-import subprocess
+import subprocess  # runs graphviz, without a shell  # nosec B404
 from collections.abc import Iterable, Mapping, Sequence
 from colorsys import hsv_to_rgb
 from pathlib import Path
@@ -85,7 +85,7 @@ def draw(text: str, path: str | Path) -> Path:
         )
     command = [program, f"-T{path.suffix[1:]}", "-o", str(path)]
     try:
-        subprocess.run(command, input=text, text=True, capture_output=True, check=True, timeout=LIMIT)
+        subprocess.run(command, input=text, text=True, capture_output=True, check=True, timeout=LIMIT)  # nosec B603
     except subprocess.CalledProcessError as error:
         raise LnrPruneError(f"graphviz could not draw {path.name!r}: {error.stderr.strip()}") from error
     except subprocess.TimeoutExpired as error:

@@ -1,5 +1,7 @@
 """The errors that lnr-prune raises; bad arguments are plain ``ValueError`` and ``TypeError``."""
 
+import torch
+
 
 class LnrPruneError(Exception):
     """Base class: ``except LnrPruneError`` catches whatever the library refuses to do."""
@@ -23,3 +25,8 @@ class VerificationError(LnrPruneError):
 
 class PlanError(LnrPruneError):
     """A plan, or a file that holds one, is damaged or belongs to another model; nothing was changed."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, the processor's or an accelerator's, is used up."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

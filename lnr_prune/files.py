@@ -1,5 +1,6 @@
 """Pruned models and plans as files, without pickle: safetensors with a JSON record, and such a record alone."""
 
+import errno
 import os
 import secrets
 import stat
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import lnr_prune
 from lnr_prune import shrink
+from lnr_prune.calibration import check_model
 from lnr_prune.errors import PlanError
 from lnr_prune.graph import named_tensors
 from lnr_prune.plain_data import LARGEST
@@ -84,6 +86,7 @@ def load(path: StrPath, model: nn.Module, *, example: Any = None, inplace: bool 
         >>> torch.equal(lnr.load(path, net())(x), pruned.model(x))
         True
     """
+    check_model(model)
     with _naming(path), _opened(path) as file:
         record = _model_record(file.metadata())
         plan = record.plan
@@ -188,7 +191,7 @@ def _naming(path: StrPath) -> Iterator[None]:
 
 
 def _regular(path: StrPath) -> None:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # reading from a pipe would wait
+    if not stat.S_ISREG(os.stat(os.fspath(path)).st_mode):  # reading from a pipe would wait
         raise PlanError("it is not a regular file")
 
 
@@ -207,6 +210,10 @@ def _opened(path: StrPath) -> Iterator[Any]:
 def _replace(path: StrPath, write: Callable[[str], object]) -> None:
     """Writes a file beside the wanted one and puts it in its place: nothing is ever half-written."""
     target = os.path.realpath(path)
+    if not os.path.basename(os.fspath(path)) or os.path.isdir(target):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file in it", os.fspath(path))
+    if not os.path.isdir(os.path.dirname(target)):
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist; make it first", os.fspath(path))
     part = os.path.join(os.path.dirname(target), f".lnr-prune-{secrets.token_hex(8)}.part")
     try:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lnr_prune import cost, files
-from lnr_prune.allocation import Budget
-from lnr_prune.amount import choose_channels, group_of, the_one_given
+from lnr_prune.allocation import Budget, check_reach
+from lnr_prune.amount import check_amounts, choose_channels, group_of
+from lnr_prune.arguments import check_flags, check_settings, check_values
 from lnr_prune.calibration import Call, Inputs, calibrate, run, short_example
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.curves import output_error
@@ -28,8 +29,8 @@ from lnr_prune.pruned_graph import pruned_graph
 from lnr_prune.refit import Refit
 from lnr_prune.report import GroupReport, LayerReport, Report
 from lnr_prune.ridge import LayerFit
-from lnr_prune.search import within_budget
-from lnr_prune.solvers import Solver
+from lnr_prune.search import costs_of, within_budget
+from lnr_prune.solvers import Solver, find_solver
 from lnr_prune.supports import Selected, read, refit_network, select
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
 
@@ -149,10 +150,12 @@ def prune(
         raise ValueError("as_graph=True makes a new model; it cannot be combined with inplace=True")
     if as_graph and budget is not None and budget.latency is not None:
         raise ValueError("a budget of latency is measured on the shrinking module: it cannot be had with as_graph=True")
-    if ridge is not None and not ridge >= 0:
-        raise ValueError(f"ridge must be >= 0, got {ridge}")
-    the_one_given(keep=keep, lam=lam, lam_ratio=lam_ratio, budget=budget)
+    check_amounts(keep=keep, lam=lam, lam_ratio=lam_ratio, budget=budget, selector=selector)
+    check_flags(bias=bias, debias=debias, logits=logits, inplace=inplace, as_graph=as_graph)
+    check_settings(ridge=ridge, seed=seed, progress=progress)
+    solver = find_solver(solver)
     data = calibrate(model, calibration, inputs)
+    check_values(model)
     example = short_example(model, data)
     if logits:
         _check_logits(model, example)
@@ -171,6 +174,7 @@ def prune(
     else:
         stay = {group_of(graph, producer, "budget.leave") for producer in budget.leave}
         wanted = [group for group in graph.groups if group.name not in stay]
+        check_reach(costs_of(model, graph, {group.name for group in wanted}, example), wanted, budget)
 
     with _shown(progress) as step:
         readings = read(model, wanted, data, bias=bias, progress=lambda: step("statistics"))

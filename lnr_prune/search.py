@@ -1,13 +1,13 @@
 """From a budget to sizes: curves, allocation, and a local search on what the outputs really suffer."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lnr_prune import cost
-from lnr_prune.allocation import Allocation, Budget, Sizes, allocate, cost_of
+from lnr_prune.allocation import Allocation, Budget, Cost, Sizes, allocate, cost_of
 from lnr_prune.calibration import Calibration, Call, samples_in
 from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.curves import error_curves, output_error, some
@@ -54,7 +54,7 @@ def within_budget(
     curves, eliminations = error_curves(
         model, readings, data, lambda name: progress(f"measuring {name}"), logits=logits
     )
-    costs = {kind: cost_of(model, graph, kind, samples_in(traced), readings) for kind in ("params", "macs", "size")}
+    costs = costs_of(model, graph, readings, traced)
     whole = cost.latency(target, example) if budget.latency is not None else 1.0
 
     def latency(sizes: Sizes) -> float:
@@ -77,6 +77,11 @@ def within_budget(
     batches = some(data, 2 * SAMPLES) if budget.search else []
     fit, judged = (Calibration(part, lambda call: call) for part in (batches[::2], batches[1::2] or batches))
     return search(curves, lambda changed: allocate(changed, costs, budget, latency), error, budget.search)
+
+
+def costs_of(model: nn.Module, graph: Graph, names: Container[str], traced: Call) -> dict[str, Cost]:
+    """The cost model of "params", "macs" and "size" when these groups may shrink."""
+    return {kind: cost_of(model, graph, kind, samples_in(traced), names) for kind in ("params", "macs", "size")}
 
 
 def search(

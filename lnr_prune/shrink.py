@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.attributes import ints
-from lnr_prune.calibration import Call, calibrate
+from lnr_prune.calibration import Call, calibrate, check_model
 from lnr_prune.collapse import collapse, replace_tensors, restore_point
 from lnr_prune.errors import GraphError, PlanError
 from lnr_prune.fingerprint import fingerprint
 from lnr_prune.graph import along, named_tensors
 from lnr_prune.plan import Plan
 from lnr_prune.pruned_graph import PrunedGraph, pruned_graph
+from lnr_prune.record import original_of
 from lnr_prune.verify import Reference, copied
 
 
@@ -66,6 +67,7 @@ def filled_graph(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *,
 
 def _checked(model: nn.Module, plan: Plan, example: Any) -> Call | None:
     """The example's call, once it is known that the plan is for this model."""
+    check_model(model)
     if plan.original is not None:
         plan.original.check(model)
     modules, tensors = dict(model.named_modules(remove_duplicate=False)), named_tensors(model)
@@ -164,10 +166,9 @@ def _masked(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _spread(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is left of every tensor, at its full size: with zeros where it lost entries, ones in a vector."""
-    assert plan.original is not None
-    spread = {}
+    spread, kinds = {}, original_of(plan).tensors
     for name, value in tensors.items():
-        shape = plan.original.tensors[name].shape
+        shape = kinds[name].shape
         for dim, kept in plan.indices.get(name, {}).items():
             full = [shape[dim] if axis == dim else size for axis, size in enumerate(value.shape)]
             whole = value.new_zeros(full) if len(full) > 1 else value.new_ones(full)

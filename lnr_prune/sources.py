@@ -3,12 +3,12 @@
 import importlib
 import importlib.util
 import json
-import pickle
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
+from pickle import UnpicklingError  # torch.load(weights_only=True) raises it  # nosec B403
 from types import ModuleType
 from typing import Any
 
@@ -148,7 +148,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             load_model(model, path)
         else:
             model.load_state_dict(_state(path))
-    except (OSError, EOFError, KeyError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, KeyError, SafetensorError, RuntimeError, UnpicklingError) as error:
         raise LnrPruneError(
             f"cannot load {path} into {type(model).__name__}: {error}. Give a file with the model's state dict, "
             "saved by safetensors, or by torch.save without anything but tensors"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from lnr_prune.calibration import Calibration, run
 from lnr_prune.calibration import Call as ModelCall
@@ -171,7 +172,7 @@ def gather(
     for batch, call in enumerate(data):
         watch(model, call, readers, add)
         for name, sums in moments.items():
-            check_finite(name, sums, f"batch {batch}")
+            check_finite(name, sums, f"batch {batch}", call)
         if progress:
             progress()
     if batch < 0:
@@ -231,17 +232,27 @@ def _positions(positions: int, wanted: int, first: int, count: int) -> Tensor:
     return (number * positions + (drawn + shift) % positions).reshape(-1)
 
 
-def check_finite(weight: str, moments: SecondMoments, where: str) -> None:
+def check_finite(weight: str, moments: SecondMoments, where: str, call: ModelCall | None = None) -> None:
     """Refuses sums that are not finite.
 
     Raises:
-        CalibrationError: It names the layer and says where, such as "batch 3".
+        CalibrationError: It names the layer and says where, such as "batch 3", and whether that batch, the
+            call, is finite itself.
     """
+    advice = "remove NaN and Inf from the calibration data, or calibrate in a wider dtype"
+    if call is not None:
+        values = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        bad = sum(int((~torch.isfinite(leaf)).sum()) for leaf in values)
+        advice = (
+            f"{bad:,} of the batch's own values are NaN or Inf: leave out these samples"
+            if bad
+            else "the batch itself is finite, so the model makes them of it: scale the data as in training, "
+            "or calibrate in a wider dtype"
+        )
     for side, total in (("inputs", moments.xx.diagonal().sum()), ("outputs", moments.yy)):
         if not bool(torch.isfinite(total)):
             raise CalibrationError(
-                f"the {side} of layer {weight.removesuffix('.weight')!r} are not finite in {where}: "
-                "remove NaN and Inf from the calibration data, or calibrate in a wider dtype"
+                f"the {side} of layer {weight.removesuffix('.weight')!r} are not finite in {where}: {advice}"
             )
 
 

@@ -1,7 +1,9 @@
 """The Pareto frontier: what a model costs against what it is worth, at several budgets."""
 
+import inspect
 import io
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -10,10 +12,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from lnr_prune import page, plots
 from lnr_prune.allocation import Budget
+from lnr_prune.amount import check_amounts
 from lnr_prune.calibration import calibrate
 from lnr_prune.chart import LABELS
 from lnr_prune.curves import divergence, outputs, some
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Amounts = Budget | Mapping[str, Any]
+AMOUNTS = ("keep", "lam", "lam_ratio", "budget")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,13 +183,14 @@ def sweep(
         >>> [point.amount for point in swept.pareto]
         ['keep=8', 'keep=16', 'keep=24']
     """
-    asked = list(budgets)
-    if not asked:
-        raise ValueError("a sweep needs at least one budget, got none")
+    asked = _checked(budgets, options)
     if cost not in LABELS:
         raise ValueError(f"unknown cost {cost!r}; known costs: {', '.join(LABELS)}")
     if options.get("inplace"):
         raise ValueError("a sweep prunes the original model again and again: it cannot be had with inplace=True")
+    for name, function in (("retrain", retrain), ("evaluate", evaluate)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function of a model, got {function!r}")
     data = calibrate(model, calibration, options.get("inputs"))
     options = {**options, "seed": seed}
     if evaluate is None:
@@ -199,15 +204,42 @@ def sweep(
         measure, given = getattr(evaluate, "__name__", "value").strip("<>"), evaluate
 
         def value(of: nn.Module) -> float:
-            return float(given(of))
+            result = given(of)
+            if isinstance(result, Tensor):
+                result = result.item()
+            if not isinstance(result, numbers.Real):
+                raise TypeError(f"evaluate must return a number, got {result!r}")
+            return float(result)
 
     dense, points = value(model), []
     for budget in asked:
-        amount = {"budget": budget} if isinstance(budget, Budget) else dict(budget)
-        pruned = prune(model, data.batches, **amount, **options)
+        pruned = prune(model, data.batches, **_settings(budget), **options)
         point = SweepPoint(_words(budget), pruned.model, pruned.report, value(pruned.model))
         points.append(point if retrain is None else _retrained(point, retrain, value, seed))
     return Sweep(tuple(points), measure, maximize, cost, dense)
+
+
+def _checked(budgets: Iterable[Amounts], options: Mapping[str, Any]) -> list[Amounts]:
+    """The budgets, each of which `prune` could be asked for."""
+    one = isinstance(budgets, Budget | Mapping | str)
+    if one or not isinstance(budgets, Iterable):
+        raise TypeError(f"budgets must be a list of budgets, one for every point, got {budgets!r}; wrap it in a list")
+    asked = list(budgets)
+    if not asked:
+        raise ValueError("a sweep needs at least one budget, got none")
+    for point in asked:
+        if not isinstance(point, Budget | Mapping):
+            raise TypeError(f"a point of a sweep is a Budget or a mapping such as {{'keep': 0.5}}, got {point!r}")
+        settings = {**options, **_settings(point)}
+        inspect.signature(prune).bind(None, None, **settings)  # TypeError: it names what is unknown
+        amounts = {name: settings.get(name) for name in AMOUNTS}
+        check_amounts(**amounts, selector=settings.get("selector", "group_lasso"))
+    return asked
+
+
+def _settings(point: Amounts) -> dict[str, Any]:
+    """The arguments of prune that a point stands for."""
+    return {"budget": point} if isinstance(point, Budget) else dict(point)
 
 
 def _retrained(
@@ -218,7 +250,10 @@ def _retrained(
 ) -> SweepPoint:
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        model = retrain(point.model) or point.model
+        returned = retrain(point.model)
+    if returned is not None and not isinstance(returned, nn.Module):
+        raise TypeError(f"retrain must return a model, or None after training in place, got {type(returned).__name__}")
+    model = point.model if returned is None else returned
     return SweepPoint(point.amount, model, point.report, point.value, value(model))
 
 

@@ -1,7 +1,7 @@
 """Random networks: whatever is pruned, pruned == masked in float64, and the original stays as it was.
 
-`LNR_PRUNE_FUZZ=1000 pytest tests/test_fuzz.py` for a long run; the seed of a network that fails is in the test's name,
-and hypothesis shrinks what it finds to the patterns that matter.
+`LNR_PRUNE_FUZZ=1000 LNR_PRUNE_FUZZ_FROM=5000 pytest tests/test_fuzz.py` for a long run on seeds of its own; the seed of
+a network that fails is in the test's name, and hypothesis shrinks what it finds to the patterns that matter.
 """
 
 import copy
@@ -22,6 +22,7 @@ from lnr_prune.testing import networks
 from lnr_prune.verify import Reference, masked_weights, shrinkable
 
 COUNT = int(os.environ.get("LNR_PRUNE_FUZZ", "40"))
+FIRST = int(os.environ.get("LNR_PRUNE_FUZZ_FROM", "0"))
 FREEZES = {
     "slice": "named in slice",  # names single positions
     "token mixing": "mixed by add",  # an element has a token's owner or a channel's, not both
@@ -61,7 +62,7 @@ def prune_at_random(model: nn.Module, x: Tensor, seed: int) -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("seed", range(COUNT))
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
 def test_random_networks(seed: int) -> None:
     prune_at_random(*random_network(seed, depth=1 + seed % 7), seed)
 

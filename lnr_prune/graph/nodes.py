@@ -1,6 +1,7 @@
 """Reading the nodes of an ATen graph."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # torchvision lies beside it
 
 def describe(node: fx.Node) -> str:
     """Which operation a node is, in which module, and the line of code that calls it."""
-    where = ", ".join(part for part in (module_path(node), code_line(node)) if part)
+    line = re.sub(r'File "(?:.*[/\\\\])?(.+)", line (\d+), in .*', r"\1:\2", code_line(node))
+    where = ", ".join(part for part in (module_path(node), line) if part)
     return f"{op_name(node)} ({where})" if where else op_name(node)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from lnr_prune.errors import GraphError
+from lnr_prune.errors import GraphError, ran_out_of_memory
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 """What sizes that depend on the input are in a graph."""
@@ -70,6 +70,8 @@ def export(
             if any(_hides_something(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # inlines regions, replaces writes through views
     except Exception as error:  # torch.export raises errors of many kinds
+        if ran_out_of_memory(error):
+            raise GraphError(f"{type(model).__name__} ran out of memory being traced: give smaller batches") from error
         raise GraphError(
             f"torch.export could not trace {type(model).__name__}: {str(error).strip().splitlines()[0]}. "
             "Make the forward traceable (torch.export.export(model, args, strict=False) must pass), "

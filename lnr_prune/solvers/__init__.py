@@ -157,8 +157,12 @@ def find_solver(solver: str | Solver) -> Solver:
 
     Raises:
         ValueError: If no solver has this name.
+        TypeError: If it is neither a name nor settings.
     """
     if not isinstance(solver, str):
+        if isinstance(solver, type) or not hasattr(solver, "iterates"):
+            names = ", ".join(SOLVERS)
+            raise TypeError(f"solver must be a name ({names}) or settings such as Newton(), got {solver!r}")
         return solver
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known solvers: {', '.join(SOLVERS)}")

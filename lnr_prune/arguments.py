@@ -1,0 +1,62 @@
+"""Checks of what `prune` is given, before any work is done."""
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lnr_prune.errors import GraphError
+from lnr_prune.graph import named_tensors
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuses anything but True and False: "no" would count as true.
+
+    Raises:
+        TypeError: It names the argument.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_settings(*, ridge: Any, seed: Any, progress: Any) -> None:
+    """Refuses a ridge below 0 or infinite, a seed that torch does not take, and a progress that is no function.
+
+    Raises:
+        ValueError, TypeError: It names the argument.
+    """
+    if ridge is not None:
+        if isinstance(ridge, bool) or not isinstance(ridge, numbers.Real):
+            raise TypeError(f"ridge must be a number, or None to choose it, got {ridge!r}")
+        if not (math.isfinite(ridge) and float(ridge) >= 0):
+            raise ValueError(f"ridge must be >= 0 and finite, got {ridge}")
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    if not -(2**63) <= int(seed) < 2**64:
+        raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be True, False, None or a function of a text, got {progress!r}")
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuses a model whose parameters have no values, or values that are not finite.
+
+    Raises:
+        GraphError: It names the parameter.
+    """
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta:
+            raise GraphError(
+                f"{name!r} is on the meta device, where tensors have no values: load the model's weights first"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise GraphError(
+                f"{bad:,} of the {parameter.numel():,} values of parameter {name!r} are NaN or Inf: "
+                "load a checkpoint whose values are finite"
+            )
