@@ -23,3 +23,7 @@ class VerificationError(LnrPruneError):
 
 class PlanError(LnrPruneError):
     """A plan, or a file that holds one, is damaged or belongs to another model; nothing was changed."""
+
+
+class RankError(CalibrationError):
+    """In a process group: a rank has failed, and all raise this; or the others have been lost."""

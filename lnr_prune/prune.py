@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lnr_prune import cost, files
+from lnr_prune import cost, distributed, files
 from lnr_prune.allocation import Budget
 from lnr_prune.amount import choose_channels, group_of, the_one_given
 from lnr_prune.calibration import Call, Inputs, calibrate, short_example
@@ -67,6 +68,7 @@ class Pruned:
         files.save_model(path, self.model, self.plan, report)
 
 
+@distributed.together()
 def prune(
     model: nn.Module,
     calibration: Any,
@@ -92,6 +94,9 @@ def prune(
     group are chosen. A second one refits every linear layer, in order of execution, whether it lost channels
     or not: inputs from the network pruned so far, outputs from the original one. At last the channels
     are taken out physically, and the smaller model is compared with the masked one.
+
+    Where torch.distributed is initialised, every rank must call this, with a shard of its own of the calibration data,
+    and gets the same pruned model; see `lnr_prune.distributed`, whose ``alone()`` prunes on one rank.
 
     Args:
         model: A trained model that torch.export can trace. It is not modified unless ``inplace``.
@@ -124,8 +129,9 @@ def prune(
 
     Raises:
         ValueError, TypeError: If an argument is out of range, or names no prunable layer.
-        CalibrationError: If the calibration data is empty, not finite, or not accepted by the model.
-        GraphError: If the model cannot be traced or copied, or has no channel that can be pruned.
+        CalibrationError: If the calibration data is empty, not finite, or not accepted by the model. In a process
+            group, a `RankError` if another rank fails.
+        GraphError: If the model cannot be traced or copied, is wrapped, or has no channel that can be pruned.
         VerificationError: If the smaller model does not equal the masked one; the model is left as it was.
 
     Example:
@@ -147,8 +153,11 @@ def prune(
     if ridge is not None and not ridge >= 0:
         raise ValueError(f"ridge must be >= 0, got {ridge}")
     the_one_given(keep=keep, lam=lam, lam_ratio=lam_ratio, budget=budget)
+    distributed.whole(model)
+    distributed.same("weights", distributed.checksums(model))
+    distributed.same("arguments", repr((keep, lam, lam_ratio, budget, selector, solver, bias, debias, ridge, seed)))
     data = calibrate(model, calibration, inputs)
-    example = short_example(model, data)
+    example, *_ = distributed.everyone(short_example(model, data))
     graph = find_groups(model, *example)
     target = model if inplace or as_graph else copied(model, example)
     if not as_graph:
@@ -203,7 +212,8 @@ def prune(
             raise
     after = _costs(target, example)
     costs = {f"{kind}_{when}": of[kind] for when, of in (("before", before), ("after", after)) for kind in of}
-    latencies = cost.side_by_side([model, target], example) if target is not model else (None, None)
+    timed = partial(cost.side_by_side, [model, target], example)
+    latencies = distributed.spread([timed])[0] if target is not model else (None, None)
     report = Report(rows, layers, error, graph.frozen, **costs, latency_before=latencies[0], latency_after=latencies[1])
     return Pruned(target, report, plan, masked)
 
@@ -270,7 +280,7 @@ def _shown(progress: bool | Callable[[str], None] | None) -> Iterator[Callable[[
     if callable(progress):
         yield progress
         return
-    show = sys.stderr.isatty() if progress is None else progress
+    show = sys.stderr.isatty() and distributed.rank() == 0 if progress is None else progress
     with Progress(console=Console(stderr=True), transient=True, disable=not show) as bar:
         task = bar.add_task("", total=None)
         yield lambda doing: bar.update(task, description=doing, advance=1)

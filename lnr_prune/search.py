@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lnr_prune import cost
+from lnr_prune import cost, distributed
 from lnr_prune.allocation import Allocation, Budget, Sizes, allocate, cost_of
 from lnr_prune.calibration import Calibration, Call, samples_in
 from lnr_prune.collapse import collapse, restore_point
@@ -51,7 +51,11 @@ def within_budget(
     tensors, example = named_tensors(model), data.example()
     curves, eliminations = error_curves(model, readings, data, lambda name: progress(f"measuring {name}"))
     costs = {kind: cost_of(model, graph, kind, samples_in(traced), readings) for kind in ("params", "macs", "size")}
-    whole = cost.latency(target, example) if budget.latency is not None else 1.0
+
+    def measured() -> float:
+        return distributed.spread([lambda: cost.latency(target, example)])[0]
+
+    whole = measured() if budget.latency is not None else 1.0
 
     def latency(sizes: Sizes) -> float:
         groups = {name: readings[name].group for name in sizes}
@@ -59,7 +63,7 @@ def within_budget(
         restore = restore_point(target)
         try:
             collapse(target, plan)
-            return cost.latency(target, example) / whole
+            return measured() / whole
         finally:
             restore()
 
@@ -68,10 +72,13 @@ def within_budget(
         supports = {name: eliminations[name].support(size) for name, size in sizes.items()}
         masked = masked_weights([(readings[name].group, support) for name, support in supports.items()], tensors)
         done = refit_network(model, graph, readings, supports, fit, bias=bias)
-        return output_error(model, {**masked, **done.weights}, judged)
+        with distributed.alone():  # all ranks have the same samples to judge on
+            suffered = output_error(model, {**masked, **done.weights}, judged)
+        return distributed.everyone(suffered)[0]
 
     batches = some(data, 2 * SAMPLES) if budget.search else []
-    fit, judged = (Calibration(part, lambda call: call) for part in (batches[::2], batches[1::2] or batches))
+    parts = distributed.shard(batches[::2]), batches[1::2] or batches
+    fit, judged = (Calibration(part, lambda call: call) for part in parts)
     return search(curves, lambda changed: allocate(changed, costs, budget, latency), error, budget.search)
 
 
