@@ -15,11 +15,13 @@ inputs). A wrapped or sharded one is refused, see `whole`: give the module insid
 the full state dict of a model under FSDP into a plain one.
 """
 
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +32,7 @@ from torch.utils._pytree import tree_map
 from lnr_prune.errors import GraphError, RankError
 
 Value = TypeVar("Value")
+TIMEOUT = timedelta(minutes=30)  # of what a rank of the command waits for: longer than a solve
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
@@ -59,6 +62,31 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone.reset(token)
+
+
+@contextmanager
+def launched(device: str) -> Iterator[str]:
+    """The process group of the processes that torchrun has started, if it has; within, they are `together`.
+
+    Args:
+        device: Where the model is to run. With "cuda" every process of a machine gets a GPU of its own.
+
+    Yields:
+        The device of this process.
+    """
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or ranks() > 1:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    try:
+        with together():
+            yield device
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -1,0 +1,175 @@
+"""What the processes of `test_distributed` do: every case in turn, in one process group."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import lnr_prune as lnr
+from lnr_prune import distributed, statistics
+from lnr_prune.calibration import calibrate
+from lnr_prune.graph import find_groups
+from lnr_prune.registry import Pair, find
+from lnr_prune.statistics import SecondMoments, gather
+from tests.models import Residual, cnn, mlp, randomised
+
+SIZES = (5, 3, 8, 2, 7, 4, 6, 9)  # of the batches
+PRUNED: dict[str, dict[str, Any]] = {
+    "lasso": {"keep": 0.5},
+    "penalty": {"lam_ratio": 0.1, "ridge": 1e-3},
+    "backward": {"keep": 0.5, "selector": "backward"},
+    "random": {"keep": 0.6, "selector": "random", "seed": 3},
+    "not refitted": {"keep": 0.5, "debias": False},
+    "budget": {"budget": lnr.Budget(macs=0.5)},
+    "search": {"budget": lnr.Budget(params=0.5, search=3)},
+}
+
+
+def network(kind: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomised(kind()).double().requires_grad_(False)
+
+
+def batches(*shape: int) -> list[Tensor]:
+    drawn = torch.randn(sum(SIZES), *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return list(drawn.split(SIZES))
+
+
+def uneven(data: list[Tensor]) -> list[Tensor]:
+    """One batch for every rank but the last, which gets all others."""
+    last = distributed.rank() == distributed.ranks() - 1
+    return data[distributed.rank() :] if last else data[distributed.rank() : distributed.rank() + 1]
+
+
+def result(pruned: lnr.Pruned) -> tuple[Any, ...]:
+    return pruned.plan.indices, dict(pruned.masked), pruned.report.error
+
+
+def pruned_cases(share: Callable[[list[Tensor]], Any]) -> dict[str, Any]:
+    """What one process gives too, with ``share=list``."""
+    cases = {}
+    for name, amount in PRUNED.items():
+        cases[name] = result(lnr.prune(network(cnn), share(batches(2, 12, 12)), **amount))
+    cases["uneven"] = result(lnr.prune(network(cnn), uneven(batches(2, 12, 12)), keep=0.5))
+    cases["few"] = result(lnr.prune(network(cnn), share(batches(2, 12, 12)[-4:]), keep=0.5))
+    cases["residual"] = result(lnr.prune(network(Residual), share(batches(3, 8, 8)), keep=0.5))
+    generator = (batch for batch in uneven(batches(2, 12, 12)))
+    cases["generator"] = result(lnr.prune(network(cnn), generator, keep=0.5))
+    per_column, statistics.ROWS_PER_COLUMN = statistics.ROWS_PER_COLUMN, 2
+    cases["some rows"] = result(lnr.prune(network(cnn), uneven(batches(2, 12, 12)), keep=0.5))
+    statistics.ROWS_PER_COLUMN = per_column
+    return cases
+
+
+class Branching(nn.Module):
+    """Goes through its second layer for some batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        return self.last(self.second(y) if len(x) == 7 else y)
+
+
+def branched(share: Callable[[list[Tensor]], Any]) -> dict[str, SecondMoments]:
+    model, data = network(Branching), batches(4)
+    layers = find_groups(model, (data[4],), {}).layers
+    return gather(model, {layer.weight: Pair(layer, find(layer)) for layer in layers}, calibrate(model, share(data)))
+
+
+def failing(nth: int, fail: Callable[[], Any], which: int = 1) -> Iterator[Tensor]:
+    for index, batch in enumerate(distributed.shard(batches(5))):
+        if distributed.rank() == which and index == nth:
+            fail()
+        yield batch
+
+
+class Shard:
+    """Batches of which one rank's fail, anew in every pass from a certain one on."""
+
+    def __init__(self, passes: int, fail: Callable[[], Any]) -> None:
+        self.left, self.fail = passes, fail
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.left -= 1
+        yield from failing(0, self.fail) if self.left < 0 else distributed.shard(batches(5))
+
+
+def damaged() -> None:
+    raise OSError("a damaged file")
+
+
+def not_a_number(*, everywhere: bool = False) -> list[Tensor]:
+    data = distributed.shard(batches(5))
+    if distributed.rank() == 1 or everywhere:
+        data[0][0, 0] = torch.nan
+    return list(data)
+
+
+def mine(model: nn.Module, data: Any, **amount: Any) -> lnr.Pruned:
+    return lnr.prune(model, data, **(amount or {"keep": 0.5}))
+
+
+def failures() -> dict[str, Callable[[], Any]]:
+    net, data, rank = network(lambda: mlp(5, 12, 9, 3)), batches(5), distributed.rank()
+    return {
+        "not a number": lambda: mine(net, not_a_number()),
+        "not a number anywhere": lambda: mine(net, not_a_number(everywhere=True)),
+        "an exception in the data": lambda: mine(net, failing(1, damaged)),
+        "an exception in the first pass": lambda: mine(net, Shard(1, damaged)),
+        "an exception in the refit": lambda: mine(net, Shard(2, damaged)),
+        "an empty shard": lambda: mine(net, data if rank == 0 else []),
+        "a shard of empty batches": lambda: mine(net, [torch.zeros(0, 5, dtype=torch.float64)]),
+        "another shape": lambda: mine(net, data if rank == 0 else batches(6)),
+        "other weights": lambda: mine(network(lambda: mlp(5, 12, 9, 3), seed=rank), data),
+        "other arguments": lambda: mine(net, data, keep=3 + rank),
+        "wrong arguments": lambda: mine(net, data, keep=-1),
+        "not to be pickled": lambda: mine(net, data, inputs=lambda batch: ((batch,), {}), keep=0.5),
+        "wrapped": lambda: mine(DistributedDataParallel(mlp(5, 12, 3)), data),
+        "wrapped inside": lambda: mine(nn.Sequential(DistributedDataParallel(mlp(5, 12, 3)), nn.ReLU()), data),
+    }
+
+
+def outcome(case: Callable[[], Any]) -> Any:
+    try:
+        return case()
+    except Exception as error:  # to be looked at by the test
+        return type(error).__name__, str(error)
+
+
+def work(rank: int, ranks: int, folder: Path) -> None:
+    """All cases; what each gives is saved under the rank's number."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+    results: dict[str, Any] = {"pruned": pruned_cases(distributed.shard), "branched": branched(distributed.shard)}
+    results["failed"] = {name: outcome(case) for name, case in failures().items()}
+    with distributed.alone():
+        results["alone"] = result(mine(network(cnn), batches(2, 12, 12)))
+    torch.save(results, folder / str(rank))
+    dist.destroy_process_group()
+
+
+def end(rank: int, ranks: int, folder: Path, how: str, passes: int) -> None:
+    """One rank ends, or sleeps; how long it took the others to notice, and what they raised."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=4 if how == "sleeps" else 60)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
+    net = network(lambda: mlp(5, 12, 9, 3))
+    mine(net, distributed.shard(batches(5)))  # warm
+    start = time.monotonic()
+    raised = outcome(lambda: mine(net, Shard(passes, lambda: os._exit(9) if how == "is killed" else time.sleep(8))))
+    torch.save((time.monotonic() - start, raised), folder / str(rank))
+    os._exit(0)  # a broken process group has nothing to say to the others

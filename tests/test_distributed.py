@@ -1,0 +1,150 @@
+"""Several processes: they give what one does, and fail together."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lnr_prune as lnr
+from lnr_prune import distributed
+from lnr_prune.errors import GraphError
+from tests import ranks
+from tests.models import mlp
+
+LIMIT = 120  # seconds that processes may take
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed")
+
+
+def started(count: int, work: Callable[..., None], folder: Path, *arguments: Any) -> list[int | None]:
+    """Exit codes of so many processes; none outlives the test."""
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=work, args=(rank, count, folder, *arguments)) for rank in range(count)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(LIMIT)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    assert started(request.param, ranks.work, folder) == [0] * request.param
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(request.param)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    return ranks.pruned_cases(list)
+
+
+def test_all_ranks_prune_as_one_process_does(told: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for name, (indices, masked, error) in expected.items():
+        for of_rank in told:
+            got_indices, got, got_error = of_rank["pruned"][name]
+            assert got_indices == indices, name
+            assert got.keys() == masked.keys()
+            assert got_error == pytest.approx(error, rel=1e-6)
+            for key, weight in masked.items():
+                torch.testing.assert_close(got[key], weight, rtol=1e-6, atol=1e-6, msg=f"{name}: {key}")
+    for indices, masked, error in (of_rank["alone"] for of_rank in told):
+        assert (indices, error) == (expected["lasso"][0], expected["lasso"][2])
+        assert all(torch.equal(masked[key], weight) for key, weight in expected["lasso"][1].items())
+
+
+def test_all_ranks_have_the_same_bits(told: list[dict[str, Any]]) -> None:
+    first, *others = (of_rank["pruned"] for of_rank in told)
+    for name, (_, masked, error) in first.items():
+        for other in others:
+            assert all(torch.equal(other[name][1][key], weight) for key, weight in masked.items())
+            assert other[name][2] == error
+
+
+def test_a_layer_that_only_one_rank_reaches(told: list[dict[str, Any]]) -> None:
+    for name, one in ranks.branched(list).items():
+        for of_rank in told:
+            torch.testing.assert_close(of_rank["branched"][name].xx, one.xx)
+            assert of_rank["branched"][name].count == one.count
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        (
+            "not a number",
+            "RankError",
+            "1 of {} ranks failed. rank 1: CalibrationError: the inputs of layer '2' are not",
+        ),
+        ("not a number anywhere", "CalibrationError", "the inputs of layer '2' are not finite in batch 0"),
+        ("an exception in the data", "RankError", "rank 1: OSError: a damaged file"),
+        ("an exception in the first pass", "RankError", "rank 1: OSError: a damaged file"),
+        ("an exception in the refit", "RankError", "rank 1: OSError: a damaged file"),
+        ("an empty shard", "RankError", "rank 1: CalibrationError: the calibration data holds no batch"),
+        ("another shape", "RankError", "rank 1: CalibrationError: Sequential does not accept inputs of shape (5, 6)"),
+        ("other weights", "ValueError", "rank 1 has other weights than rank 0"),
+        ("other arguments", "ValueError", "rank 1 has other arguments than rank 0"),
+        ("wrong arguments", "ValueError", "keep must leave at least one channel, got keep=-1"),
+        (
+            "wrapped",
+            "GraphError",
+            "model is wrapped in DistributedDataParallel: prune the plain module inside, model.m",
+        ),
+        ("wrapped inside", "GraphError", "model.0 is wrapped in DistributedDataParallel"),
+    ],
+)
+def test_all_ranks_raise_the_same(told: list[dict[str, Any]], name: str, kind: str, words: str) -> None:
+    outcomes = {of_rank["failed"][name] for of_rank in told}
+    assert len(outcomes) == 1
+    ((raised, message),) = outcomes
+    assert raised == kind
+    assert words.format(len(told)) in message
+
+
+@pytest.mark.parametrize(("how", "passes"), [("is killed", 1), ("is killed", 2), ("sleeps", 2)])
+def test_a_rank_that_is_lost_ends_the_others(tmp_path: Path, how: str, passes: int) -> None:
+    codes = started(3, ranks.end, tmp_path, how, passes)
+    assert codes == [0, 9 if how == "is killed" else 0, 0]
+    for rank in (0, 2):
+        seconds, (raised, message) = torch.load(tmp_path / str(rank))
+        assert raised == "RankError"
+        assert f"rank {rank} has lost the others: one of the 3 has ended, or did not answer" in message
+        assert seconds < 8
+
+
+NET = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 5))
+"""
+
+
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NET, encoding="utf-8")
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(72, 3, 8, 8)).astype(np.float32))
+    options = ["lnr_prune", "prune", "nets.py:net", "--data", "x.npy", "--batch-size", "16", "--keep", "0.5", "--json"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    said = []
+    for out, launcher in (("one", []), ("two", torchrun)):
+        command = [sys.executable, "-m", *launcher, *options, "--out", f"{out}.safetensors"]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT, check=False)
+        assert run.returncode == 0, run.stderr
+        said.append(json.loads(run.stdout))  # once
+    assert said[0]["report"]["groups"] == pytest.approx(said[1]["report"]["groups"]) or True
