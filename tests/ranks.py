@@ -1,6 +1,7 @@
 """What the processes of `test_distributed` do: every case in turn, in one process group."""
 
 import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -112,7 +113,7 @@ def damaged() -> None:
 def not_a_number(*, everywhere: bool = False) -> list[Tensor]:
     data = distributed.shard(batches(5))
     if distributed.rank() == 1 or everywhere:
-        data[0][0, 0] = torch.nan
+        data[1][0, 0] = torch.nan
     return list(data)
 
 
@@ -161,15 +162,18 @@ def work(rank: int, ranks: int, folder: Path) -> None:
 
 
 def end(rank: int, ranks: int, folder: Path, how: str, passes: int) -> None:
-    """One rank ends, or sleeps; how long it took the others to notice, and what they raised."""
+    """One rank is killed or sleeps; how long it took the others to notice, and what they raised."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    limit = timedelta(seconds=4 if how == "sleeps" else 60)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
-    net = network(lambda: mlp(5, 12, 9, 3))
-    mine(net, distributed.shard(batches(5)))  # warm
-    start = time.monotonic()
-    raised = outcome(lambda: mine(net, Shard(passes, lambda: os._exit(9) if how == "is killed" else time.sleep(8))))
-    torch.save((time.monotonic() - start, raised), folder / str(rank))
+    limit = timedelta(seconds=6 if how == "sleeps" else 60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks, timeout=limit)
+
+    def fail() -> None:
+        (folder / "time").write_text(str(time.time()), encoding="utf-8")
+        if how == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(10)
+
+    raised = outcome(lambda: mine(network(lambda: mlp(5, 12, 9, 3)), Shard(passes, fail)))
+    torch.save((time.time() - float((folder / "time").read_text(encoding="utf-8")), raised), folder / str(rank))
     os._exit(0)  # a broken process group has nothing to say to the others
