@@ -15,6 +15,7 @@ inputs). A wrapped or sharded one is refused, see `whole`: give the module insid
 the full state dict of a model under FSDP into a plain one.
 """
 
+import gc
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,6 +88,7 @@ def launched(device: str) -> Iterator[str]:
             yield device
     finally:
         dist.destroy_process_group()
+        gc.collect()  # ends the group's threads: one that frees a tensor while Python ends would abort the process
 
 
 @contextmanager

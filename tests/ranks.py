@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lnr_prune as lnr
@@ -123,6 +125,11 @@ def mine(model: nn.Module, data: Any, **amount: Any) -> lnr.Pruned:
     return lnr.prune(model, data, **(amount or {"keep": 0.5}))
 
 
+def sharded(model: nn.Module) -> nn.Module:
+    fully_shard(model, mesh=init_device_mesh("cpu", (distributed.ranks(),)))
+    return model
+
+
 def failures() -> dict[str, Callable[[], Any]]:
     net, data, rank = network(lambda: mlp(5, 12, 9, 3)), batches(5), distributed.rank()
     return {
@@ -136,6 +143,7 @@ def failures() -> dict[str, Callable[[], Any]]:
         "other weights": lambda: mine(network(lambda: mlp(5, 12, 9, 3), seed=rank), data),
         "other arguments": lambda: mine(net, data, keep=3 + rank),
         "wrong arguments": lambda: mine(net, data, keep=-1),
+        "sharded": lambda: mine(sharded(mlp(5, 12, 3)), data),
         "wrapped": lambda: mine(DistributedDataParallel(mlp(5, 12, 3)), data),
         "wrapped inside": lambda: mine(nn.Sequential(DistributedDataParallel(mlp(5, 12, 3)), nn.ReLU()), data),
     }

@@ -104,6 +104,7 @@ def test_a_layer_that_only_one_rank_reaches(two: list[dict[str, Any]]) -> None:
             "GraphError",
             "model is wrapped in DistributedDataParallel: prune the plain module inside, model.m",
         ),
+        ("sharded", "GraphError", "the parameter '0.weight' is sharded over processes"),
         ("wrapped inside", "GraphError", "model.0 is wrapped in DistributedDataParallel"),
     ],
 )
