@@ -2,7 +2,15 @@
 
 from lnr_prune.allocation import Budget
 from lnr_prune.backward import Elimination, backward
-from lnr_prune.errors import AdapterError, CalibrationError, GraphError, LnrPruneError, PlanError, VerificationError
+from lnr_prune.errors import (
+    AdapterError,
+    CalibrationError,
+    GraphError,
+    LnrPruneError,
+    PlanError,
+    RankError,
+    VerificationError,
+)
 from lnr_prune.files import load
 from lnr_prune.inspection import Inspection, inspect
 from lnr_prune.path import CountSearch, RegularizationPath, lam_for_count, regularization_path
@@ -44,6 +52,7 @@ __all__ = [
     "PlanError",
     "ProximalGradient",
     "Pruned",
+    "RankError",
     "RegularizationPath",
     "Solution",
     "Status",

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lnr_prune import distributed
 from lnr_prune.backward import Elimination, backward
 from lnr_prune.calibration import Calibration, Call, run, samples_in
 from lnr_prune.graph import named_tensors
@@ -37,7 +39,8 @@ def error_curves(
     Args:
         model: The original model.
         readings: Name of a group -> the group and its consumers' second moments.
-        data: The calibration data, of which about `SAMPLES` samples are used.
+        data: The calibration data, of which about `SAMPLES` samples are used. Processes that prune together use the
+            same ones, and share the groups among them.
         progress: Called with every group's name.
         logits: Whether the outputs are logits, see `divergence`.
 
@@ -46,21 +49,23 @@ def error_curves(
     """
     tensors, calls = named_tensors(model), some(data)
     original = [outputs(model, call) for call in calls]
-    curves, eliminations = {}, {}
-    for name, reading in readings.items():
+
+    def measure(name: str, reading: Reading) -> tuple[Tensor, Elimination]:
         if progress:
             progress(name)
         problem = reading.problem(tensors)
-        elimination = eliminations[name] = backward(problem)
-        measured = {}
+        elimination, measured = backward(problem), {}
         for size in sorted({max(1, int(share * problem.n_groups)) for share in SHARES}):
             M = debias(problem, elimination.support(size), RIDGE)
             weights: dict[str, Tensor] = {}
             for pair, M_c in zip(reading.pairs, M, strict=True):
                 weights |= pair.write(M_c, {**tensors, **weights})
             measured[size] = divergence(original, [outputs(model, call, weights) for call in calls], logits)
-        curves[name] = through(elimination.errors, measured)
-    return curves, eliminations
+        return through(elimination.errors, measured), elimination
+
+    done = distributed.spread([partial(measure, *entry) for entry in readings.items()])
+    named = list(zip(readings, done, strict=True))
+    return {name: curve for name, (curve, _) in named}, {name: elimination for name, (_, elimination) in named}
 
 
 def through(shape: Tensor, measured: Mapping[int, float]) -> Tensor:
@@ -119,11 +124,18 @@ def _kl(p: Tensor, q: Tensor) -> float:
 
 
 def some(data: Iterable[Call], samples: int = SAMPLES) -> list[Call]:
-    """The first batches, until they hold so many samples."""
-    calls, count = [], 0
+    """The first batches, the first rank's before the second's, until they hold so many samples."""
+    calls, sizes = list[Call](), list[int]()
     for call in data:
         calls.append(call)
-        count += samples_in(call)
-        if count >= samples:
+        sizes.append(samples_in(call))
+        if sum(sizes) >= samples:
             break
-    return calls
+    chosen, count = list[Call](), 0
+    for source, of_rank in enumerate(distributed.everyone(sizes)):
+        for index, size in enumerate(of_rank):
+            if count < samples:
+                mine = calls[index] if distributed.rank() == source else ((), {})
+                chosen.append(distributed.everyone(mine)[source])
+                count += size
+    return chosen

@@ -27,6 +27,10 @@ class PlanError(LnrPruneError):
     """A plan, or a file that holds one, is damaged or belongs to another model; nothing was changed."""
 
 
+class RankError(CalibrationError):
+    """In a process group: a rank has failed, and all raise this; or the others have been lost."""
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, the processor's or an accelerator's, is used up."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lnr_prune import cost, files
+from lnr_prune import cost, distributed, files
 from lnr_prune.allocation import Budget, check_reach
 from lnr_prune.amount import check_amounts, choose_channels, group_of
 from lnr_prune.arguments import check_flags, check_settings, check_values
@@ -69,6 +70,7 @@ class Pruned:
         files.save_model(path, self.model, self.plan, report)
 
 
+@distributed.together()
 def prune(
     model: nn.Module,
     calibration: Any,
@@ -95,6 +97,9 @@ def prune(
     group are chosen. A second one refits every linear layer, in order of execution, whether it lost channels
     or not: inputs from the network pruned so far, outputs from the original one. At last the channels
     are taken out physically, and the smaller model is compared with the masked one.
+
+    Where torch.distributed is initialised, every rank must call this, with a shard of its own of the calibration data,
+    and gets the same pruned model; see `lnr_prune.distributed`, whose ``alone()`` prunes on one rank.
 
     Args:
         model: A trained model that torch.export can trace. It is not modified unless ``inplace``.
@@ -130,8 +135,9 @@ def prune(
 
     Raises:
         ValueError, TypeError: If an argument is out of range, or names no prunable layer.
-        CalibrationError: If the calibration data is empty, not finite, or not accepted by the model.
-        GraphError: If the model cannot be traced or copied, or has no channel that can be pruned.
+        CalibrationError: If the calibration data is empty, not finite, or not accepted by the model. In a process
+            group, a `RankError` if another rank fails.
+        GraphError: If the model cannot be traced or copied, is wrapped, or has no channel that can be pruned.
         VerificationError: If the smaller model does not equal the masked one; the model is left as it was.
 
     Example:
@@ -154,9 +160,13 @@ def prune(
     check_flags(bias=bias, debias=debias, logits=logits, inplace=inplace, as_graph=as_graph)
     check_settings(ridge=ridge, seed=seed, progress=progress)
     solver = find_solver(solver)
+    distributed.whole(model)
+    distributed.same("weights", distributed.checksums(model))
+    settings = (keep, lam, lam_ratio, budget, selector, solver, bias, debias, ridge, logits, seed)
+    distributed.same("arguments", repr(settings))
     data = calibrate(model, calibration, inputs)
     check_values(model)
-    example = short_example(model, data)
+    example, *_ = distributed.everyone(short_example(model, data))
     if logits:
         _check_logits(model, example)
     graph = find_groups(model, *example)
@@ -216,7 +226,8 @@ def prune(
             raise
     after = _costs(target, example)
     costs = {f"{kind}_{when}": of[kind] for when, of in (("before", before), ("after", after)) for kind in of}
-    latencies = cost.side_by_side([model, target], example) if target is not model else (None, None)
+    timed = partial(cost.side_by_side, [model, target], example)
+    latencies = distributed.spread([timed])[0] if target is not model else (None, None)
     report = Report(rows, layers, error, graph.frozen, **costs, latency_before=latencies[0], latency_after=latencies[1])
     return Pruned(target, report, plan, masked)
 
@@ -292,7 +303,7 @@ def _shown(progress: bool | Callable[[str], None] | None) -> Iterator[Callable[[
     if callable(progress):
         yield progress
         return
-    show = sys.stderr.isatty() if progress is None else progress
+    show = sys.stderr.isatty() and distributed.rank() == 0 if progress is None else progress
     with Progress(console=Console(stderr=True), transient=True, disable=not show) as bar:
         task = bar.add_task("", total=None)
         yield lambda doing: bar.update(task, description=doing, advance=1)

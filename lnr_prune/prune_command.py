@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lnr_prune import samples
+from lnr_prune import distributed, samples
 from lnr_prune.console import answering, check, lines, title, write
 from lnr_prune.options import AMOUNT, DATA, OUTPUT, Array, Device, Html, Json, Model, ModelArg, Weights, amount, numbers
 from lnr_prune.prune import prune as prune_model
@@ -138,13 +138,16 @@ def prune(
     """Make a model smaller, verify it, and save it.
 
     The smaller model is an ordinary one: load it in Python with lnr_prune.load(FILE, a_new_model).
+
+    Several processes share the samples: torchrun --nproc-per-node 4 -m lnr_prune prune ...
     """
-    with answering(as_json) as say:
+    with answering(as_json) as say, distributed.launched(device) as device:
+        first = distributed.rank() == 0
         limits = {"params": params, "macs": macs, "size": budget_size, "latency": latency, "error": error}
         details = {"round_to": round_to, "minimum": minimum, "leave": tuple(leave or ()) or None, "search": search}
         wanted = amount({"keep": keep, "lam": lam, "lam_ratio": lam_ratio}, limits, **details)
         targets = {"--out": out, "--report-html": report_html}
-        if not dry_run:
+        if first and not dry_run:
             if out is None:
                 raise ValueError("where to? Give --out FILE.safetensors, or --dry-run to write nothing")
             check(targets, {"--weights": weights, "--data": data})
@@ -161,9 +164,11 @@ def prune(
             logits=logits,
             as_graph=as_graph,
             seed=seed,
-            progress=None if sys.stderr.isatty() else lines(),
+            progress=(None if sys.stderr.isatty() else lines()) if first else False,
         )
         written = {}
+        if not first:
+            return
         if not dry_run and out is not None:
             done.save(out)
             written["out"] = str(out)

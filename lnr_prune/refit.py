@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lnr_prune.calibration import Calibration, short_example
+from lnr_prune import distributed
+from lnr_prune.calibration import Calibration, Call, samples_in, short_example
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import evaluating, named_tensors, unfused_attention
 from lnr_prune.multihead import visible_attention
@@ -59,7 +60,8 @@ def refit(
 
     Every batch goes through both networks side by side, and waits at each layer for the others, so the whole costs
     two passes over the data however deep the network is, and the memory of what is alive at one layer, for all the
-    data.
+    data. Processes that prune together reach the layers in the same order, each with the batches of its own shard, and
+    solve the same equations.
 
     Args:
         model: The original model; it is not changed.
@@ -82,12 +84,17 @@ def refit(
     fits: dict[str, LayerFit] = {}
     swaps: dict[str, dict[str, Tensor]] = {}
     with torch.no_grad(), evaluating(model), unfused_attention(), visible_attention(model), ExitStack() as stack:
-        ahead = outlook(model, layers, short_example(model, data))
-        streams = [stack.enter_context(closing(both_networks(model, call, ahead))) for call in data]
+        (example,) = distributed.spread([lambda: short_example(model, data)])
+        ahead, calls = outlook(model, layers, example), list(data)
+        streams = [stack.enter_context(closing(both_networks(model, call, ahead))) for call in calls]
+        places = dict(zip(streams, _places(calls, data.samples), strict=True))
         fronts = {stream: arrival for stream in streams if (arrival := next(stream, None)) is not None}
-        while fronts:
-            name = min((arrival.name for arrival in fronts.values()), key=order.index)
-            here = {stream: arrival for stream, arrival in fronts.items() if arrival.name == name}
+        while True:
+            nearest = min((order.index(arrival.name) for arrival in fronts.values()), default=len(order))
+            if (nearest := min(distributed.everyone(nearest))) == len(order):
+                break
+            name = order[nearest]
+            here = {stream: fronts[stream] for stream in streams if stream in fronts and fronts[stream].name == name}
             if name not in swaps:
                 swaps[name] = {}
                 pair = layers[name]
@@ -96,15 +103,19 @@ def refit(
                 W = pair.matrix(tensors)
                 columns = kept.get(name, W.new_ones(W.shape[1], dtype=torch.bool))
                 ridged = pair.columns(torch.ones_like(tensors[name]), bias=0.0)
-                if not (bool(columns.all()) and all(arrival.unchanged for arrival in here.values())):
+                changed = not bool(columns.all()) or not all(arrival.unchanged for arrival in here.values())
+                if any(distributed.everyone(changed)):
                     intercept = None
                     if repeated and name in repeated:
                         M, fits[name] = ridge_regression(repeated[name].through(W), None, columns, ridged, W, ridge)
                     else:
-                        target = _target(pair, ahead.layers[name], list(here.values()), bias)
-                        M, intercept, fits[name] = _fitted(pair, target, data.samples, columns, ridged, W, ridge)
+                        at = [places[stream] for stream in here]
+                        target = _target(pair, ahead.layers[name], list(here.values()), at, len(W), bias)
+                        M, intercept, fits[name] = _fitted(pair, target, columns, ridged, W, ridge)
                         if logits and name == ahead.last:
-                            M = _divergence_fitted(pair, target, data.samples, columns, M)
+                            M = _divergence_fitted(pair, target, columns, M)
+                        M, *intercepts = distributed.shared(*(each for each in (M, intercept) if each is not None))
+                        intercept = next(iter(intercepts), None)
                     new = pair.write(M, tensors)
                     weights |= new
                     swaps[name] = {key: new[full] for key, full in pair.names.items() if full in new}
@@ -119,12 +130,40 @@ def refit(
     return Refit(weights, fits)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a batch stands in all the calibration data, the other processes' included.
+
+    Attributes:
+        number: Its number.
+        batches: Number of all batches.
+        first: Number of its first sample.
+        size: Number of its samples.
+        samples: Number of all samples; None = not known.
+    """
+
+    number: int
+    batches: int
+    first: int
+    size: int
+    samples: int | None
+
+
+def _places(calls: Sequence[Call], samples: int | None) -> Iterator[Place]:
+    earlier, batches = distributed.before(len(calls))
+    first, samples = distributed.before(samples)
+    for number, call in enumerate(calls, earlier):
+        yield Place(number, batches or 0, first, samples_in(call), samples)
+        first += samples_in(call)
+
+
 @dataclass(frozen=True, eq=False)
 class Target:
     """``z - c - beta s'``, what ``alpha M x`` should be, and phi, to which ``z' = alpha M x + c + beta s'`` comes.
 
     Attributes:
         calls: Per batch, the call with the pruned network's x and, as output, the target.
+        places: Per batch, where it stands.
         offsets: Per batch, ``c + beta s'``.
         alpha: The scale of every row of M, (h,).
         activation: phi; None = the identity.
@@ -132,25 +171,32 @@ class Target:
     """
 
     calls: Sequence[LayerCall]
+    places: Sequence[Place]
     offsets: Sequence[Tensor]
     alpha: Tensor
     activation: Callable[[Tensor], Tensor] | None = None
     mean: str | None = None
 
 
-def _target(pair: Pair, onward: Onward, arrivals: Sequence[Arrival], bias: bool) -> Target:
+def _target(
+    pair: Pair, onward: Onward, arrivals: Sequence[Arrival], places: Sequence[Place], h: int, bias: bool
+) -> Target:
     calls = [replace(arrival.call, input=arrival.x) for arrival in arrivals]
-    alpha = _scales(pair, onward, next((call for call in calls if len(call.input)), calls[0]))
-    if alpha is None or any(arrival.shortcuts is None for arrival in arrivals):
-        rows = pair.outputs(next(calls[0].split(1))).shape[1]
-        return Target(calls, [], torch.ones(rows, dtype=torch.float64, device=calls[0].output.device))
+    known = all(arrival.shortcuts is not None for arrival in arrivals)
+    scales = [_scales(pair, onward, call) if known else None for call in calls if len(call.input)][
+        :1
+    ]  # none where no batch is here
+    found = [scale for of_rank in distributed.everyone(scales) for scale in of_rank]
+    alpha = found[0] if found and not any(scale is None for scale in found) else None
+    if alpha is None:
+        return Target(calls, places, [], torch.ones(h, dtype=torch.float64))
     targets, offsets = [], []
     for call, arrival in zip(calls, arrivals, strict=True):
         original, pruned = arrival.shortcuts or ([], [])
         offsets.append(onward.affine(torch.zeros_like(call.output), pruned))
         targets.append(replace(call, output=onward.affine(call.output, original) - offsets[-1]))
     takes = bias and pair.consumer.bias is None
-    return Target(targets, offsets, alpha, onward.activation, onward.mean if takes else None)
+    return Target(targets, places, offsets, alpha, onward.activation, onward.mean if takes else None)
 
 
 def _scales(pair: Pair, onward: Onward, call: LayerCall) -> Tensor | None:
@@ -163,65 +209,67 @@ def _scales(pair: Pair, onward: Onward, call: LayerCall) -> Tensor | None:
 
 
 def _fitted(
-    pair: Pair, target: Target, samples: int | None, kept: Tensor, ridged: Tensor, W: Tensor, ridge: float | None
+    pair: Pair, target: Target, kept: Tensor, ridged: Tensor, W: Tensor, ridge: float | None
 ) -> tuple[Tensor, Tensor | None, LayerFit]:
     """M, the intercept where a running mean takes one, and how well they fit."""
     if target.mean is not None:
         W = torch.cat([W, W.new_zeros(len(W), 1)], 1)
         kept, ridged = torch.cat([kept, kept.new_ones(1)]), torch.cat([ridged, ridged.new_zeros(1)])
     alpha = target.alpha[:, None].to(W)
-    fit, held = _moments(pair, target, samples)
+    fit, held = _moments(pair, target, W)
     aM, fitted = ridge_regression(fit, held, kept, ridged, alpha * W, ridge)
     if target.activation is not None:
         whole = fit if held is None else fit + held
         for _ in range(STEPS):
-            moments = replace(whole, yx=aM @ whole.xx + _lacking(pair, target, samples, aM))
+            moments = replace(whole, yx=aM @ whole.xx + _lacking(pair, target, aM))
             aM, _ = ridge_regression(moments, None, kept, ridged, alpha * W, fitted.ridge)
     M = (aM / alpha).where(alpha != 0, W * kept)  # rows that nothing comes of stay
     return (M, None, fitted) if target.mean is None else (M[:, :-1], M[:, -1], fitted)
 
 
-def _divergence_fitted(pair: Pair, target: Target, samples: int | None, kept: Tensor, M: Tensor) -> Tensor:
-    parts, xs, ys = zip(*((part, x, y) for part, x, y in _rows(pair, target, samples)), strict=True)
-    held = torch.cat([torch.full((len(x),), bool(part), device=M.device) for part, x in zip(parts, xs, strict=True)])
-    return softmax_regression(torch.cat(xs) * kept, torch.cat(ys), held, M)
+def _divergence_fitted(pair: Pair, target: Target, kept: Tensor, M: Tensor) -> Tensor:
+    parts = [(torch.full((len(x),), bool(part), device=x.device), x, y) for part, x, y in _rows(pair, target)]
+    of_all = [rows for of_rank in distributed.everyone(parts) for rows in of_rank]
+    held, x, y = (torch.cat(each) for each in zip(*of_all, strict=True))
+    return softmax_regression(x * kept, y, held, M)
 
 
-def _moments(pair: Pair, target: Target, samples: int | None) -> tuple[SecondMoments, SecondMoments | None]:
+def _moments(pair: Pair, target: Target, W: Tensor) -> tuple[SecondMoments, SecondMoments | None]:
     """Second moments of the samples to fit on, and of those held out: every fourth batch, or a fourth of each."""
-    sums: list[SecondMoments | None] = [None, None]
-    for part, x, y in _rows(pair, target, samples):
-        total = sums[part]
-        sums[part] = SecondMoments.of(x, y) if total is None else total.with_rows(x, y)
-    name, (fit, held) = pair.consumer.name, sums
-    if fit is None:
+    sums = [SecondMoments.zeros(len(W), W.shape[1], W.device) for _ in range(2)]
+    for part, x, y in _rows(pair, target):
+        sums[part] = sums[part].with_rows(x, y)
+    name = pair.consumer.name
+    check_finite(name, sums[0] + sums[1], "the pruned network")
+    fit, held = (each.over_ranks() for each in sums)
+    if fit.count == 0:
         raise CalibrationError(
             f"layer {name!r} got no samples from {len(target.calls)} batches; leave out empty batches"
         )
-    check_finite(name, fit if held is None else fit + held, "the pruned network")
-    return fit, held
+    return fit, held if held.count else None
 
 
-def _lacking(pair: Pair, target: Target, samples: int | None, aM: Tensor) -> Tensor:
+def _lacking(pair: Pair, target: Target, aM: Tensor) -> Tensor:
     """``sum (phi(z) - phi(z')) x^T``."""
     lacking, phi = torch.zeros_like(aM), target.activation or torch.clone
-    for _, x, y, offset in _rows(pair, target, samples, *target.offsets):
+    for _, x, y, offset in _rows(pair, target, *target.offsets):
         difference = phi(y + offset) - phi((x @ aM.to(x).T).to(y) + offset)
         lacking += difference.to(x).T @ x
+    (lacking,) = distributed.summed(lacking)
     return lacking
 
 
-def _rows(pair: Pair, target: Target, samples: int | None, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+def _rows(pair: Pair, target: Target, *others: Tensor) -> Iterator[tuple[Any, ...]]:
     """0 or 1 (to fit on, held out), x, with a 1 where there is an intercept, y, and the rows of others, one a batch."""
-    first = 0
-    for index, call in enumerate(target.calls):
+    for index, (call, place) in enumerate(zip(target.calls, target.places, strict=True)):
         count = len(call.input)
+        first = place.first * count // max(1, place.size)
         cut = count - count // HELD_OUT
-        if len(target.calls) >= HELD_OUT:
-            cut = 0 if index % HELD_OUT == HELD_OUT - 1 else count
+        if place.batches >= HELD_OUT:
+            cut = 0 if place.number % HELD_OUT == HELD_OUT - 1 else count
         parts = [cut, count - cut]
         more = [torch.split(others[index], parts)] if others else []
         for part, (piece, *rest) in enumerate(zip(call.split(parts), *more, strict=True)):
-            for x, *ys in rows(pair, piece, samples, first, *rest):
+            for x, *ys in rows(pair, piece, place.samples, first, *rest):
                 yield part, x if target.mean is None else torch.cat([x, x.new_ones(len(x), 1)], 1), *ys
             first += len(piece.input)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lnr_prune import distributed
 from lnr_prune.errors import CalibrationError
 from lnr_prune.sources import needed
 
@@ -55,6 +56,8 @@ class Source:
 
 def batches(source: Source, dtype: torch.dtype = torch.float32) -> Iterable[Any]:
     """The batches of a source: tensors, or dicts of keyword arguments. Images are read anew every time.
+
+    Processes that prune together get a part each.
 
     Args:
         source: What to read.
@@ -134,7 +137,9 @@ def _images(source: Source, dtype: torch.dtype) -> Iterable[Tensor]:
     if not files:
         raise CalibrationError(f"there is no image in {source.path}; expected files that end in {', '.join(IMAGES)}")
     chosen = [files[index] for index in source.drawn(len(files))]
-    return DataLoader(_Images(chosen, source, dtype), batch_size=source.batch_size)
+    starts = distributed.shard(range(0, len(chosen), source.batch_size))
+    mine = chosen[starts[0] : starts[-1] + source.batch_size] if starts else []
+    return DataLoader(_Images(mine, source, dtype), batch_size=source.batch_size)
 
 
 def _arrays(source: Source, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
@@ -187,8 +192,8 @@ def _texts(source: Source) -> dict[str, Tensor]:
     return dict(tokenizer(chosen, padding=True, truncation=True, max_length=source.tokens, return_tensors="pt"))
 
 
-def _split(tensors: Tensor | dict[str, Tensor], size: int) -> list[Any]:
+def _split(tensors: Tensor | dict[str, Tensor], size: int) -> Sequence[Any]:
     if isinstance(tensors, Tensor):
-        return list(tensors.split(size))
+        return distributed.shard(tensors.split(size))
     parts = {name: tensor.split(size) for name, tensor in tensors.items()}
-    return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]
+    return distributed.shard([dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Mapping
 import torch
 from torch import Tensor, nn
 
-from lnr_prune import cost
+from lnr_prune import cost, distributed
 from lnr_prune.allocation import Allocation, Budget, Cost, Sizes, allocate, cost_of
 from lnr_prune.calibration import Calibration, Call, samples_in
 from lnr_prune.collapse import collapse, restore_point
@@ -55,7 +55,11 @@ def within_budget(
         model, readings, data, lambda name: progress(f"measuring {name}"), logits=logits
     )
     costs = costs_of(model, graph, readings, traced)
-    whole = cost.latency(target, example) if budget.latency is not None else 1.0
+
+    def measured() -> float:
+        return distributed.spread([lambda: cost.latency(target, example)])[0]
+
+    whole = measured() if budget.latency is not None else 1.0
 
     def latency(sizes: Sizes) -> float:
         groups = {name: readings[name].group for name in sizes}
@@ -63,7 +67,7 @@ def within_budget(
         restore = restore_point(target)
         try:
             collapse(target, plan)
-            return cost.latency(target, example) / whole
+            return measured() / whole
         finally:
             restore()
 
@@ -72,10 +76,13 @@ def within_budget(
         supports = {name: eliminations[name].support(size) for name, size in sizes.items()}
         masked = masked_weights([(readings[name].group, support) for name, support in supports.items()], tensors)
         done = refit_network(model, graph, readings, supports, fit, bias=bias, logits=logits)
-        return output_error(model, {**masked, **done.weights}, judged, logits=logits)
+        with distributed.alone():  # all ranks have the same samples to judge on
+            suffered = output_error(model, {**masked, **done.weights}, judged, logits=logits)
+        return distributed.everyone(suffered)[0]
 
     batches = some(data, 2 * SAMPLES) if budget.search else []
-    fit, judged = (Calibration(part, lambda call: call) for part in (batches[::2], batches[1::2] or batches))
+    parts = distributed.shard(batches[::2]), batches[1::2] or batches
+    fit, judged = (Calibration(part, lambda call: call) for part in parts)
     return search(curves, lambda changed: allocate(changed, costs, budget, latency), error, budget.search)
 
 

@@ -42,14 +42,14 @@ class Candidates:
         original: The consumers' own matrices, for selectors that only mask.
         magnitude: L1 norm of every channel's filter over its producers, (n_groups,).
         solver: For selectors that solve.
-        generator: For selectors that draw.
+        draws: Uniform in [0, 1), (n_groups,), for selectors that draw.
     """
 
     problem: GroupLasso
     original: Matrices
     magnitude: Tensor
     solver: str | Solver
-    generator: torch.Generator
+    draws: Tensor
 
 
 def group_lasso(candidates: Candidates, count: int) -> Selection:
@@ -83,8 +83,7 @@ def norm(candidates: Candidates, count: int) -> Selection:
 
 def random(candidates: Candidates, count: int) -> Selection:
     """``count`` channels drawn at random (a baseline)."""
-    scores = torch.rand(candidates.problem.n_groups, generator=candidates.generator)
-    return _mask_original(candidates, _largest(scores.to(candidates.problem.weights.device), count))
+    return _mask_original(candidates, _largest(candidates.draws.to(candidates.problem.weights.device), count))
 
 
 SELECTORS: Mapping[str, Callable[[Candidates, int], Selection]] = {

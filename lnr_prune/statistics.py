@@ -1,7 +1,6 @@
 """Second moments of the layers' inputs and outputs, and the calls that they are read from."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +12,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lnr_prune.calibration import Calibration, run
+from lnr_prune import distributed
+from lnr_prune.calibration import Calibration, run, samples_in
 from lnr_prune.calibration import Call as ModelCall
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import named_tensors
@@ -90,9 +90,13 @@ class SecondMoments:
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> "SecondMoments":
         """The moments of rows x, (n, d), and y, (n, h), multiplied in their own precision, float32 at least."""
-        h, d = y.shape[1], x.shape[1]
-        xx, yx = (torch.zeros(rows, d, dtype=torch.float64, device=x.device) for rows in (d, h))
-        return cls(xx, yx, yx.new_zeros(()), 0).with_rows(x, y)
+        return cls.zeros(y.shape[1], x.shape[1], x.device).with_rows(x, y)
+
+    @classmethod
+    def zeros(cls, h: int, d: int, device: torch.device) -> "SecondMoments":
+        """The moments of no rows."""
+        xx, yx = (torch.zeros(rows, d, dtype=torch.float64, device=device) for rows in (d, h))
+        return cls(xx, yx, yx.new_zeros(()), 0)
 
     def with_rows(self, x: Tensor, y: Tensor) -> "SecondMoments":
         """These moments with more rows, added in place."""
@@ -111,6 +115,11 @@ class SecondMoments:
 
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
         return SecondMoments(self.xx + other.xx, self.yx + other.yx, self.yy + other.yy, self.count + other.count)
+
+    def over_ranks(self) -> "SecondMoments":
+        """The sum over all processes, see `lnr_prune.distributed`."""
+        xx, yx, yy, count = distributed.summed(self.xx, self.yx, self.yy, torch.tensor(self.count))
+        return SecondMoments(xx, yx, yy, int(count))
 
     def through(self, M: Tensor) -> "SecondMoments":
         """The moments of the same x and ``y = M x``: B = M R, so the outputs need not be read."""
@@ -145,7 +154,8 @@ def gather(
 ) -> dict[str, SecondMoments]:
     """One pass over the calibration data: the second moments of every layer's inputs at once.
 
-    Outputs are not read: a layer's own y is M x, see `SecondMoments.through`.
+    Outputs are not read: a layer's own y is M x, see `SecondMoments.through`. Processes that prune together pass over
+    a shard each, and get the sums of all.
 
     Args:
         model: The model, in any mode; it is run in evaluation mode.
@@ -160,30 +170,35 @@ def gather(
         CalibrationError: If there is no batch, a layer is never called, or an activation is not finite.
     """
     moments: dict[str, SecondMoments] = {}
-    seen: Counter[str] = Counter()
+    first, samples = distributed.before(data.samples)
 
     def add(name: str, layer: LayerCall) -> None:
-        for x, *_ in rows(readers[name], layer, data.samples, seen[name]):
+        for x, *_ in rows(readers[name], layer, samples, first * len(layer.input) // size):
             y = x.new_empty(len(x), 0)
             moments[name] = moments[name].with_rows(x, y) if name in moments else SecondMoments.of(x, y)
-        seen[name] += len(layer.input)
 
     batch = -1
     for batch, call in enumerate(data):
+        size = max(1, samples_in(call))
         watch(model, call, readers, add)
+        first += samples_in(call)
         for name, sums in moments.items():
             check_finite(name, sums, f"batch {batch}", call)
         if progress:
             progress()
     if batch < 0:
         raise CalibrationError("the calibration data holds no batch; give at least one batch of inputs")
-    unseen = [name for name in readers if name not in moments]
+    seen = distributed.everyone({name: len(sums.xx) for name, sums in moments.items()})
+    columns = {name: d for of_rank in seen for name, d in of_rank.items()}
+    unseen = [name for name in readers if name not in columns]
     if unseen:
         raise CalibrationError(
             f"no call of {', '.join(unseen)} was seen in {batch + 1} batches: the forward takes another path on "
             "this data than on the example that was traced"
         )
-    return moments
+    tensors = named_tensors(model)
+    nothing = {name: SecondMoments.zeros(0, columns[name], tensors[name].device) for name in readers.keys() - moments}
+    return {name: {**nothing, **moments}[name].over_ranks() for name in readers}
 
 
 def rows(

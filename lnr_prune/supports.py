@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from lnr_prune import distributed
 from lnr_prune.amount import Choice
 from lnr_prune.calibration import Calibration
 from lnr_prune.errors import AdapterError
@@ -102,19 +104,41 @@ def select(
     """Chooses every group's channels on the original network's second moments, in order of execution.
 
     Columns that an earlier group has dropped from a layer (a concatenation's) are out of the later ones' problems.
+    Processes that prune together share out the groups that read different layers.
     """
     masks: dict[str, Tensor] = {}
     selected: dict[str, Selected] = {}
-    for name, reading in readings.items():
+
+    def choose(name: str, draws: Tensor) -> tuple[Selection, float]:
         progress(f"selecting {name}")
+        reading = readings[name]
         problem = reading.problem(tensors, masks)
         original = tuple(pair.matrix(tensors) for pair in reading.pairs)
-        candidates = Candidates(problem, original, _magnitude(reading.group, tensors), solver, generator)
-        selection = choices[name](candidates)
-        masks |= masked_weights([(reading.group, selection.support)], {**_ones([reading.group], tensors), **masks})
-        error = problem.error(selection.coefficients)
-        selected[name] = Selected(reading, selection, error, reading.columns(tensors, masks))
+        selection = choices[name](Candidates(problem, original, _magnitude(reading.group, tensors), solver, draws))
+        return selection, problem.error(selection.coefficients)
+
+    for names in _independent(readings):
+        draws = [torch.rand(readings[name].group.size, generator=generator) for name in names]
+        done = distributed.spread([partial(choose, *each) for each in zip(names, draws, strict=True)])
+        for name, (selection, error) in zip(names, done, strict=True):
+            reading = readings[name]
+            masks |= masked_weights([(reading.group, selection.support)], {**_ones([reading.group], tensors), **masks})
+            selected[name] = Selected(reading, selection, error, reading.columns(tensors, masks))
     return selected
+
+
+def _independent(readings: Mapping[str, Reading]) -> list[list[str]]:
+    """The groups' names in runs, within which no two are read by the same layer."""
+    runs: list[list[str]] = []
+    read_by: set[str] = set()
+    for name, reading in readings.items():
+        consumers = {pair.consumer.weight for pair in reading.pairs}
+        if not runs or read_by & consumers:
+            runs.append([])
+            read_by = set()
+        runs[-1].append(name)
+        read_by |= consumers
+    return runs
 
 
 def refit_network(

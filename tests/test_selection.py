@@ -14,7 +14,13 @@ MAGNITUDE = torch.tensor([3.0, 1.0, 5.0, 2.0, 9.0, 4.0])
 
 def candidates(problem: GroupLasso, seed: int = 0) -> Candidates:
     original = tuple(torch.ones_like(block.B) for block in problem.blocks)
-    return Candidates(problem, original, MAGNITUDE, "newton", torch.Generator().manual_seed(seed))
+    return Candidates(
+        problem,
+        original,
+        MAGNITUDE,
+        "newton",
+        torch.rand(problem.n_groups, generator=torch.Generator().manual_seed(seed)),
+    )
 
 
 @pytest.fixture
