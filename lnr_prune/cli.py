@@ -33,6 +33,8 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "Half the channels of every layer of your own model, from arrays:",
         "  lnr-prune prune my_models.py:Net --weights net.pt --data inputs.npz --array x --keep 0.5 "
         "--out m.safetensors",
+        "The same, the samples shared out among four processes:",
+        "  torchrun --nproc-per-node 4 -m lnr_prune prune my_models.py:Net ...",
         "What would happen to a language model, as JSON:",
         "  lnr-prune prune hf:my-bert --data lines.txt --tokenizer my-bert --params 0.8 --dry-run --json",
     ),
