@@ -23,7 +23,9 @@ AMOUNTS: list[dict[str, Any]] = [
 
 def net() -> nn.Module:
     layers = [nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.GELU()]
-    return randomised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 4)))
+    return randomised(
+        nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 4))
+    )
 
 
 @pytest.fixture
