@@ -25,6 +25,7 @@ from lnr_prune.curves import output_error
 from lnr_prune.errors import GraphError
 from lnr_prune.fingerprint import fingerprint
 from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
+from lnr_prune.memory import available_memory, memory_plan
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.pruned_graph import pruned_graph
 from lnr_prune.refit import Refit
@@ -32,7 +33,7 @@ from lnr_prune.report import GroupReport, LayerReport, Report
 from lnr_prune.ridge import LayerFit
 from lnr_prune.search import costs_of, within_budget
 from lnr_prune.solvers import Solver, find_solver
-from lnr_prune.supports import Selected, read, refit_network, select
+from lnr_prune.supports import Selected, paired, read, refit_network, select
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
 
 logger = logging.getLogger("lnr_prune")
@@ -138,6 +139,7 @@ def prune(
         CalibrationError: If the calibration data is empty, not finite, or not accepted by the model. In a process
             group, a `RankError` if another rank fails.
         GraphError: If the model cannot be traced or copied, is wrapped, or has no channel that can be pruned.
+        LnrPruneError: If the second moments of its layers do not fit into memory; it says what would.
         VerificationError: If the smaller model does not equal the masked one; the model is left as it was.
 
     Example:
@@ -160,11 +162,11 @@ def prune(
     check_flags(bias=bias, debias=debias, logits=logits, inplace=inplace, as_graph=as_graph)
     check_settings(ridge=ridge, seed=seed, progress=progress)
     solver = find_solver(solver)
-    distributed.whole(model)
-    distributed.same("weights", distributed.checksums(model))
     settings = (keep, lam, lam_ratio, budget, selector, solver, bias, debias, ridge, logits, seed)
     distributed.same("arguments", repr(settings))
     data = calibrate(model, calibration, inputs)
+    distributed.whole(model)
+    distributed.same("weights", distributed.checksums(model))
     check_values(model)
     example, *_ = distributed.everyone(short_example(model, data))
     if logits:
@@ -187,6 +189,8 @@ def prune(
         check_reach(costs_of(model, graph, {group.name for group in wanted}, example), wanted, budget)
 
     with _shown(progress) as step:
+        consumers = {group.name: [paired(consumer, bias) for consumer in group.consumers] for group in wanted}
+        memory_plan(consumers, tensors).check(available_memory(next(iter(tensors.values())).device))
         readings = read(model, wanted, data, bias=bias, progress=lambda: step("statistics"))
         predicted: Mapping[str, float] = {}
         if budget is not None:

@@ -23,7 +23,9 @@ AMOUNTS: list[dict[str, Any]] = [
 
 def net() -> nn.Module:
     layers = [nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.GELU()]
-    return randomised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 4)))
+    return randomised(
+        nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 4))
+    )
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def batched(sizes: list[int]) -> list[Tensor]:
     return list(IMAGES.split(sizes))
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-3), (torch.float64, 1e-11)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-3), (torch.float64, 1e-10)])
 def test_threads_and_batch_sizes_change_rounding_alone(dtype: torch.dtype, limit: float, threads: None) -> None:
     """At a fixed ridge: one that is chosen depends on which samples are held out, a fourth of every batch."""
     model = net().to(dtype)
