@@ -35,7 +35,8 @@ STYLE = """
 .lnr .chart .grid { stroke: var(--faint); }
 .lnr .chart .a { stroke: var(--accent); } .lnr .chart .b { stroke: var(--second); }
 .lnr .chart polyline { fill: none; stroke-width: 2; }
-.lnr table { table-layout: auto; border-collapse: collapse; width: 100%; background: none; color: inherit; font-size: .95em; }
+.lnr table { table-layout: auto; border-collapse: collapse; width: 100%; background: none; color: inherit;
+  font-size: .95em; }
 .lnr tr { background: none; }
 .lnr th, .lnr td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border: 0; }
 .lnr thead th { font-weight: 600; vertical-align: bottom; border-bottom: 1px solid currentColor; }
