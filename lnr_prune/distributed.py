@@ -183,7 +183,15 @@ def checksums(model: nn.Module) -> Mapping[str, int]:
         return {}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
-        name: zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        name: zlib.crc32(
+            tensor.detach()
+            .cpu()
+            .reshape(-1)
+            .clone(memory_format=torch.contiguous_format)
+            .view(torch.uint8)
+            .numpy()
+            .data
+        )
         for name, tensor in tensors.items()
         if not tensor.is_meta  # offloaded
     }

@@ -149,5 +149,6 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)  # a lone column has a stride
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

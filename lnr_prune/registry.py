@@ -151,7 +151,7 @@ class Pair:
         new = {self.consumer.weight: weight}
         if self.consumer.bias and bias is not None:
             new[self.consumer.bias] = bias
-        return {name: value.to(tensors[name]) for name, value in new.items()}
+        return {name: value.to(tensors[name]).contiguous() for name, value in new.items()}
 
 
 @cache

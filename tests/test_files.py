@@ -22,6 +22,7 @@ from lnr_prune import files
 from lnr_prune.errors import GraphError, PlanError, VerificationError
 from lnr_prune.graph import named_tensors
 from lnr_prune.pruned_graph import PrunedGraph
+from lnr_prune.record import digest_of
 from tests import held, models, patterns
 from tests.models import randomised
 
@@ -367,3 +368,8 @@ def test_loading_needs_no_adapters(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert "out_features=5" in done.stdout or "out_features=4" in done.stdout
+
+
+def test_a_single_strided_column_is_hashed() -> None:
+    column = torch.arange(12.0).reshape(4, 3)[:, 1:2]
+    assert digest_of({"w": column}) == digest_of({"w": column.clone(memory_format=torch.contiguous_format)})
