@@ -1,5 +1,6 @@
 """What a prune needs is known before it starts, and is refused with advice where it is not there."""
 
+import inspect
 import logging
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def test_the_largest_group_counts() -> None:
 
 
 def available(count: int | None, patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(lnr.prune.__globals__, "available_memory", lambda _: count)
+    patch.setitem(inspect.unwrap(lnr.prune).__globals__, "available_memory", lambda _: count)
 
 
 def test_too_little_memory_is_refused_before_the_data_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
