@@ -183,12 +183,11 @@ def _target(
 ) -> Target:
     calls = [replace(arrival.call, input=arrival.x) for arrival in arrivals]
     known = all(arrival.shortcuts is not None for arrival in arrivals)
-    scales = [_scales(pair, onward, call) if known else None for call in calls if len(call.input)][
-        :1
-    ]  # none where no batch is here
+    first = [call for call in calls if len(call.input)][:1]  # none where no sample is here
+    scales = [_scales(pair, onward, call) if known else None for call in first]
     found = [scale for of_rank in distributed.everyone(scales) for scale in of_rank]
-    alpha = found[0] if found and not any(scale is None for scale in found) else None
-    if alpha is None:
+    alpha = next(iter(found), None)
+    if alpha is None or any(scale is None for scale in found):
         return Target(calls, places, [], torch.ones(h, dtype=torch.float64))
     targets, offsets = [], []
     for call, arrival in zip(calls, arrivals, strict=True):
