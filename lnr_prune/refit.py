@@ -19,7 +19,8 @@ from lnr_prune.ridge import LayerFit, ridge_regression, softmax_regression
 from lnr_prune.statistics import LayerCall, SecondMoments, check_finite, rows
 from lnr_prune.streams import Arrival, advance, both_networks
 
-HELD_OUT = 4  # one sample of so many is held out to choose the ridge on
+HELD_OUT = 4  # one stretch of samples of so many is held out to choose the ridge on
+STRETCHES = 64  # that all samples make; neighbours may be much alike
 STEPS = 3  # towards the fixed point behind an activation
 
 
@@ -87,7 +88,7 @@ def refit(
         (example,) = distributed.spread([lambda: short_example(model, data)])
         ahead, calls = outlook(model, layers, example), list(data)
         streams = [stack.enter_context(closing(both_networks(model, call, ahead))) for call in calls]
-        places = dict(zip(streams, _places(calls, data.samples), strict=True))
+        places = dict(zip(streams, _places(calls), strict=True))
         fronts = {stream: arrival for stream in streams if (arrival := next(stream, None)) is not None}
         while True:
             nearest = min((order.index(arrival.name) for arrival in fronts.values()), default=len(order))
@@ -135,26 +136,34 @@ class Place:
     """Where a batch stands in all the calibration data, the other processes' included.
 
     Attributes:
-        number: Its number.
-        batches: Number of all batches.
         first: Number of its first sample.
         size: Number of its samples.
-        samples: Number of all samples; None = not known.
+        samples: Number of all samples.
     """
 
-    number: int
-    batches: int
     first: int
     size: int
-    samples: int | None
+    samples: int
+
+    def parts(self, rows: int) -> Iterator[tuple[bool, int]]:
+        """Whether the first of a layer's rows, evenly many a sample, are held out, and how many; then the next ones.
+
+        It depends on the sample's number alone, not on the batch that it came in.
+        """
+        stretches = min(STRETCHES, self.samples)
+        numbers = self.first + torch.arange(rows) * self.size // max(1, rows)
+        held, counts = (numbers * stretches // self.samples % HELD_OUT == HELD_OUT - 1).unique_consecutive(
+            return_counts=True
+        )
+        yield from zip(map(bool, held), map(int, counts), strict=True)
 
 
-def _places(calls: Sequence[Call], samples: int | None) -> Iterator[Place]:
-    earlier, batches = distributed.before(len(calls))
-    first, samples = distributed.before(samples)
-    for number, call in enumerate(calls, earlier):
-        yield Place(number, batches or 0, first, samples_in(call), samples)
-        first += samples_in(call)
+def _places(calls: Sequence[Call]) -> Iterator[Place]:
+    sizes = [samples_in(call) for call in calls]
+    first, samples = distributed.before(sum(sizes))
+    for size in sizes:
+        yield Place(first, size, samples or 0)
+        first += size
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,14 +236,14 @@ def _fitted(
 
 
 def _divergence_fitted(pair: Pair, target: Target, kept: Tensor, M: Tensor) -> Tensor:
-    parts = [(torch.full((len(x),), bool(part), device=x.device), x, y) for part, x, y in _rows(pair, target)]
+    parts = [(torch.full((len(x),), part, device=x.device), x, y) for part, x, y in _rows(pair, target)]
     of_all = [rows for of_rank in distributed.everyone(parts) for rows in of_rank]
     held, x, y = (torch.cat(each) for each in zip(*of_all, strict=True))
     return softmax_regression(x * kept, y, held, M)
 
 
 def _moments(pair: Pair, target: Target, W: Tensor) -> tuple[SecondMoments, SecondMoments | None]:
-    """Second moments of the samples to fit on, and of those held out: every fourth batch, or a fourth of each."""
+    """Second moments of the samples to fit on, and of those held out."""
     sums = [SecondMoments.zeros(len(W), W.shape[1], W.device) for _ in range(2)]
     for part, x, y in _rows(pair, target):
         sums[part] = sums[part].with_rows(x, y)
@@ -259,16 +268,14 @@ def _lacking(pair: Pair, target: Target, aM: Tensor) -> Tensor:
 
 
 def _rows(pair: Pair, target: Target, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-    """0 or 1 (to fit on, held out), x, with a 1 where there is an intercept, y, and the rows of others, one a batch."""
+    """Whether held out, x, with a 1 where there is an intercept, y, and the rows of others, one a batch."""
     for index, (call, place) in enumerate(zip(target.calls, target.places, strict=True)):
         count = len(call.input)
         first = place.first * count // max(1, place.size)
-        cut = count - count // HELD_OUT
-        if place.batches >= HELD_OUT:
-            cut = 0 if place.number % HELD_OUT == HELD_OUT - 1 else count
-        parts = [cut, count - cut]
-        more = [torch.split(others[index], parts)] if others else []
-        for part, (piece, *rest) in enumerate(zip(call.split(parts), *more, strict=True)):
+        parts = list(place.parts(count))
+        sizes = [size for _, size in parts]
+        more = [torch.split(others[index], sizes)] if others else []
+        for (part, _), piece, *rest in zip(parts, call.split(sizes), *more, strict=True):
             for x, *ys in rows(pair, piece, place.samples, first, *rest):
                 yield part, x if target.mean is None else torch.cat([x, x.new_ones(len(x), 1)], 1), *ys
             first += len(piece.input)
