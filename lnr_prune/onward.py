@@ -122,36 +122,47 @@ def outlook(model: nn.Module, names: Iterable[str], example: Call) -> Outlook:
 
 
 class Following(TorchFunctionMode):
-    """Keeps the results of some calls of a forward pass, while it calls the same functions as the recorded one.
-
-    Attributes:
-        results: Number of a call -> its result.
-    """
+    """Keeps results of a forward pass for the shortcuts, while it calls the same functions as the recorded one."""
 
     def __init__(self, recorded: Outlook) -> None:
         super().__init__()
-        self.results: dict[int, Any] = {}
-        self._functions, self._number, self._alike = recorded.functions, 0, True
-        shortcuts = (shortcut for onward in recorded.layers.values() for shortcut in onward.shortcuts)
-        self._needed = {number for shortcut in shortcuts if shortcut for number in shortcut.needed}
+        self._results: dict[int, Any] = {}
+        self._recorded, self._number, self._alike = recorded, 0, True
+        self._needed_by = {  # number of a call -> the last layer that its result is needed by
+            number: name
+            for name, onward in recorded.layers.items()
+            for shortcut in onward.shortcuts
+            for number in (shortcut.needed if shortcut else ())
+        }
+
+    def added(self, name: str, like: Tensor) -> list[Tensor] | None:
+        """What is added to the output of the layer that is reached; results that no later one needs are let go."""
+        values = self._recorded.layers[name].added(self._results, like)
+        for number in [number for number in self._results if self._needed_by[number] == name]:
+            del self._results[number]
+        return values
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         number, self._number = self._number, self._number + 1
-        self._alike = self._alike and number < len(self._functions) and self._functions[number] == func
+        functions = self._recorded.functions
+        self._alike = self._alike and number < len(functions) and functions[number] == func
         result = func(*args, **(kwargs or {}))
-        if self._alike and number in self._needed:
-            self.results[number] = result
+        if self._alike and number in self._needed_by:
+            self._results[number] = result
         return result
 
 
 @dataclass(frozen=True, eq=False)
 class _Recorded:
+    """A call; ``writes``: whether it writes to its inputs."""
+
     function: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     result: Any
+    writes: bool
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -161,7 +172,10 @@ class _Recorded:
         """The result for other inputs (id of the one in its place -> tensor), which are left as they are."""
 
         def other(leaf: Value) -> Value | Tensor:
-            return replaced[id(leaf)].clone() if isinstance(leaf, Tensor) and id(leaf) in replaced else leaf
+            if not isinstance(leaf, Tensor) or id(leaf) not in replaced:
+                return leaf
+            given = replaced[id(leaf)]
+            return given.clone() if self.writes else given
 
         args, kwargs = tree_map(other, (self.args, dict(self.kwargs)))
         with torch.no_grad():
@@ -176,9 +190,18 @@ class _Record(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before = _versions(given)
         result = func(*args, **(kwargs or {}))
-        self.calls.append(_Recorded(func, args, kwargs or {}, result))
+        writes = before is None or before != _versions(given)
+        self.calls.append(_Recorded(func, args, kwargs or {}, result, writes))
         return result
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int] | None:
+    """How often each was written to; None = not known."""
+    tensors = list(tensors)
+    return None if any(tensor.is_inference() for tensor in tensors) else [tensor._version for tensor in tensors]
 
 
 class _Trail:

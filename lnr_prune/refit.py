@@ -16,12 +16,12 @@ from lnr_prune.multihead import visible_attention
 from lnr_prune.onward import Onward, outlook
 from lnr_prune.registry import Pair
 from lnr_prune.ridge import LayerFit, ridge_regression, softmax_regression
-from lnr_prune.statistics import LayerCall, SecondMoments, check_finite, rows
+from lnr_prune.statistics import CHUNK, LayerCall, SecondMoments, check_finite, rows
 from lnr_prune.streams import Arrival, advance, both_networks
 
 HELD_OUT = 4  # one stretch of samples of so many is held out to choose the ridge on
 STRETCHES = 64  # that all samples make; neighbours may be much alike
-STEPS = 3  # towards the fixed point behind an activation
+STEP = 1.5  # of the step towards the fixed point behind an activation; with 1 it takes three to get as far
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,8 @@ def refit(
     shifted, ``z = alpha y + c + beta s``, where s is a shortcut that it is added to, and phi the activation that
     follows; see `Onward`. z' is what the pruned network makes of M x, with the pruned network's x and s, in which all
     earlier layers are refitted already: each layer undoes the error that reaches it, and that of the shortcut.
-    Without phi this is a least squares; with it, `STEPS` of the fixed-point iteration ``z' + phi(z) - phi(z')``, the
-    target of the next least squares. Where a layer without a bias is followed by a batch norm, the intercept goes
+    Without phi this is a least squares; with it, one step of the fixed-point iteration whose next target is
+    ``z' + phi(z) - phi(z')``, prolonged by `STEP`. Where a layer without a bias is followed by a batch norm, the intercept goes
     into its running mean.
 
     Every batch goes through both networks side by side, and waits at each layer for the others, so the whole costs
@@ -228,9 +228,8 @@ def _fitted(
     aM, fitted = ridge_regression(fit, held, kept, ridged, alpha * W, ridge)
     if target.activation is not None:
         whole = fit if held is None else fit + held
-        for _ in range(STEPS):
-            moments = replace(whole, yx=aM @ whole.xx + _lacking(pair, target, aM))
-            aM, _ = ridge_regression(moments, None, kept, ridged, alpha * W, fitted.ridge)
+        moments = replace(whole, yx=aM @ whole.xx + STEP * _lacking(pair, target, aM))
+        aM, _ = ridge_regression(moments, None, kept, ridged, alpha * W, fitted.ridge)
     M = (aM / alpha).where(alpha != 0, W * kept)  # rows that nothing comes of stay
     return (M, None, fitted) if target.mean is None else (M[:, :-1], M[:, -1], fitted)
 
@@ -244,9 +243,21 @@ def _divergence_fitted(pair: Pair, target: Target, kept: Tensor, M: Tensor) -> T
 
 def _moments(pair: Pair, target: Target, W: Tensor) -> tuple[SecondMoments, SecondMoments | None]:
     """Second moments of the samples to fit on, and of those held out."""
-    sums = [SecondMoments.zeros(len(W), W.shape[1], W.device) for _ in range(2)]
-    for part, x, y in _rows(pair, target):
+    (h, d), waiting = W.shape, list[list[Any]]([[], []])
+    sums = [SecondMoments.zeros(h, d, W.device) for _ in range(2)]
+
+    def add(part: bool) -> None:
+        x, y = (torch.cat(each) for each in zip(*waiting[part], strict=True))
         sums[part] = sums[part].with_rows(x, y)
+        waiting[part] = []
+
+    for part, *piece in _rows(pair, target):  # products of few rows would cost little less than their addition
+        waiting[part].append(piece)
+        if d * sum(len(x) for x, _ in waiting[part]) >= CHUNK:
+            add(part)
+    for part in (False, True):
+        if waiting[part]:
+            add(part)
     name = pair.consumer.name
     check_finite(name, sums[0] + sums[1], "the pruned network")
     fit, held = (each.over_ranks() for each in sums)

@@ -21,6 +21,7 @@ from lnr_prune.multihead import visible_attention
 from lnr_prune.problem import Block
 
 CHUNK = 2**23  # elements of x that one product sums; the products are added up in float64
+PANEL = 256  # rows of x^T x that one product gives
 ROWS_PER_COLUMN = 64  # of a convolution's patches, about so many times d rows are read
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -102,7 +103,11 @@ class SecondMoments:
         """These moments with more rows, added in place."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         x, y = x.to(dtype), y.to(dtype)
-        self.xx.add_(x.T @ x)
+        for first in range(0, x.shape[1], PANEL):  # x^T x is symmetric: its upper half, a panel of rows at a time
+            last = first + PANEL
+            product = x[:, first:last].T @ x[:, first:]
+            self.xx[first:last, first:].add_(product)
+            self.xx[last:, first:last].add_(product[:, PANEL:].T)
         self.yx.add_(y.T @ x)
         self.yy.add_(y.double().square().sum())
         return replace(self, count=self.count + len(x))

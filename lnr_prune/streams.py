@@ -50,7 +50,7 @@ def both_networks(model: nn.Module, call: Call, ahead: Outlook) -> Generator[Arr
         seen, swapped = next(first, None), next(second, None)
         while seen is not None and swapped is not None:
             name, layer = seen
-            original_s, pruned_s = (ahead.layers[name].added(mode.results, layer.output) for mode in modes)
+            original_s, pruned_s = (mode.added(name, layer.output) for mode in modes)
             known = None if original_s is None or pruned_s is None else (original_s, pruned_s)
             new = yield Arrival(name, layer, swapped[1], known)
             seen, swapped = advance(first, None), advance(second, new)
