@@ -56,8 +56,8 @@ def refit(
     follows; see `Onward`. z' is what the pruned network makes of M x, with the pruned network's x and s, in which all
     earlier layers are refitted already: each layer undoes the error that reaches it, and that of the shortcut.
     Without phi this is a least squares; with it, one step of the fixed-point iteration whose next target is
-    ``z' + phi(z) - phi(z')``, prolonged by `STEP`. Where a layer without a bias is followed by a batch norm, the intercept goes
-    into its running mean.
+    ``z' + phi(z) - phi(z')``, prolonged by `STEP`. Where a layer without a bias is followed by a batch norm, the
+    intercept goes into its running mean.
 
     Every batch goes through both networks side by side, and waits at each layer for the others, so the whole costs
     two passes over the data however deep the network is, and the memory of what is alive at one layer, for all the
