@@ -29,6 +29,7 @@ class Trained:
         test: Images to judge on.
         labels: Their labels.
         inner: Producers whose channels nothing but one layer reads: what every peer can prune too.
+        mirrored: Whether half of the calibration images are mirror images of the others, as in training.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Trained:
     test: Tensor
     labels: Tensor
     inner: tuple[str, ...]
+    mirrored: bool = False
 
 
 def load(name: str, root: Path) -> Trained:
@@ -60,7 +62,7 @@ def load(name: str, root: Path) -> Trained:
         inner = tuple(f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range((depth - 2) // 6))
         return Trained(
             model.eval(), train[:CIFAR_TRAIN], train_labels[:CIFAR_TRAIN],
-            *cifar10(root / "CIFAR10" / "test1000.npz"), inner,
+            *cifar10(root / "CIFAR10" / "test1000.npz"), inner, mirrored=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise LnrPruneError(f"cannot load {name!r} from {root}: {error}") from error

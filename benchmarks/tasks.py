@@ -63,8 +63,11 @@ def classifier(trained: Trained) -> Task:
     dense = predict(trained.model, trained.test)
 
     def calibration(samples: int, seed: int) -> list[tuple[Tensor, ...]]:
-        drawn = draw(len(trained.train), samples, seed).split(BATCH)
-        return [(trained.train[index], trained.train_labels[index]) for index in drawn]
+        copies = 2 if trained.mirrored else 1
+        drawn = draw(len(trained.train), samples // copies, seed)
+        images = torch.stack([trained.train[drawn], trained.train[drawn].flip(-1)][:copies], 1).flatten(0, 1)
+        labels = trained.train_labels[drawn].repeat_interleave(copies)
+        return list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
 
     def judge(model: nn.Module) -> Judged:
         logits = predict(model, trained.test)

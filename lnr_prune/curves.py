@@ -16,7 +16,7 @@ from lnr_prune.graph import named_tensors
 from lnr_prune.problem import debias
 from lnr_prune.supports import Reading
 
-SAMPLES = 128  # on which a group's effect on the outputs is measured
+SAMPLES = 256  # on which outputs are compared, unless more are asked for
 SHARES = (1 / 2, 1 / 4, 1 / 8)  # of the channels, where it is
 RIDGE = 1e-4
 
@@ -28,6 +28,7 @@ def error_curves(
     progress: Callable[[str], None] | None = None,
     *,
     logits: bool = False,
+    samples: int = SAMPLES,
 ) -> tuple[dict[str, Tensor], dict[str, Elimination]]:
     """Relative squared error of the network's outputs when one group keeps 0, 1, ... n of its channels.
 
@@ -39,15 +40,16 @@ def error_curves(
     Args:
         model: The original model.
         readings: Name of a group -> the group and its consumers' second moments.
-        data: The calibration data, of which about `SAMPLES` samples are used. Processes that prune together use the
-            same ones, and share the groups among them.
+        data: The calibration data. Processes that prune together use the same samples, and share the groups among
+            them.
         progress: Called with every group's name.
         logits: Whether the outputs are logits, see `divergence`.
+        samples: About how many samples the outputs are measured on.
 
     Returns:
         Name of a group -> its curve, (n + 1,) float64; and name -> its backward elimination.
     """
-    tensors, calls = named_tensors(model), some(data)
+    tensors, calls = named_tensors(model), some(data, samples)
     original = [outputs(model, call) for call in calls]
 
     def measure(name: str, reading: Reading) -> tuple[Tensor, Elimination]:
@@ -83,9 +85,16 @@ def through(shape: Tensor, measured: Mapping[int, float]) -> Tensor:
     return torch.from_numpy(np.maximum.accumulate(curve[::-1])[::-1].copy())
 
 
-def output_error(model: nn.Module, weights: Mapping[str, Tensor], data: Calibration, *, logits: bool = False) -> float:
-    """`divergence` of the outputs with these full-size weights, on about `SAMPLES` samples."""
-    calls = some(data)
+def output_error(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    data: Calibration,
+    *,
+    logits: bool = False,
+    samples: int = SAMPLES,
+) -> float:
+    """`divergence` of the outputs with these full-size weights, on about so many samples."""
+    calls = some(data, samples)
     original, pruned = ([outputs(model, call, given) for call in calls] for given in (None, weights))
     return divergence(original, pruned, logits)
 

@@ -16,7 +16,7 @@ from lnr_prune.plan import make_plan
 from lnr_prune.supports import Reading, refit_network
 from lnr_prune.verify import masked_weights
 
-SAMPLES = 512  # that a trial of the search is refitted to; as many others may judge it
+SAMPLES = 512  # that a trial of the search is refitted to
 FACTORS = (3.0, 3.0, 1.5, 1.5)  # by which a curve is scaled, round by round
 
 
@@ -52,7 +52,7 @@ def within_budget(
     """
     tensors, example = named_tensors(model), data.example()
     curves, eliminations = error_curves(
-        model, readings, data, lambda name: progress(f"measuring {name}"), logits=logits
+        model, readings, data, lambda name: progress(f"measuring {name}"), logits=logits, samples=budget.samples
     )
     costs = costs_of(model, graph, readings, traced)
 
@@ -77,7 +77,8 @@ def within_budget(
         masked = masked_weights([(readings[name].group, support) for name, support in supports.items()], tensors)
         done = refit_network(model, graph, readings, supports, fit, bias=bias, logits=logits)
         with distributed.alone():  # all ranks have the same samples to judge on
-            suffered = output_error(model, {**masked, **done.weights}, judged, logits=logits)
+            weights = {**masked, **done.weights}
+            suffered = output_error(model, weights, judged, logits=logits, samples=budget.samples)
         return distributed.everyone(suffered)[0]
 
     batches = some(data, 2 * SAMPLES) if budget.search else []
