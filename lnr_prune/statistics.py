@@ -1,7 +1,7 @@
 """Second moments of the layers' inputs and outputs, and the calls that they are read from."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lnr_prune import distributed
+from lnr_prune import distributed, resume
 from lnr_prune.calibration import Calibration, run, samples_in
 from lnr_prune.calibration import Call as ModelCall
 from lnr_prune.errors import CalibrationError
@@ -22,6 +22,7 @@ from lnr_prune.problem import Block
 
 CHUNK = 2**23  # elements of x that one product sums; the products are added up in float64
 ROWS_PER_COLUMN = 64  # of a convolution's patches, about so many times d rows are read
+SNAPSHOT = "sums so far"  # of a pass, in a work folder
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -169,7 +170,23 @@ def gather(
     Raises:
         CalibrationError: If there is no batch, a layer is never called, or an activation is not finite.
     """
-    moments: dict[str, SecondMoments] = {}
+
+    def one_pass(missing: Sequence[str]) -> list[SecondMoments]:
+        sums = _gathered(model, {name: readers[name] for name in missing}, data, progress)
+        return [sums[name] for name in missing]
+
+    found = resume.each("moments", SecondMoments, list(readers), one_pass)
+    resume.drop(SNAPSHOT)
+    return dict(zip(readers, found, strict=True))
+
+
+def _gathered(
+    model: nn.Module, readers: Mapping[str, Reader], data: Calibration, progress: Callable[[], None] | None
+) -> dict[str, SecondMoments]:
+    before = resume.snapshot(SNAPSHOT, tuple[tuple[str, ...], int, dict[str, SecondMoments]])
+    names, done, moments = before if before is not None else ((), 0, {})
+    if names != tuple(readers):  # of other layers
+        done, moments = 0, {}
     first, samples = distributed.before(data.samples)
 
     def add(name: str, layer: LayerCall) -> None:
@@ -180,10 +197,14 @@ def gather(
     batch = -1
     for batch, call in enumerate(data):
         size = max(1, samples_in(call))
+        if batch < done:
+            first += samples_in(call)
+            continue
         watch(model, call, readers, add)
         first += samples_in(call)
         for name, sums in moments.items():
             check_finite(name, sums, f"batch {batch}", call)
+        resume.keep(SNAPSHOT, (tuple(readers), batch + 1, moments))
         if progress:
             progress()
     if batch < 0:
