@@ -1,9 +1,10 @@
 """What makes two runs the same: then one can go on where the other ended."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch.utils._pytree import tree_flatten
 import lnr_prune
 from lnr_prune import distributed
 from lnr_prune.calibration import Calibration, Call
-from lnr_prune.errors import CalibrationError
+from lnr_prune.errors import CalibrationError, PlanError
 from lnr_prune.graph import named_tensors
-from lnr_prune.record import digest_of
+from lnr_prune.plain_data import parsed, typed
+from lnr_prune.record import HASH, digest_of
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)
 
@@ -54,6 +56,24 @@ class Run:
             digest(tensors),
             tuple(distributed.everyone(data.digests)),
         )
+
+    def to_json(self) -> str:
+        """As text, with its own SHA-256."""
+        entries = asdict(self)
+        return json.dumps({**entries, HASH: sha256(json.dumps(entries))}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Run":
+        """The run that `to_json` wrote.
+
+        Raises:
+            PlanError: If the text is damaged.
+        """
+        entries = parsed(text)
+        expected = entries.pop(HASH, None) if isinstance(entries, dict) else None
+        if expected != sha256(json.dumps(entries)):
+            raise PlanError("its SHA-256 is not the one that was written with it")
+        return typed(entries, cls)
 
     def differences(self, then: "Run") -> Iterator[str]:
         """In words, how this differs from an earlier run."""

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from lnr_prune import distributed
 from lnr_prune.calibration import Calibration
 from lnr_prune.disk import PART, StrPath, locked, opened, put, regular
-from lnr_prune.errors import PlanError
+from lnr_prune.errors import PlanError, ran_out_of_memory
 from lnr_prune.identity import Fixed, Run, sha256
 from lnr_prune.plain_data import parsed, typed
 from lnr_prune.record import digest_of
@@ -44,7 +44,7 @@ logger = logging.getLogger("lnr_prune")
 Value = TypeVar("Value")
 SECONDS = 60.0  # between two snapshots, at least
 SHARE = 20  # times as long as the last one took, at least
-RUN, LOCK = "lnr-prune.json", "lock"
+RUN, LOCK = "lnr-prune.json", "lnr-prune.lock"
 
 _current: ContextVar["_Folder | None"] = ContextVar("folder", default=None)
 
@@ -84,11 +84,14 @@ def folder(
         OSError: If it cannot be written.
     """
     if path is None:
-        yield data
+        with nothing():  # not even within another run
+            yield data
         return
     with ExitStack() as stack:
         place = Path(path) if distributed.rank() == 0 else None
         if place is not None:
+            if place.exists() and not place.is_dir():
+                raise ValueError(f"the work folder {place} is a file: give a folder")
             with _writing(place):
                 place.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(place / LOCK))
@@ -99,7 +102,7 @@ def folder(
         if place is not None:
             _claim(place, run)
         distributed.everyone(None)  # if the first rank has failed, all end here, before long work
-        token = _current.set(_Folder(place, sha256(_text(run)), time.monotonic() + SECONDS))
+        token = _current.set(_Folder(place, sha256(run.to_json()), time.monotonic() + SECONDS))
         try:
             yield fixed
         finally:
@@ -127,7 +130,7 @@ def remembered(what: str, kind: type[Value], compute: Callable[[], Value]) -> Va
     Raises:
         OSError: If it cannot be written.
     """
-    return each(what, kind, ("",), lambda _: [compute()])[0]
+    return each("", kind, (what,), lambda _: [compute()])[0]
 
 
 def each(
@@ -137,10 +140,11 @@ def each(
     here = _current.get()
     if here is None:
         return list(compute(names))
-    found = {name: value for name in names for value in _found(here, f"{what} {name}", kind)}
+    files = {name: f"{what} {name}".strip() for name in names}
+    found = {name: value for name in names for value in _found(here, files[name], kind)}
     if missing := [name for name in names if name not in found]:
         for name, value in zip(missing, compute(missing), strict=True):
-            _write(here, f"{what} {name}", value)
+            _write(here, files[name], value)
             found[name] = value
     return [found[name] for name in names]
 
@@ -246,11 +250,13 @@ def _read(here: _Folder, what: str, kind: type[Value]) -> _Stored | None:
         with opened(path) as file:
             tensors = tuple(file.get_tensor(str(index)).clone() for index in range(len(file.keys())))
             entries = file.metadata() or {}
-        stored = _Stored(entries.get("value", ""), entries.get("devices", ""), tensors)
-        if entries.get("sha256") != stored.checksum(here.run, what):
+        stored = _Stored(entries["value"], entries["devices"], tensors)
+        if entries["sha256"] != stored.checksum(here.run, what):
             raise PlanError("its SHA-256 is not the one that was written with it")
         stored.value(kind)
-    except (PlanError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged file raises what it likes
+        if ran_out_of_memory(error):
+            raise
         logger.warning("%s is damaged and is computed anew: %s", path, error)
         return None
     return stored
@@ -270,7 +276,7 @@ def _claim(place: Path, run: Run) -> None:
     """Checks that the folder is this run's, or nobody's, and makes it this run's."""
     path, then = place / RUN, None
     new = not os.path.lexists(path)
-    for entry in os.scandir(place):
+    for entry in sorted(place.iterdir()):
         if entry.is_symlink() or (new and entry.name != LOCK):
             raise ValueError(
                 f"the work folder {place} holds {entry.name!r}, which is not of a prune: give a new or an empty folder"
@@ -278,7 +284,7 @@ def _claim(place: Path, run: Run) -> None:
     if not new:
         try:
             regular(path)
-            then = typed(parsed(path.read_text(encoding="utf-8")), Run)
+            then = Run.from_json(path.read_text(encoding="utf-8"))
         except (PlanError, UnicodeDecodeError) as error:  # files of other runs have other checksums
             logger.warning("%s is damaged and is written anew: %s", path, error)
     if then is not None and (differences := "; ".join(run.differences(then))):
@@ -286,12 +292,10 @@ def _claim(place: Path, run: Run) -> None:
             f"the work folder {place} belongs to another run, of {differences}. Give the same again to go on with "
             "that run (of a loader that shuffles: list(loader), drawn with the same seed), or another folder"
         )
+    if not new:
+        logger.info("going on from %d files in %s", len(list(place.glob("*.safetensors"))), place)
     with _writing(place):
-        put(path, lambda part: Path(part).write_text(_text(run) + "\n", encoding="utf-8"))
-
-
-def _text(run: Run) -> str:
-    return json.dumps(asdict(run))
+        put(path, lambda part: Path(part).write_text(run.to_json() + "\n", encoding="utf-8"))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import distributed as dist
 
 import lnr_prune as lnr
 from lnr_prune import distributed, resume
+from lnr_prune.disk import locked
 from tests.models import Functional, Residual, cnn, mlp, randomised
 
 BATCHES = (6, 4, 9, 5, 8, 4)
@@ -106,3 +108,14 @@ def prepare() -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     resume.SECONDS, resume.SHARE = 0.0, 0  # a snapshot after every batch
+
+
+def forking(lock: Path) -> None:
+    """Holds a lock, has a child, and is killed."""
+    with locked(lock):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        lock.with_suffix(".worker").write_text(str(child), encoding="ascii")
+        os.kill(os.getpid(), signal.SIGKILL)
