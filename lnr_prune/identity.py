@@ -51,7 +51,7 @@ class Run:
         return cls(
             lnr_prune.__version__,
             torch.__version__,
-            {name: _printed(value) for name, value in {**arguments, "autocast": autocast}.items()},
+            {name: _argument(value) for name, value in {**arguments, "autocast": autocast}.items()},
             sha256(_printed(model)),
             digest(tensors),
             tuple(distributed.everyone(data.digests)),
@@ -139,6 +139,10 @@ def digest(values: Any) -> str:
 def sha256(text: str) -> str:
     """SHA-256 of a text, in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _argument(value: object) -> str:
+    return _printed(dict(sorted(value.items())) if isinstance(value, Mapping) else value)  # in whatever order
 
 
 def _printed(value: object) -> str:

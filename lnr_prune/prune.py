@@ -165,24 +165,13 @@ def prune(
         raise ValueError("as_graph=True makes a new model; it cannot be combined with inplace=True")
     if as_graph and budget is not None and budget.latency is not None:
         raise ValueError("a budget of latency is measured on the shrinking module: it cannot be had with as_graph=True")
-    check_amounts(keep=keep, lam=lam, lam_ratio=lam_ratio, budget=budget, selector=selector)
-    check_flags(bias=bias, debias=debias, logits=logits, inplace=inplace, as_graph=as_graph)
+    amounts: dict[str, Any] = {"keep": keep, "lam": lam, "lam_ratio": lam_ratio, "budget": budget, "selector": selector}
+    flags = {"bias": bias, "debias": debias, "logits": logits, "as_graph": as_graph}
+    check_amounts(**amounts)
+    check_flags(**flags, inplace=inplace)
     check_settings(ridge=ridge, seed=seed, progress=progress, work=work)
     solver = find_solver(solver)
-    settings = {
-        "keep": keep,
-        "lam": lam,
-        "lam_ratio": lam_ratio,
-        "budget": budget,
-        "selector": selector,
-        "solver": solver,
-        "bias": bias,
-        "debias": debias,
-        "ridge": ridge,
-        "logits": logits,
-        "as_graph": as_graph,
-        "seed": seed,
-    }
+    settings = {**amounts, **flags, "solver": solver, "ridge": ridge, "seed": seed}
     distributed.same("arguments", repr((settings, work is None)))
     data = calibrate(model, calibration, inputs)
     distributed.whole(model)
@@ -215,9 +204,8 @@ def prune(
         predicted: Mapping[str, float] = {}
         if budget is not None:
             given = partial(within_budget, traced=example, bias=bias, logits=logits, progress=step)
-            allocation = resume.remembered(
-                "allocation", Allocation, partial(given, model, target, graph, readings, data, budget)
-            )
+            allocated = partial(given, model, target, graph, readings, data, budget)
+            allocation = resume.remembered("allocation", Allocation, allocated)
             choices, predicted = choose_channels(graph, keep=allocation.sizes, selector=selector), allocation.errors
         generator = torch.Generator().manual_seed(seed)
         selected = select(readings, choices, tensors, solver=solver, generator=generator, progress=step)

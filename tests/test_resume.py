@@ -118,19 +118,22 @@ def test_killed_at_every_file(name: str, when: str, least: int, expected: Any, t
 
 
 def test_killed_at_random_moments(expected: Any, tmp_path: Path) -> None:
-    chance, name, moments = random.Random(0), "budget", []
-    start = time.monotonic()
-    assert ended(started(runs.work, name, tmp_path / "first", tmp_path / "out")) == 0
-    took = time.monotonic() - start
-    for number in range(KILLS):
-        work, out = tmp_path / f"work-{number}", tmp_path / f"out-{number}"
-        ended(started(runs.work, name, work, out), moment := chance.uniform(0, took))
-        moments.append((round(moment, 2), len(files(work)) if work.exists() else 0))
-        if not out.exists():
-            assert ended(started(runs.work, name, work, out)) == 0
-        assert runs.same(torch.load(out, weights_only=False), of(name, expected)), moments
+    """Again and again, from the moment that there is a folder, until so many runs were killed."""
+    chance, name, kills, number, longest = random.Random(0), "budget", list[int](), 0, 0.0
+    while len(kills) < KILLS:
+        work, out, limit = tmp_path / f"work-{number}", tmp_path / f"out-{number}", longest
+        while not out.exists():
+            process = started(runs.work, name, work, out)
+            while process.is_alive() and not (work / resume.RUN).exists():
+                time.sleep(0.001)
+            start = time.monotonic()
+            if ended(process, chance.uniform(0, limit) if limit else LIMIT) == -9:
+                kills.append(len(files(work)))
+            longest = max(longest, time.monotonic() - start)
+        assert runs.same(torch.load(out, weights_only=False), of(name, expected)), kills
         assert not [file for file in files(work) if file.endswith(".part")]
-    logging.getLogger(__name__).info("killed after seconds, at files: %s", moments)
+        number += 1
+    logging.getLogger(__name__).info("%d runs, killed at so many files: %s", number, kills)
 
 
 def mine(work: Path | None, data: Any = None, model: nn.Module | None = None, **more: Any) -> dict[str, Any]:
