@@ -22,7 +22,6 @@ from lnr_prune.problem import Block
 
 CHUNK = 2**23  # elements of x that one product sums; the products are added up in float64
 ROWS_PER_COLUMN = 64  # of a convolution's patches, about so many times d rows are read
-SNAPSHOT = "sums so far"  # of a pass, in a work folder
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -170,22 +169,27 @@ def gather(
     Raises:
         CalibrationError: If there is no batch, a layer is never called, or an activation is not finite.
     """
+    so_far = f"sums of {' '.join(readers)}"
 
     def one_pass(missing: Sequence[str]) -> list[SecondMoments]:
-        sums = _gathered(model, {name: readers[name] for name in missing}, data, progress)
+        sums = _gathered(model, {name: readers[name] for name in missing}, data, progress, so_far)
         return [sums[name] for name in missing]
 
     found = resume.each("moments", SecondMoments, list(readers), one_pass)
-    resume.drop(SNAPSHOT)
+    resume.drop(so_far)
     return dict(zip(readers, found, strict=True))
 
 
 def _gathered(
-    model: nn.Module, readers: Mapping[str, Reader], data: Calibration, progress: Callable[[], None] | None
+    model: nn.Module,
+    readers: Mapping[str, Reader],
+    data: Calibration,
+    progress: Callable[[], None] | None,
+    so_far: str,
 ) -> dict[str, SecondMoments]:
-    before = resume.snapshot(SNAPSHOT, tuple[tuple[str, ...], int, dict[str, SecondMoments]])
+    before = resume.snapshot(so_far, tuple[tuple[str, ...], int, dict[str, SecondMoments]])
     names, done, moments = before if before is not None else ((), 0, {})
-    if names != tuple(readers):  # of other layers
+    if names != tuple(readers):  # some are there already
         done, moments = 0, {}
     first, samples = distributed.before(data.samples)
 
@@ -204,7 +208,7 @@ def _gathered(
         first += samples_in(call)
         for name, sums in moments.items():
             check_finite(name, sums, f"batch {batch}", call)
-        resume.keep(SNAPSHOT, (tuple(readers), batch + 1, moments))
+        resume.keep(so_far, (tuple(readers), batch + 1, moments))
         if progress:
             progress()
     if batch < 0:
