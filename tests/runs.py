@@ -99,7 +99,7 @@ def work(name: str, folder: Path, out: Path, at: int = 0, when: str = "after") -
 def together(rank: int, ranks: int, name: str, folder: Path, at: int = 0) -> None:
     """The same, on several ranks; the work folder is the first one's."""
     prepare()
-    meeting = folder.parent / f"meeting-{at}"
+    meeting = folder.parent / f"meeting-{name}-{at}"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     setattr(os, "replace", dying(at, "after", os.replace))  # noqa: B010
     try:

@@ -644,3 +644,8 @@ def test_processes_that_prune_together_go_on_together(name: str, tmp_path: Path)
     assert ranked(2, name, tmp_path / "work") == [0, 0]
     for rank in range(2):
         assert runs.same(torch.load(tmp_path / f"rank-{rank}", weights_only=False), whole)
+    assert ranked(2, "logits", tmp_path / "work") == [0, 0]
+    for rank in range(2):
+        said = (tmp_path / f"error-{rank}").read_text(encoding="utf-8")
+        assert "rank 0: ValueError: the work folder" in said
+        assert "belongs to another run, of keep: 0.5, now None; budget" in said
