@@ -211,6 +211,18 @@ def test_only_what_is_left_is_done(
     assert {name: counted[f"lnr_prune.{name}"] for name in left} == left
 
 
+def test_a_snapshot_of_fewer_layers_is_not_taken(expected: Any, tmp_path: Path) -> None:
+    """Of a pass for one layer, whose file was lost, and before it is over another one's is."""
+    mine(tmp_path)
+    for path in (*tmp_path.glob("moments-3*"), *tmp_path.glob("channels*"), *tmp_path.glob("refit*")):
+        path.unlink()
+    with pytest.raises(Stop):
+        mine(tmp_path, progress=stopped("statistics", 3))
+    next(tmp_path.glob("moments-6*")).unlink()
+    assert list(tmp_path.glob("sums-of*"))
+    assert runs.same(mine(tmp_path), of("lasso", expected))
+
+
 def cut(raw: bytes) -> bytes:
     return raw[: len(raw) // 2]
 
