@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import os
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ def check_flags(**flags: Any) -> None:
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_settings(*, ridge: Any, seed: Any, progress: Any) -> None:
-    """Refuses a ridge below 0 or infinite, a seed that torch does not take, and a progress that is no function.
+def check_settings(*, ridge: Any, seed: Any, progress: Any, work: Any) -> None:
+    """Refuses a ridge below 0, a seed that torch does not take, a progress that is no function, a work that is no path.
 
     Raises:
         ValueError, TypeError: It names the argument.
@@ -40,6 +41,8 @@ def check_settings(*, ridge: Any, seed: Any, progress: Any) -> None:
         raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be True, False, None or a function of a text, got {progress!r}")
+    if not (work is None or isinstance(work, str | os.PathLike)):
+        raise TypeError(f"work must be the path of a folder, or None, got {work!r}")
 
 
 def check_values(model: nn.Module) -> None:

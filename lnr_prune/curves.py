@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lnr_prune import distributed
+from lnr_prune import distributed, resume
 from lnr_prune.backward import Elimination, backward
 from lnr_prune.calibration import Calibration, Call, run, samples_in
 from lnr_prune.graph import named_tensors
@@ -65,7 +65,8 @@ def error_curves(
             measured[size] = divergence(original, [outputs(model, call, weights) for call in calls], logits)
         return through(elimination.errors, measured), elimination
 
-    done = distributed.spread([partial(measure, *entry) for entry in readings.items()])
+    tasks = {name: partial(measure, name, reading) for name, reading in readings.items()}
+    done = resume.spread("curve of", tuple[Tensor, Elimination], tasks)
     named = list(zip(readings, done, strict=True))
     return {name: curve for name, (curve, _) in named}, {name: elimination for name, (_, elimination) in named}
 

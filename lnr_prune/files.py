@@ -1,22 +1,19 @@
 """Pruned models and plans as files, without pickle: safetensors with a JSON record, and such a record alone."""
 
-import errno
 import os
-import secrets
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lnr_prune
 from lnr_prune import shrink
 from lnr_prune.calibration import check_model
+from lnr_prune.disk import StrPath, opened, put, regular
 from lnr_prune.errors import PlanError
 from lnr_prune.graph import named_tensors
 from lnr_prune.plain_data import LARGEST
@@ -35,7 +32,6 @@ from lnr_prune.record import (
 from lnr_prune.report import Report
 
 KEY = "lnr_prune"  # of the record among a safetensors file's metadata
-StrPath = str | os.PathLike[str]
 
 
 def save_model(path: StrPath, model: nn.Module, plan: Plan, report: Report) -> None:
@@ -43,14 +39,14 @@ def save_model(path: StrPath, model: nn.Module, plan: Plan, report: Report) -> N
     tensors = _tensors_of(model, plan)
     digest, as_graph = digest_of(tensors), isinstance(model, PrunedGraph)
     text = write_record(Record(FORMAT, lnr_prune.__version__, torch.__version__, plan, report, as_graph, digest))
-    _replace(path, lambda part: save_file(tensors, part, {KEY: text}))
+    put(path, lambda part: save_file(tensors, part, {KEY: text}))
 
 
 def save_plan(path: StrPath, plan: Plan) -> None:
     """Writes a plan to a JSON file; see `Plan.save`."""
     original_of(plan)
     text = write_record(Record(FORMAT, lnr_prune.__version__, torch.__version__, plan))
-    _replace(path, lambda part: Path(part).write_text(text + "\n", encoding="utf-8"))
+    put(path, lambda part: Path(part).write_text(text + "\n", encoding="utf-8"))
 
 
 def load(path: StrPath, model: nn.Module, *, example: Any = None, inplace: bool = False) -> nn.Module:
@@ -87,7 +83,7 @@ def load(path: StrPath, model: nn.Module, *, example: Any = None, inplace: bool 
         True
     """
     check_model(model)
-    with _naming(path), _opened(path) as file:
+    with _naming(path), opened(path) as file:
         record = _model_record(file.metadata())
         plan = record.plan
         original_of(plan).check(model)
@@ -127,7 +123,7 @@ def report_of(path: StrPath) -> Report:
 
 def _record(path: StrPath) -> Record:
     with _naming(path):
-        _regular(path)
+        regular(path)
         with open(path, "rb") as file:
             start = file.read(8)  # a safetensors file's is a length far below 2^32
             if b"\0" not in start:
@@ -136,7 +132,7 @@ def _record(path: StrPath) -> Record:
                     return read_record(raw.decode())
                 except UnicodeDecodeError as error:
                     raise PlanError(f"it is neither a safetensors file nor JSON: {error}") from error
-        with _opened(path) as tensors:
+        with opened(path) as tensors:
             return _model_record(tensors.metadata())
 
 
@@ -188,41 +184,3 @@ def _naming(path: StrPath) -> Iterator[None]:
         yield
     except PlanError as error:
         raise PlanError(f"{os.fspath(path)}: {error}") from error
-
-
-def _regular(path: StrPath) -> None:
-    if not stat.S_ISREG(os.stat(os.fspath(path)).st_mode):  # reading from a pipe would wait
-        raise PlanError("it is not a regular file")
-
-
-@contextmanager
-def _opened(path: StrPath) -> Iterator[Any]:
-    """A safetensors file."""
-    _regular(path)
-    try:
-        file = safe_open(path, "pt")
-    except Exception as error:  # safetensors raises its own, and the system's
-        raise PlanError(f"it is not a safetensors file, or it is damaged or cut off: {error}") from error
-    with file as opened:
-        yield opened
-
-
-def _replace(path: StrPath, write: Callable[[str], object]) -> None:
-    """Writes a file beside the wanted one and puts it in its place: nothing is ever half-written."""
-    target = os.path.realpath(path)
-    if not os.path.basename(os.fspath(path)) or os.path.isdir(target):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file in it", os.fspath(path))
-    if not os.path.isdir(os.path.dirname(target)):
-        raise FileNotFoundError(errno.ENOENT, "its folder does not exist; make it first", os.fspath(path))
-    part = os.path.join(os.path.dirname(target), f".lnr-prune-{secrets.token_hex(8)}.part")
-    try:
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        mode = os.stat(target if os.path.exists(target) else part).st_mode
-        write(part)
-        os.chmod(part, stat.S_IMODE(mode))  # safetensors makes files that only their owner may read
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, target)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(part)

@@ -15,8 +15,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lnr_prune import cost, distributed, files
-from lnr_prune.allocation import Budget, check_reach
+from lnr_prune import cost, distributed, files, resume
+from lnr_prune.allocation import Allocation, Budget, check_reach
 from lnr_prune.amount import check_amounts, choose_channels, group_of
 from lnr_prune.arguments import check_flags, check_settings, check_values
 from lnr_prune.calibration import Call, Inputs, calibrate, run, short_example
@@ -91,6 +91,7 @@ def prune(
     as_graph: bool = False,
     seed: int = 0,
     progress: bool | Callable[[str], None] | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> Pruned:
     """``min_M 1/2 E||y - M x||^2 + lam sum_g w_g ||M[:, g]||_F`` for every layer, then removes the zero groups.
 
@@ -130,6 +131,10 @@ def prune(
         seed: Of the "random" selector.
         progress: Whether to show a progress bar; default: if stderr is a terminal. Or a function that is called
             with what is being done.
+        work: A folder in which statistics, finished groups and refitted layers are kept, so that a run that was
+            killed goes on from there when it is called again in the same way, and ends with the same result; see
+            `lnr_prune.resume`. The batches must be the same in every pass. The folder stays when all is done: the
+            same call again takes little time then; remove it when the pruned model is saved.
 
     Returns:
         A `Pruned` with the smaller model, the report and the plan.
@@ -139,7 +144,9 @@ def prune(
         CalibrationError: If the calibration data is empty, not finite, or not accepted by the model. In a process
             group, a `RankError` if another rank fails.
         GraphError: If the model cannot be traced or copied, is wrapped, or has no channel that can be pruned.
-        LnrPruneError: If the second moments of its layers do not fit into memory; it says what would.
+        LnrPruneError: If the second moments of its layers do not fit into memory; it says what would. If another
+            run uses the work folder; a ValueError if the folder belongs to a run with other arguments, data or model.
+        OSError: If the work folder cannot be written.
         VerificationError: If the smaller model does not equal the masked one; the model is left as it was.
 
     Example:
@@ -158,12 +165,14 @@ def prune(
         raise ValueError("as_graph=True makes a new model; it cannot be combined with inplace=True")
     if as_graph and budget is not None and budget.latency is not None:
         raise ValueError("a budget of latency is measured on the shrinking module: it cannot be had with as_graph=True")
-    check_amounts(keep=keep, lam=lam, lam_ratio=lam_ratio, budget=budget, selector=selector)
-    check_flags(bias=bias, debias=debias, logits=logits, inplace=inplace, as_graph=as_graph)
-    check_settings(ridge=ridge, seed=seed, progress=progress)
+    amounts: dict[str, Any] = {"keep": keep, "lam": lam, "lam_ratio": lam_ratio, "budget": budget, "selector": selector}
+    flags = {"bias": bias, "debias": debias, "logits": logits, "as_graph": as_graph}
+    check_amounts(**amounts)
+    check_flags(**flags, inplace=inplace)
+    check_settings(ridge=ridge, seed=seed, progress=progress, work=work)
     solver = find_solver(solver)
-    settings = (keep, lam, lam_ratio, budget, selector, solver, bias, debias, ridge, logits, seed)
-    distributed.same("arguments", repr(settings))
+    settings = {**amounts, **flags, "solver": solver, "ridge": ridge, "seed": seed}
+    distributed.same("arguments", repr((settings, work is None)))
     data = calibrate(model, calibration, inputs)
     distributed.whole(model)
     distributed.same("weights", distributed.checksums(model))
@@ -188,15 +197,15 @@ def prune(
         wanted = [group for group in graph.groups if group.name not in stay]
         check_reach(costs_of(model, graph, {group.name for group in wanted}, example), wanted, budget)
 
-    with _shown(progress) as step:
+    with _shown(progress) as step, resume.folder(work, model, data, settings) as data:
         consumers = {group.name: [paired(consumer, bias) for consumer in group.consumers] for group in wanted}
         memory_plan(consumers, tensors).check(available_memory(next(iter(tensors.values())).device))
         readings = read(model, wanted, data, bias=bias, progress=lambda: step("statistics"))
         predicted: Mapping[str, float] = {}
         if budget is not None:
-            allocation = within_budget(
-                model, target, graph, readings, data, budget, traced=example, bias=bias, logits=logits, progress=step
-            )
+            given = partial(within_budget, traced=example, bias=bias, logits=logits, progress=step)
+            allocated = partial(given, model, target, graph, readings, data, budget)
+            allocation = resume.remembered("allocation", Allocation, allocated)
             choices, predicted = choose_channels(graph, keep=allocation.sizes, selector=selector), allocation.errors
         generator = torch.Generator().manual_seed(seed)
         selected = select(readings, choices, tensors, solver=solver, generator=generator, progress=step)

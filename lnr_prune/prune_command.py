@@ -130,6 +130,14 @@ def prune(
         typer.Option(help="The pruned model, as safetensors. Needed unless --dry-run.", rich_help_panel=OUTPUT),
     ] = None,
     report_html: Html = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Folder for what is found on the way: after a crash the same command goes on from there.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write.", rich_help_panel=OUTPUT)
     ] = False,
@@ -164,6 +172,7 @@ def prune(
             logits=logits,
             as_graph=as_graph,
             seed=seed,
+            work=work,
             progress=(None if sys.stderr.isatty() else lines()) if first else False,
         )
         written = {}

@@ -144,11 +144,13 @@ def check_values(tensors: Mapping[str, Tensor], record: Record) -> None:
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and values; the tensors are on the CPU."""
+    """SHA-256 of names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = tensors[name].detach().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)  # a lone column has a stride
+        flat = tensor.reshape(-1)
+        if flat.stride() != (1,):  # that of a lone column
+            flat = flat.clone(memory_format=torch.contiguous_format)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

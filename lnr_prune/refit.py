@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lnr_prune import distributed
+from lnr_prune import distributed, resume
 from lnr_prune.calibration import Calibration, Call, samples_in, short_example
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import evaluating, named_tensors, unfused_attention
@@ -103,32 +104,60 @@ def refit(
                     progress(pair.consumer.name)
                 W = pair.matrix(tensors)
                 columns = kept.get(name, W.new_ones(W.shape[1], dtype=torch.bool))
-                ridged = pair.columns(torch.ones_like(tensors[name]), bias=0.0)
                 changed = not bool(columns.all()) or not all(arrival.unchanged for arrival in here.values())
                 if any(distributed.everyone(changed)):
-                    intercept = None
-                    if repeated and name in repeated:
-                        M, fits[name] = ridge_regression(repeated[name].through(W), None, columns, ridged, W, ridge)
-                    else:
-                        at = [places[stream] for stream in here]
-                        target = _target(pair, ahead.layers[name], list(here.values()), at, len(W), bias)
-                        M, intercept, fits[name] = _fitted(pair, target, columns, ridged, W, ridge)
-                        if logits and name == ahead.last:
-                            M = _divergence_fitted(pair, target, columns, M)
-                        M, *intercepts = distributed.shared(*(each for each in (M, intercept) if each is not None))
-                        intercept = next(iter(intercepts), None)
-                    new = pair.write(M, tensors)
+                    at = [places[stream] for stream in here]
+                    target = partial(_target, pair, ahead.layers[name], list(here.values()), at, len(W), bias)
+                    moments, last = (repeated or {}).get(name), logits and name == ahead.last
+                    solved = partial(_solved, pair, tensors, target, moments, columns, ridge, last=last)
+                    layer = resume.remembered(f"refit of {name}", _Solved, solved)
+                    new, intercept, fits[name] = layer.weights, layer.intercept, layer.fit
                     weights |= new
                     swaps[name] = {key: new[full] for key, full in pair.names.items() if full in new}
-                    if intercept is not None and target.mean is not None:
-                        mean = tensors[target.mean]
-                        weights[target.mean] = (mean.double() - intercept).to(mean)
+                    running = ahead.layers[name].mean
+                    if intercept is not None and running is not None:
+                        mean = tensors[running]
+                        weights[running] = (mean.double() - intercept).to(mean)
                         swaps[name]["bias"] = intercept.to(tensors[name])
             for stream in here:
                 del fronts[stream]
                 if (arrival := advance(stream, swaps[name])) is not None:
                     fronts[stream] = arrival
     return Refit(weights, fits)
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """A layer's full-size parameters, the intercept for a running mean, and how well they fit."""
+
+    weights: Mapping[str, Tensor]
+    intercept: Tensor | None
+    fit: LayerFit
+
+
+def _solved(
+    pair: Pair,
+    tensors: Mapping[str, Tensor],
+    targeted: Callable[[], "Target"],
+    moments: SecondMoments | None,
+    kept: Tensor,
+    ridge: float | None,
+    *,
+    last: bool,
+) -> _Solved:
+    """One layer: on the moments of all its calls, if it has several, or for its target; ``last``: that of logits."""
+    W, intercept = pair.matrix(tensors), None
+    ridged = pair.columns(torch.ones_like(tensors[pair.consumer.weight]), bias=0.0)
+    if moments is not None:
+        M, fit = ridge_regression(moments.through(W), None, kept, ridged, W, ridge)
+    else:
+        target = targeted()
+        M, intercept, fit = _fitted(pair, target, kept, ridged, W, ridge)
+        if last:
+            M = _divergence_fitted(pair, target, kept, M)
+        M, *intercepts = distributed.shared(*(each for each in (M, intercept) if each is not None))
+        intercept = next(iter(intercepts), None)
+    return _Solved(pair.write(M, tensors), intercept, fit)
 
 
 @dataclass(frozen=True)

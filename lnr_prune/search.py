@@ -2,11 +2,12 @@
 
 import itertools
 from collections.abc import Callable, Container, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lnr_prune import cost, distributed
+from lnr_prune import cost, distributed, resume
 from lnr_prune.allocation import Allocation, Budget, Cost, Sizes, allocate, cost_of
 from lnr_prune.calibration import Calibration, Call, samples_in
 from lnr_prune.collapse import collapse, restore_point
@@ -59,7 +60,7 @@ def within_budget(
     def measured() -> float:
         return distributed.spread([lambda: cost.latency(target, example)])[0]
 
-    whole = measured() if budget.latency is not None else 1.0
+    whole = resume.remembered("latency", float, measured) if budget.latency is not None else 1.0
 
     def latency(sizes: Sizes) -> float:
         groups = {name: readings[name].group for name in sizes}
@@ -75,7 +76,8 @@ def within_budget(
         progress("searching")
         supports = {name: eliminations[name].support(size) for name, size in sizes.items()}
         masked = masked_weights([(readings[name].group, support) for name, support in supports.items()], tensors)
-        done = refit_network(model, graph, readings, supports, fit, bias=bias, logits=logits)
+        with resume.nothing():  # a trial is remembered as a whole
+            done = refit_network(model, graph, readings, supports, fit, bias=bias, logits=logits)
         with distributed.alone():  # all ranks have the same samples to judge on
             weights = {**masked, **done.weights}
             suffered = output_error(model, weights, judged, logits=logits, samples=budget.samples)
@@ -84,7 +86,12 @@ def within_budget(
     batches = some(data, 2 * SAMPLES) if budget.search else []
     parts = distributed.shard(batches[::2]), batches[1::2] or batches
     fit, judged = (Calibration(part, lambda call: call) for part in parts)
-    return search(curves, lambda changed: allocate(changed, costs, budget, latency), error, budget.search)
+
+    def remembered(what: str, measure: Callable[[Sizes], float]) -> Callable[[Sizes], float]:
+        return lambda sizes: resume.remembered(f"{what} at {sorted(sizes.items())}", float, partial(measure, sizes))
+
+    shared_out = partial(allocate, costs=costs, budget=budget, latency=remembered("latency", latency))
+    return search(curves, shared_out, remembered("trial", error), budget.search)
 
 
 def costs_of(model: nn.Module, graph: Graph, names: Container[str], traced: Call) -> dict[str, Cost]:

@@ -1,7 +1,7 @@
 """Second moments of the layers' inputs and outputs, and the calls that they are read from."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lnr_prune import distributed
+from lnr_prune import distributed, resume
 from lnr_prune.calibration import Calibration, run, samples_in
 from lnr_prune.calibration import Call as ModelCall
 from lnr_prune.errors import CalibrationError
@@ -174,7 +174,28 @@ def gather(
     Raises:
         CalibrationError: If there is no batch, a layer is never called, or an activation is not finite.
     """
-    moments: dict[str, SecondMoments] = {}
+    so_far = f"sums of {' '.join(readers)}"
+
+    def one_pass(missing: Sequence[str]) -> list[SecondMoments]:
+        sums = _gathered(model, {name: readers[name] for name in missing}, data, progress, so_far)
+        return [sums[name] for name in missing]
+
+    found = resume.each("moments", SecondMoments, list(readers), one_pass)
+    resume.drop(so_far)
+    return dict(zip(readers, found, strict=True))
+
+
+def _gathered(
+    model: nn.Module,
+    readers: Mapping[str, Reader],
+    data: Calibration,
+    progress: Callable[[], None] | None,
+    so_far: str,
+) -> dict[str, SecondMoments]:
+    before = resume.snapshot(so_far, tuple[tuple[str, ...], int, dict[str, SecondMoments]])
+    names, done, moments = before if before is not None else ((), 0, {})
+    if names != tuple(readers):  # some are there already
+        done, moments = 0, {}
     first, samples = distributed.before(data.samples)
 
     def add(name: str, layer: LayerCall) -> None:
@@ -185,10 +206,14 @@ def gather(
     batch = -1
     for batch, call in enumerate(data):
         size = max(1, samples_in(call))
+        if batch < done:
+            first += samples_in(call)
+            continue
         watch(model, call, readers, add)
         first += samples_in(call)
         for name, sums in moments.items():
             check_finite(name, sums, f"batch {batch}", call)
+        resume.keep(so_far, (tuple(readers), batch + 1, moments))
         if progress:
             progress()
     if batch < 0:

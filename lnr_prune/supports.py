@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lnr_prune import distributed
+from lnr_prune import resume
 from lnr_prune.amount import Choice
 from lnr_prune.calibration import Calibration
 from lnr_prune.errors import AdapterError
@@ -119,7 +119,8 @@ def select(
 
     for names in _independent(readings):
         draws = [torch.rand(readings[name].group.size, generator=generator) for name in names]
-        done = distributed.spread([partial(choose, *each) for each in zip(names, draws, strict=True)])
+        tasks = {name: partial(choose, name, drawn) for name, drawn in zip(names, draws, strict=True)}
+        done = resume.spread("channels of", tuple[Selection, float], tasks)
         for name, (selection, error) in zip(names, done, strict=True):
             reading = readings[name]
             masks |= masked_weights([(reading.group, selection.support)], {**_ones([reading.group], tensors), **masks})

@@ -4,6 +4,7 @@ import inspect
 import io
 import math
 import numbers
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,8 @@ def sweep(
         maximize: Whether larger values of ``evaluate`` are better.
         cost: What is to be small: "params", "macs", "size" or "latency" (roughly measured).
         seed: As for `prune`, and for ``retrain``.
-        options: Further arguments of `prune`, the same for every point.
+        options: Further arguments of `prune`, the same for every point, but that each has a folder of its own in
+            ``work``.
 
     Returns:
         The `Sweep`: print it, or `Sweep.plot` it.
@@ -212,8 +214,9 @@ def sweep(
             return float(result)
 
     dense, points = value(model), []
-    for budget in asked:
-        pruned = prune(model, data.batches, **_settings(budget), **options)
+    for number, budget in enumerate(asked):
+        own = {"work": os.path.join(options["work"], str(number))} if options.get("work") is not None else {}
+        pruned = prune(model, data.batches, **_settings(budget), **{**options, **own})
         point = SweepPoint(_words(budget), pruned.model, pruned.report, value(pruned.model))
         points.append(point if retrain is None else _retrained(point, retrain, value, seed))
     return Sweep(tuple(points), measure, maximize, cost, dense)
