@@ -61,7 +61,7 @@ def methods(task: Task, level: Level, search: int) -> dict[str, Method]:
 def budget_of(level: Level, search: int = 0) -> lnr.Budget:
     """The library's budget."""
     limits: dict[str, Any] = dict([level])
-    return lnr.Budget(samples=1024, search=search, **limits)
+    return lnr.Budget(search=search, **limits)
 
 
 def is_peer(method: str) -> bool:

@@ -44,7 +44,7 @@ class Task:
         loss: Model and labelled batch -> what is minimised in training.
         rate: Learning rate of Adam for it.
         judge: Model -> how good it is on the test data.
-        logits: Whether its outputs are the logits of classes.
+        logits: Whether it is pruned with ``logits=True``.
     """
 
     model: nn.Module
@@ -84,7 +84,7 @@ def classifier(trained: Trained) -> Task:
         lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
         1e-3,
         judge,
-        logits=True,
+        logits=trained.logits,
     )
 
 
