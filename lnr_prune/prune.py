@@ -140,12 +140,13 @@ def prune(
         A `Pruned` with the smaller model, the report and the plan.
 
     Raises:
-        ValueError, TypeError: If an argument is out of range, or names no prunable layer.
+        ValueError, TypeError: If an argument is out of range, or names no prunable layer, or the work folder belongs
+            to a run of another model, other arguments or data.
         CalibrationError: If the calibration data is empty, not finite, or not accepted by the model. In a process
             group, a `RankError` if another rank fails.
         GraphError: If the model cannot be traced or copied, is wrapped, or has no channel that can be pruned.
-        LnrPruneError: If the second moments of its layers do not fit into memory; it says what would. If another
-            run uses the work folder; a ValueError if the folder belongs to a run with other arguments, data or model.
+        LnrPruneError: If the second moments of its layers do not fit into memory; it says what would. If another run
+            is using the work folder.
         OSError: If the work folder cannot be written.
         VerificationError: If the smaller model does not equal the masked one; the model is left as it was.
 

@@ -238,6 +238,8 @@ def _found(here: _Folder, what: str, kind: type[Value]) -> tuple[Value, ...]:
     if told is None:
         return ()
     text, devices, shapes = told
+    if distributed.ranks() > 1:  # each has an accelerator of its own
+        devices = re.sub(r":\d+", "", devices)
     tensors = stored.tensors if stored else [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
     return (_Stored(text, devices, distributed.shared(*tensors)).value(kind),)
 

@@ -28,6 +28,7 @@ AMOUNTS: dict[str, dict[str, Any]] = {
     "graph": {"keep": 0.5, "as_graph": True},
     "residual": {"budget": lnr.Budget(params=0.6)},
     "repeated": {"keep": 0.5},
+    "batch norm": {"keep": 0.5},
     "bfloat16": {"keep": 0.5},
 }
 
@@ -41,6 +42,10 @@ def network(name: str) -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(0)
     if name == "residual":
         return randomised(Residual()), drawn(3, 8, 8)
+    if name == "batch norm":  # whose running means take up the intercepts
+        first, second = (nn.Conv2d(2, 8, 3, 2, bias=False), nn.Conv2d(8, 6, 3, bias=False))
+        layers = [first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.BatchNorm2d(6), nn.ReLU()]
+        return randomised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(54, 3))), drawn(2, 12, 12)
     if name == "repeated":
         return randomised(Functional()), drawn(5)
     if name == "bfloat16":
