@@ -23,7 +23,7 @@ RIDGE = 1e-4
 
 def error_curves(
     model: nn.Module,
-    readings: Mapping[str, Reading],
+    turns: Iterable[Mapping[str, Reading]],
     data: Calibration,
     progress: Callable[[str], None] | None = None,
     *,
@@ -38,7 +38,7 @@ def error_curves(
 
     Args:
         model: The original model.
-        readings: Name of a group -> the group and its consumers' second moments.
+        turns: Name of a group -> the group and its consumers' second moments, some groups at a time.
         data: The calibration data, of which about `SAMPLES` samples are used. Processes that prune together use the
             same ones, and share the groups among them.
         progress: Called with every group's name.
@@ -63,9 +63,12 @@ def error_curves(
             measured[size] = divergence(original, [outputs(model, call, weights) for call in calls], logits)
         return through(elimination.errors, measured), elimination
 
-    done = distributed.spread([partial(measure, *entry) for entry in readings.items()])
-    named = list(zip(readings, done, strict=True))
-    return {name: curve for name, (curve, _) in named}, {name: elimination for name, (_, elimination) in named}
+    curves, eliminations = dict[str, Tensor](), dict[str, Elimination]()
+    for readings in turns:
+        done = distributed.spread([partial(measure, *entry) for entry in readings.items()])
+        for name, (curve, elimination) in zip(readings, done, strict=True):
+            curves[name], eliminations[name] = curve, elimination
+    return curves, eliminations
 
 
 def through(shape: Tensor, measured: Mapping[int, float]) -> Tensor:
