@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ class MemoryPlan:
             advice = f"give low_memory=True, which needs {_gigabytes(low.total)}"
         elif self.refit > available:
             advice = "do without the refit: debias=False"
-        elif self.solve + max(self.layers.values()) <= available:
+        elif self.solve + max(self.layers.values(), default=0) <= available:
             advice = "prune a few groups at a time: keep={name: ...} reads the layers of these groups only"
         else:
             advice = "leave that group whole: keep={name: ...} names those that are pruned"
@@ -115,23 +116,23 @@ def memory_plan(
     pairs = {group: pairs_of(group, bias) for group in groups}
     layers = {pair.consumer.weight: _bytes(pair, tensors, (1, 0)) for of in pairs.values() for pair in of}
     solves = {group.name: sum(_bytes(pair, tensors, SOLVE) for pair in of) for group, of in pairs.items()}
-    refits = {pair.consumer.name: _bytes(pair, tensors, REFIT) for pair in refitted(graph, groups, bias).values()}
-    largest, most = max(solves, key=lambda name: solves[name]), max(refits, key=lambda name: refits[name])
+    reached = refitted(graph, groups, bias).values() if refit else ()
+    refits = {pair.consumer.name: _bytes(pair, tensors, REFIT) for pair in reached}
+    (largest, solve), (layer, most) = (max(of.items(), key=itemgetter(1), default=("", 0)) for of in (solves, refits))
 
     def together(some: Iterable[ChannelGroup]) -> int:
         return sum(layers[weight] for weight in {pair.consumer.weight for group in some for pair in pairs[group]})
 
     turns: list[tuple[ChannelGroup, ...]] = [()]
     for group in groups:
-        if low_memory and turns[-1] and together((*turns[-1], group)) > TURN * solves[largest]:
+        if low_memory and turns[-1] and together((*turns[-1], group)) > TURN * solve:
             turns.append(())
         turns[-1] = (*turns[-1], group)
     again = tuple(group for group in groups if any(pair.consumer.weight in graph.repeated for pair in pairs[group]))
     lasting = again if len(turns) > 1 else tuple(groups)
     at_once = max(together((*lasting, *turn)) for turn in turns)
     later = together(lasting if search else again)
-    refit_bytes = refits[most] if refit else 0
-    return MemoryPlan(layers, tuple(turns), lasting, at_once, later, solves[largest], largest, refit_bytes, most)
+    return MemoryPlan(layers, tuple(turns), lasting, at_once, later, solve, largest, most, layer)
 
 
 def _bytes(pair: Pair, tensors: Mapping[str, Tensor], copies: tuple[int, int]) -> int:

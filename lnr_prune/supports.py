@@ -188,16 +188,10 @@ def refit_network(
     """
     tensors = named_tensors(model)
     chosen = [(group, supports[group.name]) for group in graph.groups if group.name in supports]
-    masks = masked_weights(chosen, _ones((group for group, _ in chosen), tensors))
-    kept: dict[str, Tensor] = {}
-    for reading in (Reading(group, pairs_of(group, bias)) for group, _ in chosen):
-        names = (pair.consumer.weight for pair in reading.pairs)
-        kept |= dict(zip(names, reading.columns(tensors, masks), strict=True))
-    pairs = refitted(graph, (group for group, _ in chosen), bias)
     return refit(
         model,
-        pairs,
-        kept,
+        refitted(graph, (group for group, _ in chosen), bias),
+        _kept(chosen, tensors, bias),
         data,
         repeated=repeated,
         ridge=ridge,
@@ -218,6 +212,17 @@ def refitted(graph: Graph, groups: Iterable[ChannelGroup], bias: bool) -> dict[s
     return dict(sorted(pairs.items(), key=lambda entry: order.get(entry[0], len(order))))
 
 
+def _kept(
+    chosen: Sequence[tuple[ChannelGroup, Tensor]], tensors: Mapping[str, Tensor], bias: bool
+) -> dict[str, Tensor]:
+    """Weight's name -> the columns that supports leave, (d,) bool."""
+    masks, kept = masked_weights(chosen, _ones((group for group, _ in chosen), tensors)), dict[str, Tensor]()
+    for reading in (Reading(group, pairs_of(group, bias)) for group, _ in chosen):
+        names = (pair.consumer.weight for pair in reading.pairs)
+        kept |= dict(zip(names, reading.columns(tensors, masks), strict=True))
+    return kept
+
+
 def pairs_of(group: ChannelGroup, bias: bool) -> tuple[Pair, ...]:
     """The layers that read a group, or that do so in training if nobody else does, with their adapters."""
     return tuple(paired(consumer, bias) for consumer in group.consumers or group.training)
@@ -226,7 +231,7 @@ def pairs_of(group: ChannelGroup, bias: bool) -> tuple[Pair, ...]:
 def _ones(groups: Iterable[ChannelGroup], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks of the groups' consumers, those in training included, that leave everything."""
     names = {consumer.weight for group in groups for consumer in (*group.consumers, *group.training)}
-    return {name: torch.ones_like(tensors[name]) for name in sorted(names)}
+    return {name: tensors[name].new_ones(()).expand_as(tensors[name]) for name in sorted(names)}
 
 
 def paired(consumer: Consumer, bias: bool) -> Pair:

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import lnr_prune as lnr
-from lnr_prune import memory
+from lnr_prune import memory, outputs
 from lnr_prune.calibration import calibrate
 from lnr_prune.graph import Graph, find_groups, named_tensors
 from lnr_prune.memory import REFIT, SOLVE, MemoryPlan, available_memory, memory_plan
+from lnr_prune.outputs import outputs_of
 from lnr_prune.selection import SELECTORS
 from lnr_prune.supports import Turns, read
+from lnr_prune.verify import Reference, random_weights
 from tests import peaks
 from tests.models import Functional, Residual, cnn, mlp, randomised
 
@@ -239,3 +241,63 @@ def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert memory._of_group(tmp_path) is None
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "nothing")
     assert available_memory(torch.device("cpu")) is None
+
+
+class Cell(nn.Module):
+    """Recurrent, with a parameter of its own and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.scale = nn.LSTM(5, 4, 2, batch_first=True), nn.Parameter(torch.rand(4, dtype=torch.bfloat16))
+        self.register_buffer("shift", torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.mul.Tensor(self.cell(x)[0], self.scale.to(x.dtype)) + self.shift
+
+
+@pytest.mark.parametrize("name", [*MODELS, "cell", "graph"])
+def test_float64_copies_one_by_one_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shape = MODELS.get(name, (Cell(), (6, 5)))
+    x = torch.randn(6, *shape)
+    if name == "graph":
+        model, x = lnr.prune(mlp(8, 12, 4), X, keep=0.5, as_graph=True).model, X
+    weights = random_weights(model)
+    del weights[next(iter(weights))]  # stays the model's own
+    whole, one_by_one = [], []
+    for given in ({}, weights):
+        monkeypatch.undo()
+        whole += outputs_of(model, given, ((x,), {}), wide=True, training=False)
+        monkeypatch.setattr(outputs, "TOGETHER", 0)
+        one_by_one += outputs_of(model, given, ((x,), {}), wide=True, training=False)
+    assert all(torch.equal(a, b) and b.dtype == torch.float64 for a, b in zip(whole, one_by_one, strict=True))
+
+
+class Hiding(nn.Module):
+    """Its weight goes into an autograd function, or into a compiled one."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            return x @ weight.T
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.last, self.product = nn.Parameter(torch.randn(6, 8)), nn.Linear(6, 2), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.product(x, self.weight))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_weights_that_functions_hide_are_compared_too(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = torch.jit.CompilationUnit("def product(x, w):\n    return x @ w.t()\n").product if compiled else Hiding.Product.apply
+    model = Hiding(product)
+    monkeypatch.setattr(outputs, "TOGETHER", 0)
+    reference = Reference(model, {}, ((X,), {}))
+    assert reference.outputs[0][0].dtype == (torch.float32 if compiled else torch.float64)
+    reference.check(model)
+    with torch.no_grad():
+        model.weight[0] += 1
+    with pytest.raises(lnr.VerificationError):
+        reference.check(model)
