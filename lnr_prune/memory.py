@@ -17,7 +17,7 @@ from lnr_prune.supports import pairs_of, refitted
 logger = logging.getLogger("lnr_prune")
 
 SOLVE = (8, 16)  # copies of R, (d, d), and of B, (h, d), that a solve makes; measured, the group lasso's are the most
-REFIT = (12, 18)  # the same of a layer's refit, its moments among them
+REFIT = (12, 15)  # the same of a layer's refit, its moments among them
 TURN = 0.5  # of what the largest solve needs: in low memory, moments of so many bytes are gathered at a time
 FLOAT64 = 8
 SHOWN = 3  # layers that an error names
@@ -35,7 +35,7 @@ class MemoryPlan:
         later: Bytes of those that still are during a refit.
         solve: Bytes besides for the group that needs most, ``8 (8 d^2 + 16 h d)`` summed over its consumers.
         largest: Name of that group.
-        refit: Bytes for the layer that needs most when it is refitted, ``8 (12 d^2 + 18 h d)``; 0 = there is no refit.
+        refit: Bytes for the layer that needs most when it is refitted, ``8 (12 d^2 + 15 h d)``; 0 = there is no refit.
         refitted: Name of that layer.
     """
 

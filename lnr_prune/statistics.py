@@ -127,16 +127,20 @@ class SecondMoments:
         return SecondMoments(self.xx, yx, (yx * M).sum(), self.count)
 
     def at(self, columns: Tensor) -> "SecondMoments":
-        """The moments of these columns of x alone, (n,) indices."""
+        """The moments of these columns of x alone, (d,) bool."""
+        if bool(columns.all()):
+            return self
         return replace(self, xx=self.xx[columns][:, columns], yx=self.yx[:, columns])
 
     def restricted(self, columns: Tensor) -> "SecondMoments":
         """The moments as if all but these columns of x, (d,) bool, were zero."""
+        if bool(columns.all()):
+            return self
         return replace(self, xx=self.xx * columns * columns[:, None], yx=self.yx * columns)
 
     def error(self, M: Tensor) -> float:
         """``E||y - M x||^2``."""
-        total = self.yy + ((M @ self.xx - 2 * self.yx) * M).sum()
+        total = self.yy + torch.addmm(self.yx, M, self.xx, beta=-2).mul_(M).sum()
         return max(0.0, float(total) / self.count)
 
     def block(self, groups: Tensor) -> Block:

@@ -291,7 +291,11 @@ class Hiding(nn.Module):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_weights_that_functions_hide_are_compared_too(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    product = torch.jit.CompilationUnit("def product(x, w):\n    return x @ w.t()\n").product if compiled else Hiding.Product.apply
+    product = (
+        torch.jit.CompilationUnit("def product(x, w):\n    return x @ w.t()\n").product
+        if compiled
+        else Hiding.Product.apply
+    )
     model = Hiding(product)
     monkeypatch.setattr(outputs, "TOGETHER", 0)
     reference = Reference(model, {}, ((X,), {}))
