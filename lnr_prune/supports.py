@@ -47,10 +47,11 @@ class Reading:
 
     def columns(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Per consumer, the columns that the masks leave, (d,) bool."""
-        return tuple(
-            pair.columns(masks.get(pair.consumer.weight, torch.ones_like(tensors[pair.consumer.weight])), bias=1.0)
-            for pair in self.pairs
-        )
+
+        def mask(weight: str) -> Tensor:
+            return masks.get(weight, tensors[weight].new_ones(())).expand_as(tensors[weight])
+
+        return tuple(pair.columns(mask(pair.consumer.weight), bias=1.0) for pair in self.pairs)
 
 
 def read(
@@ -229,9 +230,9 @@ def pairs_of(group: ChannelGroup, bias: bool) -> tuple[Pair, ...]:
 
 
 def _ones(groups: Iterable[ChannelGroup], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of the groups' consumers, those in training included, that leave everything."""
-    names = {consumer.weight for group in groups for consumer in (*group.consumers, *group.training)}
-    return {name: tensors[name].new_ones(()).expand_as(tensors[name]) for name in sorted(names)}
+    """Masks of the groups' consumers, those in training included, that leave everything: of one row each."""
+    consumers = (consumer for group in groups for consumer in (*group.consumers, *group.training))
+    return {c.weight: tensors[c.weight].detach().narrow(1 - c.dim, 0, 1).clone().fill_(1) for c in consumers}
 
 
 def paired(consumer: Consumer, bias: bool) -> Pair:
