@@ -64,16 +64,22 @@ def ridge_regression(
     Returns:
         M, (h, d), and how well it fits.
     """
+    ridged, W_kept = ridged[kept], W if bool(kept.all()) else W[:, kept]
     if ridge is None:
-        ridge = DEFAULT_RIDGE if held is None else _chosen(fit, held, kept, ridged, W)
-    whole = fit if held is None else fit + held
-    M, ridge = _regressed(whole, kept, ridged, W, ridge)
-    return M, LayerFit(whole.error(M), float(whole.yy) / whole.count, ridge, whole.count, int(kept.sum()))
+        ridge = DEFAULT_RIDGE if held is None else _chosen(fit.at(kept), held.at(kept), ridged, W_kept)
+    whole = (fit if held is None else fit + held).at(kept)
+    M, ridge = _regressed(whole, ridged, W_kept, ridge)
+    fitted = LayerFit(whole.error(M), float(whole.yy) / whole.count, ridge, whole.count, len(ridged))
+    if W_kept is W:
+        return M, fitted
+    full = torch.zeros_like(W)
+    full[:, kept] = M
+    return full, fitted
 
 
-def _chosen(fit: SecondMoments, held: SecondMoments, kept: Tensor, ridged: Tensor, W: Tensor) -> float:
+def _chosen(fit: SecondMoments, held: SecondMoments, ridged: Tensor, W: Tensor) -> float:
     """The best of `RIDGES` on the samples that were held out."""
-    regress, held = _regression(fit, kept, ridged, W), held.at(kept)
+    regress = _regression(fit, ridged, W)
     best, ridge = math.inf, DEFAULT_RIDGE
     for candidate in RIDGES:
         M = regress(candidate)
@@ -84,24 +90,20 @@ def _chosen(fit: SecondMoments, held: SecondMoments, kept: Tensor, ridged: Tenso
     return ridge
 
 
-def _regressed(moments: SecondMoments, kept: Tensor, ridged: Tensor, W: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """M on all columns, and the ridge, which grows until there is an M."""
-    regress = _regression(moments, kept, ridged, W)
+def _regressed(moments: SecondMoments, ridged: Tensor, W: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """M, and the ridge, which grows until there is an M."""
+    regress = _regression(moments, ridged, W)
     while (M := regress(ridge)) is None:
         ridge = max(10 * ridge, RIDGES[-1])
-    if bool(kept.all()):
-        return M, ridge
-    full = torch.zeros_like(W)
-    full[:, kept] = M
-    return full, ridge
+    return M, ridge
 
 
-def _regression(moments: SecondMoments, kept: Tensor, ridged: Tensor, W: Tensor) -> Callable[[float], Tensor | None]:
-    """Ridge -> M on the kept columns, or None where R + ridge is singular to working precision."""
-    groups = ridged[kept].long() - 1  # one group, and the columns that are eliminated
-    eliminated = GroupLasso((moments.at(kept).block(groups),), W.new_ones(1)).eliminated
+def _regression(moments: SecondMoments, ridged: Tensor, W: Tensor) -> Callable[[float], Tensor | None]:
+    """Ridge -> M, or None where R + ridge is singular to working precision."""
+    groups = ridged.long() - 1  # one group, and the columns that are eliminated
+    eliminated = GroupLasso((moments.block(groups),), W.new_ones(1)).eliminated
     (block,), complete, R = eliminated.problem.blocks, eliminated.complete, eliminated.problem.blocks[0].R
-    W = W if bool((kept & ridged).all()) else W[:, kept & ridged]
+    W = W if bool(ridged.all()) else W[:, ridged]
     scale = float(R.diagonal().mean()) or 1.0
     residual = torch.addmm(block.B, W, R, alpha=-1)
 
