@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lnr_prune as lnr
+from benchmarks import billion
 from lnr_prune import memory, outputs
 from lnr_prune.calibration import calibrate
 from lnr_prune.graph import Graph, find_groups, named_tensors
@@ -305,3 +307,13 @@ def test_weights_that_functions_hide_are_compared_too(compiled: bool, monkeypatc
         model.weight[0] += 1
     with pytest.raises(lnr.VerificationError):
         reference.check(model)
+
+
+def test_the_benchmark_of_a_large_model(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    billion.main(hidden=512, inner=96, layers=2, samples=8, tokens=16, keep=0.5, selector="norm", threads=1)
+    said = capsys.readouterr().out
+    assert "in 4 groups" in said
+    assert "pruned against masked, in float64: " in said
+    (share,) = re.findall(r"float64: (\S+) of the largest output", said)
+    assert float(share) < 1e-6
