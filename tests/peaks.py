@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lnr_prune import outputs
 from lnr_prune.amount import choose_channels
 from lnr_prune.calibration import calibrate
 from lnr_prune.graph import find_groups, named_tensors
 from lnr_prune.memory import memory_plan
+from lnr_prune.outputs import outputs_of
 from lnr_prune.supports import read, refit_network, select
 from tests.models import mlp
 
@@ -60,7 +62,18 @@ def measured(sizes: list[int], selector: str, bias: bool) -> dict[str, int]:
     return {**found, "planned_selection": plan.at_once + plan.solve, "planned_refit": plan.refit}
 
 
+def verified() -> list[int]:
+    """Bytes that the outputs of a model of 20 MB in float64 take: its copies at once, and one by one."""
+    model, x, found = mlp(*[500] * 11), torch.randn(2, 500), list[int]()
+    for outputs.TOGETHER in (2**30, 0):
+        with peak(found.append):
+            outputs_of(model, {}, ((x,), {}), wide=True, training=False)
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     measured([8, 12, 4], "group_lasso", True)  # what torch sets up at first does not count
-    sys.stdout.write(json.dumps([measured(*case) for case in json.loads(sys.argv[1])]))
+    sys.stdout.write(
+        json.dumps({"pruned": [measured(*case) for case in json.loads(sys.argv[1])], "verified": verified()})
+    )

@@ -226,10 +226,13 @@ def test_the_plan_is_what_a_prune_takes() -> None:
     command = [sys.executable, "-m", "tests.peaks", json.dumps(CASES)]
     environment = {**os.environ, **settings}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    for case, found in zip(CASES, json.loads(run.stdout), strict=True):
+    took = json.loads(run.stdout)
+    for case, found in zip(CASES, took["pruned"], strict=True):
         for what in ("selection", "refit"):
             share = found[what] / found[f"planned_{what}"]
             assert 0.5 < share < 1.05, (case, what, share)
+    together, one_by_one = took["verified"]
+    assert one_by_one < 6e6 < 20e6 < together  # a layer's copy takes 2 MB
 
 
 def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
