@@ -129,7 +129,8 @@ def prune(
         as_graph: Returns a `PrunedGraph`, a GraphModule of ATen operations for evaluation only, instead of a
             module of the model's class. No channels stay then because the model's forward holds their number.
         low_memory: Gathers the second moments of a few groups at a time, which are gone when the channels of these
-            are chosen, with one more pass over the calibration data for every few: the result is the same.
+            are chosen, with one more pass over the calibration data for every few (two with a budget): the result
+            is the same.
         seed: Of the "random" selector.
         progress: Whether to show a progress bar; default: if stderr is a terminal. Or a function that is called
             with what is being done.
