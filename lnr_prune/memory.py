@@ -130,7 +130,7 @@ def memory_plan(
         turns[-1] = (*turns[-1], group)
     again = tuple(group for group in groups if any(pair.consumer.weight in graph.repeated for pair in pairs[group]))
     lasting = again if len(turns) > 1 else tuple(groups)
-    at_once = max(together((*lasting, *turn)) for turn in turns)
+    at_once = max(map(together, turns)) + (together(again) if len(turns) > 1 else 0)
     later = together(lasting if search else again)
     return MemoryPlan(layers, tuple(turns), lasting, at_once, later, solve, largest, most, layer)
 
