@@ -21,7 +21,7 @@ from lnr_prune.calibration import calibrate, samples_in, shortened
 from lnr_prune.collapse import collapse
 from lnr_prune.graph import Graph, find_groups
 from lnr_prune.plan import make_plan
-from lnr_prune.supports import read, refit_network
+from lnr_prune.supports import moments_of, read, refit_network
 from lnr_prune.verify import shrinkable
 
 TORCH_PRUNING = {
@@ -151,8 +151,10 @@ def finished(task: Task, graph: Graph, sizes: Sizes, scores: Scores, batches: It
     chosen = [group for group in graph.groups if group.name in supports]
     weights: Mapping[str, Tensor] = {}
     if finish == "refit":
-        readings = read(task.model, chosen, data, bias=True)
-        weights = refit_network(task.model, graph, readings, supports, data, bias=True, logits=task.logits).weights
+        repeated = moments_of(graph.repeated, read(task.model, chosen, data, bias=True))
+        weights = refit_network(
+            task.model, graph, supports, data, repeated=repeated, bias=True, logits=task.logits
+        ).weights
     model = copy.deepcopy(task.model)
     collapse(model, make_plan((group, supports[group.name]) for group in chosen), weights)
     if finish == "bn":

@@ -23,7 +23,7 @@ RIDGE = 1e-4
 
 def error_curves(
     model: nn.Module,
-    readings: Mapping[str, Reading],
+    turns: Iterable[Mapping[str, Reading]],
     data: Calibration,
     progress: Callable[[str], None] | None = None,
     *,
@@ -39,7 +39,7 @@ def error_curves(
 
     Args:
         model: The original model.
-        readings: Name of a group -> the group and its consumers' second moments.
+        turns: Name of a group -> the group and its consumers' second moments, some groups at a time.
         data: The calibration data. Processes that prune together use the same samples, and share the groups among
             them.
         progress: Called with every group's name.
@@ -65,10 +65,13 @@ def error_curves(
             measured[size] = divergence(original, [outputs(model, call, weights) for call in calls], logits)
         return through(elimination.errors, measured), elimination
 
-    tasks = {name: partial(measure, name, reading) for name, reading in readings.items()}
-    done = resume.spread("curve of", tuple[Tensor, Elimination], tasks)
-    named = list(zip(readings, done, strict=True))
-    return {name: curve for name, (curve, _) in named}, {name: elimination for name, (_, elimination) in named}
+    curves, eliminations = dict[str, Tensor](), dict[str, Elimination]()
+    for readings in turns:
+        tasks = {name: partial(measure, name, reading) for name, reading in readings.items()}
+        done = resume.spread("curve of", tuple[Tensor, Elimination], tasks)
+        for name, (curve, elimination) in zip(readings, done, strict=True):
+            curves[name], eliminations[name] = curve, elimination
+    return curves, eliminations
 
 
 def through(shape: Tensor, measured: Mapping[int, float]) -> Tensor:
@@ -103,29 +106,34 @@ def output_error(
 def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """Everything real-valued that a forward pass gives, (samples, values) where outputs share their first axis."""
     leaves = [leaf for leaf in tree_leaves(run(model, call, weights)) if isinstance(leaf, Tensor)]
-    real = [leaf.double() for leaf in leaves if leaf.is_floating_point()]
+    real = [leaf for leaf in leaves if leaf.is_floating_point()]
     if not real:
-        return torch.zeros(1, 0, dtype=torch.float64)
+        return torch.zeros(1, 0)
     if len({leaf.shape[:1] for leaf in real}) == 1 and all(leaf.dim() > 1 for leaf in real):
         return torch.cat([leaf.flatten(1) for leaf in real], 1)
     return torch.cat([leaf.reshape(1, -1) for leaf in real], 1)
 
 
 def divergence(original: list[Tensor], pruned: list[Tensor], logits: bool = False) -> float:
-    """``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of outputs, one (n, values) tensor a batch.
+    """``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of outputs, one (n, values) tensor a batch, in float64.
 
     Of logits, ``E KL(p || p') / E KL(p || E p)`` of their softmax. Values that are infinite in either (masked
     scores) do not count.
     """
     if logits:
-        p, q = (torch.cat(batches).log_softmax(1) for batches in (original, pruned))
+        p, q = (torch.cat(batches).double().log_softmax(1) for batches in (original, pruned))
         spread = _kl(p, p.exp().mean(0).log())
         return _kl(p, q) / spread if spread > 0 else 0.0
-    error = sum(float((a - b).nan_to_num(0.0, 0.0, 0.0).square().sum()) for a, b in zip(original, pruned, strict=True))
+    error = sum(_squares(a.double() - b.double()) for a, b in zip(original, pruned, strict=True))
     alike = len({batch.shape[1:] for batch in original}) == 1
-    mean = torch.cat(original).mean(0) if alike and sum(map(len, original)) > 1 else 0.0
-    spread = sum(float((batch - mean).nan_to_num(0.0, 0.0, 0.0).square().sum()) for batch in original)
+    count = sum(map(len, original))
+    mean = sum(batch.double().sum(0) for batch in original) / count if alike and count > 1 else 0.0
+    spread = sum(_squares(batch.double() - mean) for batch in original)
     return error / spread if spread > 0 else 0.0
+
+
+def _squares(difference: Tensor) -> float:
+    return float(difference.nan_to_num_(0.0, 0.0, 0.0).square_().sum())
 
 
 def _kl(p: Tensor, q: Tensor) -> float:

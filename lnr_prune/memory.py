@@ -1,56 +1,73 @@
-"""What a prune needs in memory, known before the data is read: bytes for the statistics and for the solve."""
+"""What a prune needs in memory, known before the data is read: bytes for the statistics, the solves and the refit."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lnr_prune.errors import LnrPruneError
+from lnr_prune.graph import ChannelGroup, Graph
 from lnr_prune.registry import Pair
+from lnr_prune.supports import pairs_of, refitted
 
 logger = logging.getLogger("lnr_prune")
 
-COPIES = 12  # of a layer's second moments that are alive while it is solved or refitted, its own among them; measured
+SOLVE = (8, 16)  # copies of R, (d, d), and of B, (h, d), that a solve makes; measured, the group lasso's are the most
+REFIT = (12, 15)  # the same of a layer's refit, its moments among them
+TURN = 0.5  # of what the largest solve needs: in low memory, moments of so many bytes are gathered at a time
 FLOAT64 = 8
 SHOWN = 3  # layers that an error names
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that are alive at once.
+    """Bytes that are alive at once. Activations, which depend on the batches, and the model come on top.
 
     Attributes:
         layers: Weight's name -> bytes of its second moments, ``8 d^2``.
-        solve: Bytes besides for the group that needs most, ``8 ((COPIES - 1) d^2 + 3 h d)`` summed over its
-            consumers.
+        turns: The groups whose second moments are in memory together, turn by turn.
+        lasting: Groups whose second moments stay in memory from the start.
+        at_once: Bytes of the second moments that are in memory together.
+        later: Bytes of those that still are during a refit.
+        solve: Bytes besides for the group that needs most, ``8 (8 d^2 + 16 h d)`` summed over its consumers.
         largest: Name of that group.
+        refit: Bytes for the layer that needs most when it is refitted, ``8 (12 d^2 + 15 h d)``; 0 = there is no refit.
+        refitted: Name of that layer.
     """
 
     layers: Mapping[str, int]
+    turns: tuple[tuple[ChannelGroup, ...], ...]
+    lasting: tuple[ChannelGroup, ...]
+    at_once: int
+    later: int
     solve: int
     largest: str
-
-    @property
-    def statistics(self) -> int:
-        """Bytes of all second moments."""
-        return sum(self.layers.values())
+    refit: int
+    refitted: str
 
     @property
     def total(self) -> int:
-        """Statistics and solve."""
-        return self.statistics + self.solve
+        """What the selection needs, or the refit, whichever is more."""
+        return max(self.at_once + self.solve, self.later + self.refit)
 
     def __str__(self) -> str:
+        refit = f", {_gigabytes(self.refit)} to refit layer {self.refitted!r}" if self.refit else ""
+        turns = f", in {len(self.turns)} turns" if len(self.turns) > 1 else ""
         return (
-            f"{_gigabytes(self.total)} ({_gigabytes(self.statistics)} for the second moments of {len(self.layers)} "
-            f"layers, {_gigabytes(self.solve)} to solve group {self.largest!r})"
+            f"{_gigabytes(self.total)} ({_gigabytes(self.at_once)} for the second moments of {len(self.layers)} "
+            f"layers{turns}, {_gigabytes(self.solve)} to solve group {self.largest!r}{refit})"
         )
 
-    def check(self, available: int | None) -> None:
+    def check(self, available: int | None, low: "MemoryPlan") -> None:
         """Refuses what does not fit.
+
+        Args:
+            available: Bytes that there are; None = not known.
+            low: The plan with ``low_memory=True``, which is advised if it fits.
 
         Raises:
             LnrPruneError: It says what is needed, what there is, and what to do.
@@ -60,30 +77,68 @@ class MemoryPlan:
             return
         most = sorted(self.layers, key=lambda name: -self.layers[name])[:SHOWN]
         named = ", ".join(f"{name.removesuffix('.weight')!r} {_gigabytes(self.layers[name])}" for name in most)
-        advice = (
-            "prune a few groups at a time: keep={name: ...} reads the layers of these groups only"
-            if self.solve + max(self.layers.values()) <= available
-            else "leave that group whole: keep={name: ...} names those that are pruned"
-        )
+        if low.total <= available:
+            advice = f"give low_memory=True, which needs {_gigabytes(low.total)}"
+        elif self.refit > available:
+            advice = "do without the refit: debias=False"
+        elif self.solve + max(self.layers.values(), default=0) <= available:
+            advice = "prune a few groups at a time: keep={name: ...} reads the layers of these groups only"
+        else:
+            advice = "leave that group whole: keep={name: ...} names those that are pruned"
         raise LnrPruneError(
             f"pruning needs {self}, but {_gigabytes(available)} are available (the largest: {named}). Free memory, "
             f"use a larger machine, or {advice}"
         )
 
 
-def memory_plan(groups: Mapping[str, Sequence[Pair]], tensors: Mapping[str, Tensor]) -> MemoryPlan:
-    """The plan for groups, name -> their consumers."""
-    layers: dict[str, int] = {}
-    solves = {"": 0}
-    for name, pairs in groups.items():
-        solves[name] = 0
-        for pair in pairs:
-            weight = tensors[pair.consumer.weight]
-            d, h = len(pair.groups(tensors)), weight.shape[1 - pair.consumer.dim]
-            layers[pair.consumer.weight] = FLOAT64 * d * d
-            solves[name] += FLOAT64 * ((COPIES - 1) * d * d + 3 * h * d)
-    largest = max(solves, key=lambda name: solves[name])
-    return MemoryPlan(layers, solves[largest], largest)
+def memory_plan(
+    graph: Graph,
+    groups: Sequence[ChannelGroup],
+    tensors: Mapping[str, Tensor],
+    *,
+    bias: bool,
+    refit: bool = True,
+    search: bool = False,
+    low_memory: bool = False,
+) -> MemoryPlan:
+    """The plan for groups of a model.
+
+    Args:
+        graph: The model's channel groups.
+        groups: Those that may be pruned, in order of execution.
+        tensors: The model's tensors.
+        bias: Whether biases are refitted.
+        refit: Whether the layers are.
+        search: Whether they are refitted before the channels are chosen, too.
+        low_memory: Whether the moments of some groups are gathered at a time, of one at least, and of no more than need
+            `TURN` of the largest solve; else those of all.
+    """
+    pairs = {group: pairs_of(group, bias) for group in groups}
+    layers = {pair.consumer.weight: _bytes(pair, tensors, (1, 0)) for of in pairs.values() for pair in of}
+    solves = {group.name: sum(_bytes(pair, tensors, SOLVE) for pair in of) for group, of in pairs.items()}
+    reached = refitted(graph, groups, bias).values() if refit else ()
+    refits = {pair.consumer.name: _bytes(pair, tensors, REFIT) for pair in reached}
+    (largest, solve), (layer, most) = (max(of.items(), key=itemgetter(1), default=("", 0)) for of in (solves, refits))
+
+    def together(some: Iterable[ChannelGroup]) -> int:
+        return sum(layers[weight] for weight in {pair.consumer.weight for group in some for pair in pairs[group]})
+
+    turns: list[tuple[ChannelGroup, ...]] = [()]
+    for group in groups:
+        if low_memory and turns[-1] and together((*turns[-1], group)) > TURN * solve:
+            turns.append(())
+        turns[-1] = (*turns[-1], group)
+    again = tuple(group for group in groups if any(pair.consumer.weight in graph.repeated for pair in pairs[group]))
+    lasting = again if len(turns) > 1 else tuple(groups)
+    at_once = max(map(together, turns)) + (together(again) if len(turns) > 1 else 0)
+    later = together(lasting if search else again)
+    return MemoryPlan(layers, tuple(turns), lasting, at_once, later, solve, largest, most, layer)
+
+
+def _bytes(pair: Pair, tensors: Mapping[str, Tensor], copies: tuple[int, int]) -> int:
+    """So many copies of R, (d, d), and of B, (h, d)."""
+    d, h = len(pair.groups(tensors)), tensors[pair.consumer.weight].shape[1 - pair.consumer.dim]
+    return FLOAT64 * (copies[0] * d * d + copies[1] * h * d)
 
 
 def available_memory(device: torch.device) -> int | None:

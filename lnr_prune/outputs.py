@@ -14,11 +14,17 @@ from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import in_mode, unfused_attention
 from lnr_prune.multihead import visible_attention
 
+TOGETHER = 2**30  # bytes that float64 copies of all tensors may take; those of larger models are made one by one
+
 
 def outputs_of(
     model: nn.Module, weights: Mapping[str, Tensor], example: Call, *, wide: bool, training: bool
 ) -> list[Tensor]:
     """The tensors that the model returns with some of its own replaced.
+
+    In float64 a model of more than `TOGETHER` bytes runs on its own tensors, and each function that it calls gets
+    float64 copies of those that it is called with, which are gone when the next is: the outputs are the same, in the
+    memory of one layer. Training mode, and functions that torch.jit has compiled, do not go together with that.
 
     Args:
         model: The model, in any mode.
@@ -28,12 +34,17 @@ def outputs_of(
         training: Whether to run in training mode; dropout lets everything through then, and statistics stay.
 
     Raises:
-        CalibrationError: If the model does not run.
+        CalibrationError: If the model does not run, such as one that insists on its own dtype.
     """
     tensors = {name: weights.get(name, tensor) for name, tensor in own_tensors(model).items()}
-    if wide:
-        tensors, example = {name: _wide(tensor) for name, tensor in tensors.items()}, tree_map(_wide, example)
-    outputs = _run_training(model, example, tensors) if training else run(model, example, tensors)
+    large = 8 * sum(tensor.numel() for tensor in tensors.values()) > TOGETHER
+    if wide and large and not training:
+        with _OneByOne({id(own): tensors[name] for name, own in own_tensors(model).items()}):
+            outputs = run(model, tree_map(_wide, example))
+    else:
+        if wide:
+            tensors, example = {name: _wide(tensor) for name, tensor in tensors.items()}, tree_map(_wide, example)
+        outputs = _run_training(model, example, tensors) if training else run(model, example, tensors)
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
@@ -50,6 +61,27 @@ def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -
             return functional_call(model, copies, *call)
         except Exception as error:  # a forward raises errors of any kind
             raise CalibrationError(f"{type(model).__name__} does not run in training mode: {error}") from error
+
+
+class _OneByOne(TorchFunctionMode):
+    """Every function gets, in place of some tensors, float64 copies of others, of which only the last is kept."""
+
+    def __init__(self, values: Mapping[int, Tensor]) -> None:
+        """Id of a tensor -> the one in its place."""
+        super().__init__()
+        self.values, self.last = values, (-1, torch.empty(0))
+
+    def _replaced(self, leaf: Any) -> Any:
+        if id(leaf) in self.values and self.last[0] != id(leaf):
+            self.last = (-1, torch.empty(0))  # before the next is made
+            self.last = id(leaf), _wide(self.values[id(leaf)])
+        return self.last[1] if id(leaf) in self.values else leaf
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map(self._replaced, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class _NoDropout(TorchFunctionMode):

@@ -33,7 +33,7 @@ from lnr_prune.report import GroupReport, LayerReport, Report
 from lnr_prune.ridge import LayerFit
 from lnr_prune.search import costs_of, within_budget
 from lnr_prune.solvers import Solver, find_solver
-from lnr_prune.supports import Selected, paired, read, refit_network, select
+from lnr_prune.supports import Selected, Turns, moments_of, read, refit_network, select
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
 
 logger = logging.getLogger("lnr_prune")
@@ -89,6 +89,7 @@ def prune(
     inputs: Inputs | None = None,
     inplace: bool = False,
     as_graph: bool = False,
+    low_memory: bool = False,
     seed: int = 0,
     progress: bool | Callable[[str], None] | None = None,
     work: str | os.PathLike[str] | None = None,
@@ -128,6 +129,9 @@ def prune(
         inplace: Shrinks ``model`` itself. If anything fails it is as before.
         as_graph: Returns a `PrunedGraph`, a GraphModule of ATen operations for evaluation only, instead of a
             module of the model's class. No channels stay then because the model's forward holds their number.
+        low_memory: Gathers the second moments of a few groups at a time, which are gone when the channels of these
+            are chosen, with one more pass over the calibration data for every few (two with a budget): the result
+            is the same.
         seed: Of the "random" selector.
         progress: Whether to show a progress bar; default: if stderr is a terminal. Or a function that is called
             with what is being done.
@@ -169,11 +173,11 @@ def prune(
     amounts: dict[str, Any] = {"keep": keep, "lam": lam, "lam_ratio": lam_ratio, "budget": budget, "selector": selector}
     flags = {"bias": bias, "debias": debias, "logits": logits, "as_graph": as_graph}
     check_amounts(**amounts)
-    check_flags(**flags, inplace=inplace)
+    check_flags(**flags, inplace=inplace, low_memory=low_memory)
     check_settings(ridge=ridge, seed=seed, progress=progress, work=work)
     solver = find_solver(solver)
     settings = {**amounts, **flags, "solver": solver, "ridge": ridge, "seed": seed}
-    distributed.same("arguments", repr((settings, work is None)))
+    distributed.same("arguments", repr((settings, low_memory, work is None)))
     data = calibrate(model, calibration, inputs)
     distributed.whole(model)
     distributed.same("weights", distributed.checksums(model))
@@ -199,26 +203,34 @@ def prune(
         check_reach(costs_of(model, graph, {group.name for group in wanted}, example), wanted, budget)
 
     with _shown(progress) as step, resume.folder(work, model, data, settings) as data:
-        consumers = {group.name: [paired(consumer, bias) for consumer in group.consumers] for group in wanted}
-        memory_plan(consumers, tensors).check(available_memory(next(iter(tensors.values())).device))
-        readings = read(model, wanted, data, bias=bias, progress=lambda: step("statistics"))
+        search = budget is not None and budget.search > 0
+        needed = partial(memory_plan, graph, wanted, tensors, bias=bias, refit=debias, search=search)
+        memory = needed(low_memory=low_memory)
+        memory.check(available_memory(next(iter(tensors.values())).device), needed(low_memory=True))
+        gathered = partial(read, model, data=data, bias=bias, progress=lambda: step("statistics"))
+        readings = gathered(memory.lasting)
+        turns = [readings] if len(memory.turns) == 1 else Turns(memory.turns, gathered)
+        repeated = moments_of(graph.repeated, readings)
         predicted: Mapping[str, float] = {}
         if budget is not None:
-            given = partial(within_budget, traced=example, bias=bias, logits=logits, progress=step)
-            allocated = partial(given, model, target, graph, readings, data, budget)
+            given = partial(within_budget, repeated=repeated, traced=example, bias=bias, logits=logits, progress=step)
+            allocated = partial(given, model, target, graph, turns, data, budget)
             allocation = resume.remembered("allocation", Allocation, allocated)
             choices, predicted = choose_channels(graph, keep=allocation.sizes, selector=selector), allocation.errors
         generator = torch.Generator().manual_seed(seed)
-        selected = select(readings, choices, tensors, solver=solver, generator=generator, progress=step)
+        selected = select(
+            turns, choices, tensors, solver=solver, generator=generator, coefficients=not debias, progress=step
+        )
+        readings.clear()  # but for the layers that are applied repeatedly, the moments have had their use
         chosen = {name: of_group.selection.support for name, of_group in selected.items()}
         if debias:
             done = refit_network(
-                model, graph, readings, chosen, data, bias=bias, ridge=ridge, logits=logits, progress=step
+                model, graph, chosen, data, repeated=repeated, bias=bias, ridge=ridge, logits=logits, progress=step
             )
         else:
             done = _as_selected(selected, tensors)
 
-    supports = [(readings[name].group, support) for name, support in chosen.items()]
+    supports = [(group, chosen[group.name]) for group in wanted]
     plan = make_plan(supports)
     plan = replace(plan, original=fingerprint(model, plan.attributes))
     masked = {**masked_weights(supports, tensors), **done.weights}

@@ -125,6 +125,14 @@ def prune(
             rich_help_panel=AMOUNT,
         ),
     ] = False,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="Gather the statistics of a few layers at a time: slower, in less memory, the same result.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="The pruned model, as safetensors. Needed unless --dry-run.", rich_help_panel=OUTPUT),
@@ -171,6 +179,7 @@ def prune(
             selector=selector,
             logits=logits,
             as_graph=as_graph,
+            low_memory=low_memory,
             seed=seed,
             work=work,
             progress=(None if sys.stderr.isatty() else lines()) if first else False,

@@ -64,42 +64,56 @@ def ridge_regression(
     Returns:
         M, (h, d), and how well it fits.
     """
-    if ridge is None and held is not None:
-        regress, columns = _regression(fit, kept, ridged, W), kept.nonzero()[:, 0]
-        best, ridge, held_kept = math.inf, DEFAULT_RIDGE, held.at(columns)
-        for candidate in RIDGES:
-            M = regress(candidate)
-            error = math.inf if M is None else held_kept.error(M)
-            if error > best:
-                break
-            best, ridge = error, candidate
-    ridge = DEFAULT_RIDGE if ridge is None else ridge
-    whole = fit if held is None else fit + held
-    regress = _regression(whole, kept, ridged, W)
-    while (M := regress(ridge)) is None:
-        ridge = max(10 * ridge, RIDGES[-1])
+    ridged, W_kept = ridged[kept], W if bool(kept.all()) else W[:, kept]
+    if ridge is None:
+        ridge = DEFAULT_RIDGE if held is None else _chosen(fit.at(kept), held.at(kept), ridged, W_kept)
+    whole = (fit if held is None else fit + held).at(kept)
+    M, ridge = _regressed(whole, ridged, W_kept, ridge)
+    fitted = LayerFit(whole.error(M), float(whole.yy) / whole.count, ridge, whole.count, len(ridged))
+    if W_kept is W:
+        return M, fitted
     full = torch.zeros_like(W)
     full[:, kept] = M
-    return full, LayerFit(whole.error(full), float(whole.yy) / whole.count, ridge, whole.count, int(kept.sum()))
+    return full, fitted
 
 
-def _regression(moments: SecondMoments, kept: Tensor, ridged: Tensor, W: Tensor) -> Callable[[float], Tensor | None]:
-    """Ridge -> M on the kept columns, or None where R + ridge is singular to working precision."""
-    groups = ridged[kept].long() - 1  # one group, and the columns that are eliminated
-    block = moments.at(kept.nonzero()[:, 0]).block(groups)
-    eliminated = GroupLasso((block,), W.new_ones(1)).eliminated
-    (block,) = eliminated.problem.blocks
-    W = W[:, kept & ridged]
-    scale = float(block.R.diagonal().mean()) or 1.0
-    residual = block.B - W @ block.R
+def _chosen(fit: SecondMoments, held: SecondMoments, ridged: Tensor, W: Tensor) -> float:
+    """The best of `RIDGES` on the samples that were held out."""
+    regress = _regression(fit, ridged, W)
+    best, ridge = math.inf, DEFAULT_RIDGE
+    for candidate in RIDGES:
+        M = regress(candidate)
+        error = math.inf if M is None else held.error(M)
+        if error > best:
+            break
+        best, ridge = error, candidate
+    return ridge
+
+
+def _regressed(moments: SecondMoments, ridged: Tensor, W: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """M, and the ridge, which grows until there is an M."""
+    regress = _regression(moments, ridged, W)
+    while (M := regress(ridge)) is None:
+        ridge = max(10 * ridge, RIDGES[-1])
+    return M, ridge
+
+
+def _regression(moments: SecondMoments, ridged: Tensor, W: Tensor) -> Callable[[float], Tensor | None]:
+    """Ridge -> M, or None where R + ridge is singular to working precision."""
+    groups = ridged.long() - 1  # one group, and the columns that are eliminated
+    eliminated = GroupLasso((moments.block(groups),), W.new_ones(1)).eliminated
+    (block,), complete, R = eliminated.problem.blocks, eliminated.complete, eliminated.problem.blocks[0].R
+    W = W if bool(ridged.all()) else W[:, ridged]
+    scale = float(R.diagonal().mean()) or 1.0
+    residual = torch.addmm(block.B, W, R, alpha=-1)
 
     def regress(ridge: float) -> Tensor | None:
-        R = block.R.clone()
-        R.diagonal().add_(ridge * scale)
-        L, info = torch.linalg.cholesky_ex(R)
+        A = R.clone()
+        A.diagonal().add_(ridge * scale)
+        L, info = torch.linalg.cholesky_ex(A)
         if int(info) != 0:
             return None
-        (M,) = eliminated.complete((W + torch.cholesky_solve(residual.T, L).T,))
+        (M,) = complete((torch.cholesky_solve(residual.T, L).T.add_(W),))
         return M
 
     return regress

@@ -1,7 +1,7 @@
 """From a budget to sizes: curves, allocation, and a local search on what the outputs really suffer."""
 
 import itertools
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.curves import error_curves, output_error, some
 from lnr_prune.graph import Graph, named_tensors
 from lnr_prune.plan import make_plan
+from lnr_prune.statistics import SecondMoments
 from lnr_prune.supports import Reading, refit_network
 from lnr_prune.verify import masked_weights
 
@@ -25,10 +26,11 @@ def within_budget(
     model: nn.Module,
     target: nn.Module,
     graph: Graph,
-    readings: Mapping[str, Reading],
+    turns: Iterable[Mapping[str, Reading]],
     data: Calibration,
     budget: Budget,
     *,
+    repeated: Mapping[str, SecondMoments],
     traced: Call,
     bias: bool,
     logits: bool = False,
@@ -40,9 +42,10 @@ def within_budget(
         model: The original model.
         target: The module that is to be shrunk; it is, to measure latencies, and is as before when this returns.
         graph: The model's channel groups.
-        readings: Groups that may shrink, with their statistics.
+        turns: Groups that may shrink, with their statistics, some groups at a time.
         data: The calibration data.
         budget: The budget.
+        repeated: As for `refit_network`.
         traced: The call that the graph was traced with.
         bias: Whether biases are refitted.
         logits: Whether the outputs are logits.
@@ -53,9 +56,10 @@ def within_budget(
     """
     tensors, example = named_tensors(model), data.example()
     curves, eliminations = error_curves(
-        model, readings, data, lambda name: progress(f"measuring {name}"), logits=logits, samples=budget.samples
+        model, turns, data, lambda name: progress(f"measuring {name}"), logits=logits, samples=budget.samples
     )
-    costs = costs_of(model, graph, readings, traced)
+    groups = {group.name: group for group in graph.groups if group.name in curves}
+    costs = costs_of(model, graph, groups, traced)
 
     def measured() -> float:
         return distributed.spread([lambda: cost.latency(target, example)])[0]
@@ -63,7 +67,6 @@ def within_budget(
     whole = resume.remembered("latency", float, measured) if budget.latency is not None else 1.0
 
     def latency(sizes: Sizes) -> float:
-        groups = {name: readings[name].group for name in sizes}
         plan = make_plan((group, torch.arange(group.size) < sizes[name]) for name, group in groups.items())
         restore = restore_point(target)
         try:
@@ -75,9 +78,9 @@ def within_budget(
     def error(sizes: Sizes) -> float:
         progress("searching")
         supports = {name: eliminations[name].support(size) for name, size in sizes.items()}
-        masked = masked_weights([(readings[name].group, support) for name, support in supports.items()], tensors)
+        masked = masked_weights([(groups[name], support) for name, support in supports.items()], tensors)
         with resume.nothing():  # a trial is remembered as a whole
-            done = refit_network(model, graph, readings, supports, fit, bias=bias, logits=logits)
+            done = refit_network(model, graph, supports, fit, repeated=repeated, bias=bias, logits=logits)
         with distributed.alone():  # all ranks have the same samples to judge on
             weights = {**masked, **done.weights}
             suffered = output_error(model, weights, judged, logits=logits, samples=budget.samples)

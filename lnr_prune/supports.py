@@ -1,6 +1,6 @@
 """All channel groups of a network: their statistics, their supports, and the refit of all layers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,12 +29,12 @@ class Reading:
     Attributes:
         group: The group.
         pairs: Its consumers, with their adapters.
-        moments: Second moments of their inputs, in the original network.
+        moments: Second moments of their inputs, in the original network; () while they are not in memory.
     """
 
     group: ChannelGroup
     pairs: tuple[Pair, ...]
-    moments: tuple[SecondMoments, ...]
+    moments: tuple[SecondMoments, ...] = ()
 
     def problem(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> GroupLasso:
         """The group lasso of its channels, on the columns that the masks leave (weight's name -> 0 or 1)."""
@@ -47,10 +47,11 @@ class Reading:
 
     def columns(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Per consumer, the columns that the masks leave, (d,) bool."""
-        return tuple(
-            pair.columns(masks.get(pair.consumer.weight, torch.ones_like(tensors[pair.consumer.weight])), bias=1.0)
-            for pair in self.pairs
-        )
+
+        def mask(weight: str) -> Tensor:
+            return masks.get(weight, tensors[weight].new_ones(())).expand_as(tensors[weight])
+
+        return tuple(pair.columns(mask(pair.consumer.weight), bias=1.0) for pair in self.pairs)
 
 
 def read(
@@ -62,9 +63,9 @@ def read(
     progress: Callable[[], None] | None = None,
 ) -> dict[str, Reading]:
     """One pass over the calibration data: every group with its consumers' second moments, in order of execution."""
-    pairs = {g: tuple(paired(consumer, bias) for consumer in g.consumers or g.training) for g in groups}
+    pairs = {g: pairs_of(g, bias) for g in groups}
     readers = {pair.consumer.weight: pair for g, of_group in pairs.items() for pair in of_group if g.consumers}
-    moments = gather(model, readers, data, progress=progress)
+    moments = gather(model, readers, data, progress=progress) if readers else {}
     tensors = named_tensors(model)
     for pair in (pair for of_group in pairs.values() for pair in of_group):
         if pair.consumer.weight not in moments:  # it runs in training only: nothing is known of its inputs
@@ -75,13 +76,38 @@ def read(
     }
 
 
+def moments_of(weights: Container[str], readings: Mapping[str, Reading]) -> dict[str, SecondMoments]:
+    """The moments of those of these layers that some groups are read by."""
+    pairs = (pair for reading in readings.values() for pair in zip(reading.pairs, reading.moments, strict=True))
+    return {pair.consumer.weight: moments for pair, moments in pairs if pair.consumer.weight in weights}
+
+
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """Channel groups with their second moments, some groups at a time: one pass over the calibration data a turn.
+
+    Attributes:
+        groups: The groups of every turn, in order of execution.
+        read: Groups -> name of a group -> its reading.
+    """
+
+    groups: Sequence[Sequence[ChannelGroup]]
+    read: Callable[[Sequence[ChannelGroup]], dict[str, Reading]]
+
+    def __iter__(self) -> Iterator[dict[str, Reading]]:
+        for groups in self.groups:
+            readings = self.read(groups)
+            yield readings
+            readings.clear()  # their memory is for the next
+
+
 @dataclass(frozen=True, eq=False)
 class Selected:
     """A group whose channels are chosen.
 
     Attributes:
-        reading: The group and its consumers.
-        selection: What was chosen.
+        reading: The group and its consumers, without their moments.
+        selection: What was chosen; without coefficients if these were not asked for.
         error: ``E||y - M x||^2 / E||y||^2`` of its consumers in the original network, with the selection's M.
         kept: Per consumer, the columns that neither this nor an earlier group has dropped, (d,) bool.
     """
@@ -93,38 +119,42 @@ class Selected:
 
 
 def select(
-    readings: Mapping[str, Reading],
+    turns: Iterable[Mapping[str, Reading]],
     choices: Mapping[str, Choice],
     tensors: Mapping[str, Tensor],
     *,
     solver: str | Solver,
     generator: torch.Generator,
+    coefficients: bool = True,
     progress: Callable[[str], None],
 ) -> dict[str, Selected]:
     """Chooses every group's channels on the original network's second moments, in order of execution.
 
     Columns that an earlier group has dropped from a layer (a concatenation's) are out of the later ones' problems.
-    Processes that prune together share out the groups that read different layers.
+    Processes that prune together share out the groups of a turn that read different layers.
     """
     masks: dict[str, Tensor] = {}
     selected: dict[str, Selected] = {}
 
-    def choose(name: str, draws: Tensor) -> tuple[Selection, float]:
+    def choose(reading: Reading, draws: Tensor) -> tuple[Selection, float]:
+        name = reading.group.name
         progress(f"selecting {name}")
-        reading = readings[name]
         problem = reading.problem(tensors, masks)
         original = tuple(pair.matrix(tensors) for pair in reading.pairs)
         selection = choices[name](Candidates(problem, original, _magnitude(reading.group, tensors), solver, draws))
-        return selection, problem.error(selection.coefficients)
+        error = problem.error(selection.coefficients)
+        return selection if coefficients else replace(selection, coefficients=()), error
 
-    for names in _independent(readings):
-        draws = [torch.rand(readings[name].group.size, generator=generator) for name in names]
-        tasks = {name: partial(choose, name, drawn) for name, drawn in zip(names, draws, strict=True)}
-        done = resume.spread("channels of", tuple[Selection, float], tasks)
-        for name, (selection, error) in zip(names, done, strict=True):
-            reading = readings[name]
-            masks |= masked_weights([(reading.group, selection.support)], {**_ones([reading.group], tensors), **masks})
-            selected[name] = Selected(reading, selection, error, reading.columns(tensors, masks))
+    for readings in turns:
+        for names in _independent(readings):
+            draws = [torch.rand(readings[name].group.size, generator=generator) for name in names]
+            tasks = {name: partial(choose, readings[name], u) for name, u in zip(names, draws, strict=True)}
+            done = resume.spread("channels of", tuple[Selection, float], tasks)
+            for name, (selection, error) in zip(names, done, strict=True):
+                reading = replace(readings[name], moments=())
+                whole = _ones([reading.group], tensors)
+                masks |= masked_weights([(reading.group, selection.support)], {**whole, **masks})
+                selected[name] = Selected(reading, selection, error, reading.columns(tensors, masks))
     return selected
 
 
@@ -145,10 +175,10 @@ def _independent(readings: Mapping[str, Reading]) -> list[list[str]]:
 def refit_network(
     model: nn.Module,
     graph: Graph,
-    readings: Mapping[str, Reading],
     supports: Mapping[str, Tensor],
     data: Calibration,
     *,
+    repeated: Mapping[str, SecondMoments],
     bias: bool,
     ridge: float | None = None,
     logits: bool = False,
@@ -156,31 +186,14 @@ def refit_network(
 ) -> Refit:
     """Refits every linear layer of the network, pruned or not, in one sweep; see `refit`.
 
-    Layers that are applied repeatedly are refitted on the original network's moments.
+    Layers that are applied repeatedly are refitted on the original network's moments, ``repeated``.
     """
     tensors = named_tensors(model)
-    read_by = {name: readings[name] for name in supports}
-    chosen = [(readings[name].group, support) for name, support in supports.items()]
-    masks = masked_weights(chosen, _ones((group for group, _ in chosen), tensors))
-    pairs: dict[str, Pair] = {}
-    kept: dict[str, Tensor] = {}
-    repeated: dict[str, SecondMoments] = {}
-    for reading in read_by.values():
-        for pair, moments, columns in zip(reading.pairs, reading.moments, reading.columns(tensors, masks), strict=True):
-            name = pair.consumer.weight
-            pairs[name], kept[name] = pair, columns
-            if name in graph.repeated:
-                repeated[name] = moments
-    for layer in graph.layers:
-        if layer.weight not in graph.repeated and layer.weight not in pairs:
-            with suppress(AdapterError):  # nobody can read it: it stays as it is
-                pairs[layer.weight] = paired(layer, bias)
-    order = {layer.weight: position for position, layer in enumerate(graph.layers)}
-    pairs = dict(sorted(pairs.items(), key=lambda entry: order.get(entry[0], len(order))))
+    chosen = [(group, supports[group.name]) for group in graph.groups if group.name in supports]
     return refit(
         model,
-        pairs,
-        kept,
+        refitted(graph, (group for group, _ in chosen), bias),
+        _kept(chosen, tensors, bias),
         data,
         repeated=repeated,
         ridge=ridge,
@@ -190,10 +203,37 @@ def refit_network(
     )
 
 
+def refitted(graph: Graph, groups: Iterable[ChannelGroup], bias: bool) -> dict[str, Pair]:
+    """The layers that a refit reaches when these groups are pruned, in order of execution: weight's name -> layer."""
+    pairs = {pair.consumer.weight: pair for group in groups for pair in pairs_of(group, bias)}
+    for layer in graph.layers:
+        if layer.weight not in graph.repeated and layer.weight not in pairs:
+            with suppress(AdapterError):  # nobody can read it: it stays as it is
+                pairs[layer.weight] = paired(layer, bias)
+    order = {layer.weight: position for position, layer in enumerate(graph.layers)}
+    return dict(sorted(pairs.items(), key=lambda entry: order.get(entry[0], len(order))))
+
+
+def _kept(
+    chosen: Sequence[tuple[ChannelGroup, Tensor]], tensors: Mapping[str, Tensor], bias: bool
+) -> dict[str, Tensor]:
+    """Weight's name -> the columns that supports leave, (d,) bool."""
+    masks, kept = masked_weights(chosen, _ones((group for group, _ in chosen), tensors)), dict[str, Tensor]()
+    for reading in (Reading(group, pairs_of(group, bias)) for group, _ in chosen):
+        names = (pair.consumer.weight for pair in reading.pairs)
+        kept |= dict(zip(names, reading.columns(tensors, masks), strict=True))
+    return kept
+
+
+def pairs_of(group: ChannelGroup, bias: bool) -> tuple[Pair, ...]:
+    """The layers that read a group, or that do so in training if nobody else does, with their adapters."""
+    return tuple(paired(consumer, bias) for consumer in group.consumers or group.training)
+
+
 def _ones(groups: Iterable[ChannelGroup], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of the groups' consumers, those in training included, that leave everything."""
-    names = {consumer.weight for group in groups for consumer in (*group.consumers, *group.training)}
-    return {name: torch.ones_like(tensors[name]) for name in sorted(names)}
+    """Masks of the groups' consumers, those in training included, that leave everything: of one row each."""
+    consumers = (consumer for group in groups for consumer in (*group.consumers, *group.training))
+    return {c.weight: tensors[c.weight].detach().narrow(1 - c.dim, 0, 1).clone().fill_(1) for c in consumers}
 
 
 def paired(consumer: Consumer, bias: bool) -> Pair:

@@ -1,7 +1,7 @@
 """Verification: the smaller model must equal the masked model, numerically."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, tor
 """Largest difference allowed, relative to the largest output; rounding grows with depth."""
 
 
-def masked_weights(groups: list[tuple[ChannelGroup, Tensor]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def masked_weights(groups: Sequence[tuple[ChannelGroup, Tensor]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The consumers' weights with the columns of dropped channels set to zero, at full size."""
     masked: dict[str, Tensor] = {}
     for group, support in groups:
@@ -48,6 +48,8 @@ class Reference:
         wide: bool = True,
     ) -> None:
         """Runs the model with these full-size tensors in place of its own.
+
+        In float64, see `outputs_of`, where the model runs in it; else in its own dtype, with the tolerance of that.
 
         Args:
             model: The whole model.
@@ -196,8 +198,8 @@ def _trial(model: nn.Module, groups: Groups, example: Call) -> Trial:
         support = torch.rand(group.size, generator=generator) > 0.3
         support[[0, -1]], support[group.size // 2] = False, True
         supports[group.name] = support
-    weights = random_weights(model)
-    masked = {**weights, **masked_weights([(group, supports[group.name]) for group in groups], weights)}
+    masked = random_weights(model)
+    masked |= masked_weights([(group, supports[group.name]) for group in groups], masked)
     reference = Reference(model, masked, example, training=any(group.training for group in groups))
 
     def trial(candidates: Groups) -> str | None:

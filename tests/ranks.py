@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lnr_prune as lnr
-from lnr_prune import distributed, statistics
+from lnr_prune import distributed, memory, statistics
 from lnr_prune.calibration import calibrate
 from lnr_prune.graph import find_groups
 from lnr_prune.registry import Pair, find
@@ -71,6 +71,11 @@ def pruned_cases(share: Callable[[list[Tensor]], Any], names: Collection[str] | 
     per_column, statistics.ROWS_PER_COLUMN = statistics.ROWS_PER_COLUMN, 2
     results["some rows"] = result(lnr.prune(network(cnn), uneven(images), keep=0.5))
     statistics.ROWS_PER_COLUMN = per_column
+    turn, memory.TURN = memory.TURN, 0
+    for name in ("low memory", "low memory, search") if names is None else ():
+        amount = PRUNED["search" if "search" in name else "lasso"]
+        results[name] = result(lnr.prune(network(cnn), share(images), low_memory=True, **amount))
+    memory.TURN = turn
     return results
 
 

@@ -178,7 +178,7 @@ def test_the_curves_are_the_measured_divergence() -> None:
     model, x = mlp(8, 20, 4).double().requires_grad_(False), torch.randn(100, 8, dtype=torch.float64)
     data = calibrate(model, [x])
     readings = read(model, find_groups(model, (x,), {}).groups, data, bias=True)
-    (curve,) = error_curves(model, readings, data)[0].values()
+    (curve,) = error_curves(model, [readings], data)[0].values()
     assert float(curve[20]) == 0.0
     assert bool((curve.diff() <= 1e-12).all())
     original = outputs(model, ((x,), {}))

@@ -130,3 +130,57 @@ def test_progress_is_reported_after_every_batch() -> None:
     x = torch.randn(5, 4)
     gather(model, readers_of(model, x), calibrate(model, [x, x]), progress=lambda: seen.append(1))
     assert len(seen) == 2
+
+
+@given(
+    calls=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    d=st.integers(1, 6),
+    mean=st.sampled_from([0.0, 3.0, 1e3]),
+    spread=st.sampled_from([0.0, 4.0]),
+    kind=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_products_in_single_precision_keep_to_their_bound(
+    calls: list[int], d: int, mean: float, spread: float, kind: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(sum(calls), k, generator=generator) for k in (d, 2))
+    scale = (spread * torch.randn(sum(calls), d, generator=generator)).exp()
+    x, y = ((x + mean) * scale).to(kind), y.to(kind)
+    moments = SecondMoments.zeros(2, d, x.device)
+    for rows in zip(x.split(calls), y.split(calls), strict=True):
+        moments = moments.with_rows(*rows)
+    check_bound(moments, x, y, max(calls))
+
+
+def check_bound(moments: SecondMoments, x: Tensor, y: Tensor, n: int) -> None:
+    """Compares with float64 products, entry by entry."""
+    x, y = x.double(), y.double()
+    gamma = n * 2.0**-24 / (1 - n * 2.0**-24) + len(x) * 2.0**-53
+    of_x, of_y = (z.square().sum(0).sqrt() for z in (x, y))
+    assert bool(((moments.xx - x.T @ x).abs() <= gamma * of_x[:, None] * of_x).all())
+    assert bool(((moments.yx - y.T @ x).abs() <= gamma * of_y[:, None] * of_x).all())
+
+
+def test_the_rounding_does_not_grow_with_the_number_of_calls() -> None:
+    x = 1 + torch.rand(3000, 2, generator=torch.Generator().manual_seed(0)) / 10
+    moments = SecondMoments.zeros(2, 2, x.device)
+    for row in x.split(1):
+        moments = moments.with_rows(row, row)
+    check_bound(moments, x, x, 1)  # added up in float32 they would be off by a hundred times as much
+
+
+def test_a_chunk_holds_no_more_elements_than_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "CHUNK", 50)
+    sizes = []
+    with_rows = SecondMoments.with_rows
+
+    def watched(moments: SecondMoments, x: Tensor, y: Tensor) -> SecondMoments:
+        sizes.append(x.numel())
+        return with_rows(moments, x, y)
+
+    monkeypatch.setattr(SecondMoments, "with_rows", watched)
+    model, x = mlp(4, 6, 3), torch.randn(40, 4)
+    gather(model, readers_of(model, x), calibrate(model, x))
+    assert sum(sizes) == 40 * 7
+    assert max(sizes) <= 50
