@@ -372,6 +372,6 @@ def test_logits_are_fitted_to_their_probabilities() -> None:
         p, q = model(x[900:]).log_softmax(1), pruned(x[900:]).log_softmax(1)
         return float((p.exp() * (p - q)).sum(1).mean())
 
-    assert kl(fitted.model) < 0.95 * kl(plain.model)
+    assert kl(fitted.model) < 0.98 * kl(plain.model)
     with pytest.raises(ValueError, match=r"one tensor \(samples, classes\), got \(2, 3, 4\)"):
         lnr.prune(model, [torch.randn(2, 3, 6)], keep=0.5, logits=True)
