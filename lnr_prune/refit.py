@@ -277,12 +277,12 @@ def _moments(pair: Pair, target: Target, W: Tensor) -> tuple[SecondMoments, Seco
 
     def add(part: bool) -> None:
         x, y = (torch.cat(each) for each in zip(*waiting[part], strict=True))
-        sums[part] = sums[part].with_rows(x, y)
         waiting[part] = []
+        sums[part] = sums[part].with_rows(x, y)
 
     for part, *piece in _rows(pair, target):  # products of few rows would cost little less than their addition
         waiting[part].append(piece)
-        if d * sum(len(x) for x, _ in waiting[part]) >= CHUNK:
+        if (h + d) * sum(len(x) for x, _ in waiting[part]) >= CHUNK:
             add(part)
     for part in (False, True):
         if waiting[part]:
