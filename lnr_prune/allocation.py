@@ -30,8 +30,8 @@ class Budget:
         round_to: Groups keep a multiple of so many channels (8 suits most accelerators).
         minimum: Channels that every group keeps at least.
         leave: Producers whose channels all stay.
-        samples: Calibration samples on which the outputs are measured: three times for every group, and once a trial of
-            the search. With few of them the sizes depend on which they are.
+        samples: Calibration samples on which the outputs are measured, three times for every group. With few of them
+            the sizes depend on which they are.
         search: Trials of a local search, which refits the whole network at other sizes within the budget and
             keeps them if the outputs suffer less; 0 = none. A trial costs as much as a refit of some hundred samples.
 

@@ -1,7 +1,8 @@
 """From a budget to sizes: curves, allocation, and a local search on what the outputs really suffer."""
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -18,7 +19,8 @@ from lnr_prune.statistics import SecondMoments
 from lnr_prune.supports import Reading, refit_network
 from lnr_prune.verify import masked_weights
 
-SAMPLES = 512  # that a trial of the search is refitted to
+SAMPLES = 512  # that a trial of the search is refitted to; as many others judge it
+TILTS = (1.0, 0.5)  # logarithms of the factors by which the last curve is raised against the first
 FACTORS = (3.0, 3.0, 1.5, 1.5)  # by which a curve is scaled, round by round
 
 
@@ -83,7 +85,7 @@ def within_budget(
             done = refit_network(model, graph, supports, fit, repeated=repeated, bias=bias, logits=logits)
         with distributed.alone():  # all ranks have the same samples to judge on
             weights = {**masked, **done.weights}
-            suffered = output_error(model, weights, judged, logits=logits, samples=budget.samples)
+            suffered = output_error(model, weights, judged, logits=logits, samples=SAMPLES)
         return distributed.everyone(suffered)[0]
 
     batches = some(data, 2 * SAMPLES) if budget.search else []
@@ -108,13 +110,13 @@ def search(
     error: Callable[[Sizes], float],
     trials: int,
 ) -> Allocation:
-    """Scales one group's curve after another, up and down, and keeps what lowers the measured error.
+    """Tilts all curves along the depth, then scales one after another, and keeps what lowers the measured error.
 
-    The sum of the groups' errors leaves out how they add up through the network. Every trial is within the budget, as
-    it is shared out anew.
+    The sum of the groups' errors leaves out how they add up through the network, and that later layers undo some of
+    what earlier ones suffer. Every trial is within the budget, as it is shared out anew.
 
     Args:
-        curves: Group -> its error curve.
+        curves: Group -> its error curve, in order of execution.
         shared_out: Curves -> sizes within the budget.
         error: Sizes -> measured error of the whole network.
         trials: Number of measurements; 0 = take the curves at their word.
@@ -123,16 +125,23 @@ def search(
     if trials == 0:
         return best
     least, tried = error(best.sizes), [best.sizes]
-    for factor in FACTORS:
-        for name, scale in itertools.product(sorted(curves, key=lambda each: -best.errors[each]), (factor, 1 / factor)):
-            changed = {**curves, name: curves[name] * scale}
-            trial = shared_out(changed)
-            if trial.sizes in tried:
-                continue
-            if len(tried) > trials:
-                return best
-            tried.append(trial.sizes)
-            measured = error(trial.sizes)
-            if measured < least:
-                best, least, curves = trial, measured, changed
+
+    def changes() -> Iterator[Mapping[str, Tensor]]:
+        for tilt in TILTS:
+            yield {name: curve * math.exp(tilt * i / len(curves)) for i, (name, curve) in enumerate(curves.items())}
+        for factor in FACTORS:
+            names = sorted(curves, key=lambda each: -best.errors[each])
+            for name, scale in itertools.product(names, (factor, 1 / factor)):
+                yield {**curves, name: curves[name] * scale}
+
+    for changed in changes():
+        trial = shared_out(changed)
+        if trial.sizes in tried:
+            continue
+        if len(tried) > trials:
+            break
+        tried.append(trial.sizes)
+        measured = error(trial.sizes)
+        if measured < least:
+            best, least, curves = trial, measured, changed
     return best
