@@ -192,6 +192,8 @@ def stopped(at: str, count: int) -> Callable[[str], None]:
 @pytest.mark.parametrize(
     ("at", "count", "left"),
     [
+        ("measuring", 3, {"statistics.watch": 0, "curves.backward": 2, "search.refit_network": 3}),  # of 4 groups
+        ("searching", 3, {"statistics.watch": 0, "curves.backward": 0, "search.refit_network": 1}),  # of 3 trials
         ("statistics", 4, {"statistics.watch": 2, "refit._target": 4}),  # of 6 batches
         ("selecting", 3, {"statistics.watch": 0, "problem.GroupLasso.error": 2, "refit._target": 4}),  # of 4 groups
         (
@@ -204,11 +206,12 @@ def stopped(at: str, count: int) -> Callable[[str], None]:
 def test_only_what_is_left_is_done(
     at: str, count: int, left: dict[str, int], expected: Any, tmp_path: Path, counted: Counter[str]
 ) -> None:
-    wanted = of("lasso", expected)
+    name = "budget" if at in ("measuring", "searching") else "lasso"
+    wanted = of(name, expected)
     with pytest.raises(Stop):
-        mine(tmp_path, progress=stopped(at, count))
+        runs.pruned(name, tmp_path, progress=stopped(at, count))
     counted.clear()
-    assert runs.same(mine(tmp_path), wanted)
+    assert runs.same(runs.pruned(name, tmp_path), wanted)
     assert {name: counted[f"lnr_prune.{name}"] for name in left} == left
 
 
@@ -407,19 +410,19 @@ def test_a_folder_with_something_else_in_it_is_refused(made: str, tmp_path: Path
 
 def test_one_run_at_a_time(tmp_path: Path, expected: Any) -> None:
     """Neither another process nor another call in this one; all others wait for nothing."""
-    codes = list[int | None]()
+    codes, wanted = list[int | None](), of("lasso", expected)
 
     def meanwhile(doing: str) -> None:
         if not codes:
             with pytest.raises(LnrPruneError, match="in use by another run: wait for its end, or give another folder"):
                 mine(tmp_path)
             codes.append(ended(started(runs.work, "lasso", tmp_path, tmp_path.parent / "out")))
-            assert runs.same(mine(tmp_path.parent / "other"), of("lasso", expected))
+            assert runs.same(mine(tmp_path.parent / "other"), wanted)
             mine(None, keep=0.4)  # leaves no trace here
 
-    assert runs.same(mine(tmp_path, progress=meanwhile), of("lasso", expected))
+    assert runs.same(mine(tmp_path, progress=meanwhile), wanted)
     assert codes == [1]
-    assert runs.same(mine(tmp_path), of("lasso", expected))
+    assert runs.same(mine(tmp_path), wanted)
 
 
 def test_the_lock_does_not_outlive_its_process(tmp_path: Path) -> None:
