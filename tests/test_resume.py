@@ -190,29 +190,24 @@ def stopped(at: str, count: int) -> Callable[[str], None]:
 
 
 @pytest.mark.parametrize(
-    ("at", "count", "left"),
+    ("name", "at", "count", "done"),
     [
-        ("measuring", 3, {"statistics.watch": 0, "curves.backward": 2, "search.refit_network": 3}),  # of 4 groups
-        ("searching", 3, {"statistics.watch": 0, "curves.backward": 0, "search.refit_network": 1}),  # of 3 trials
-        ("statistics", 4, {"statistics.watch": 2, "refit._target": 4}),  # of 6 batches
-        ("selecting", 3, {"statistics.watch": 0, "problem.GroupLasso.error": 2, "refit._target": 4}),  # of 4 groups
-        (
-            "refitting",
-            5,
-            {"statistics.watch": 0, "problem.GroupLasso.error": 0, "refit._target": 1},
-        ),  # of 5 layers
+        ("lasso", "statistics", 4, {"statistics.watch": 4, "refit._target": 0}),  # of 6 batches
+        ("budget", "measuring", 3, {"statistics.watch": 6, "curves.backward": 2, "search.refit_network": 0}),
+        ("budget", "searching", 3, {"statistics.watch": 6, "curves.backward": 4, "search.refit_network": 2}),
+        ("lasso", "selecting", 3, {"statistics.watch": 6, "problem.GroupLasso.error": 2, "refit._target": 0}),
+        ("lasso", "refitting", 5, {"statistics.watch": 6, "problem.GroupLasso.error": 4, "refit._target": 3}),
     ],
 )
 def test_only_what_is_left_is_done(
-    at: str, count: int, left: dict[str, int], expected: Any, tmp_path: Path, counted: Counter[str]
+    name: str, at: str, count: int, done: dict[str, int], tmp_path: Path, counted: Counter[str]
 ) -> None:
-    name = "budget" if at in ("measuring", "searching") else "lasso"
-    wanted = of(name, expected)
+    wanted, whole = runs.pruned(name, None), Counter(counted)
     with pytest.raises(Stop):
         runs.pruned(name, tmp_path, progress=stopped(at, count))
     counted.clear()
     assert runs.same(runs.pruned(name, tmp_path), wanted)
-    assert {name: counted[f"lnr_prune.{name}"] for name in left} == left
+    assert {each: whole[f"lnr_prune.{each}"] - counted[f"lnr_prune.{each}"] for each in done} == done
 
 
 def test_a_snapshot_of_fewer_layers_is_not_taken(expected: Any, tmp_path: Path) -> None:
