@@ -659,4 +659,4 @@ def test_processes_that_prune_together_go_on_together(name: str, tmp_path: Path)
     for rank in range(2):
         said = (tmp_path / f"error-{rank}").read_text(encoding="utf-8")
         assert "rank 0: ValueError: the work folder" in said
-        assert "belongs to another run, of keep: 0.5, now None; budget" in said
+        assert "logits: False, now True" in said
