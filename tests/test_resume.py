@@ -190,26 +190,24 @@ def stopped(at: str, count: int) -> Callable[[str], None]:
 
 
 @pytest.mark.parametrize(
-    ("at", "count", "left"),
+    ("name", "at", "count", "done"),
     [
-        ("statistics", 4, {"statistics.watch": 2, "refit._target": 4}),  # of 6 batches
-        ("selecting", 3, {"statistics.watch": 0, "problem.GroupLasso.error": 2, "refit._target": 4}),  # of 4 groups
-        (
-            "refitting",
-            5,
-            {"statistics.watch": 0, "problem.GroupLasso.error": 0, "refit._target": 1},
-        ),  # of 5 layers
+        ("lasso", "statistics", 4, {"statistics.watch": 4, "refit._target": 0}),  # of 6 batches
+        ("budget", "measuring", 3, {"statistics.watch": 6, "curves.backward": 2, "search.refit_network": 0}),
+        ("budget", "searching", 3, {"statistics.watch": 6, "curves.backward": 4, "search.refit_network": 2}),
+        ("lasso", "selecting", 3, {"statistics.watch": 6, "problem.GroupLasso.error": 2, "refit._target": 0}),
+        ("lasso", "refitting", 5, {"statistics.watch": 6, "problem.GroupLasso.error": 4, "refit._target": 3}),
     ],
 )
 def test_only_what_is_left_is_done(
-    at: str, count: int, left: dict[str, int], expected: Any, tmp_path: Path, counted: Counter[str]
+    name: str, at: str, count: int, done: dict[str, int], tmp_path: Path, counted: Counter[str]
 ) -> None:
-    wanted = of("lasso", expected)
+    wanted, whole = runs.pruned(name, None), Counter(counted)
     with pytest.raises(Stop):
-        mine(tmp_path, progress=stopped(at, count))
+        runs.pruned(name, tmp_path, progress=stopped(at, count))
     counted.clear()
-    assert runs.same(mine(tmp_path), wanted)
-    assert {name: counted[f"lnr_prune.{name}"] for name in left} == left
+    assert runs.same(runs.pruned(name, tmp_path), wanted)
+    assert {each: whole[f"lnr_prune.{each}"] - counted[f"lnr_prune.{each}"] for each in done} == done
 
 
 def test_a_snapshot_of_fewer_layers_is_not_taken(expected: Any, tmp_path: Path) -> None:
@@ -407,19 +405,19 @@ def test_a_folder_with_something_else_in_it_is_refused(made: str, tmp_path: Path
 
 def test_one_run_at_a_time(tmp_path: Path, expected: Any) -> None:
     """Neither another process nor another call in this one; all others wait for nothing."""
-    codes = list[int | None]()
+    codes, wanted = list[int | None](), of("lasso", expected)
 
     def meanwhile(doing: str) -> None:
         if not codes:
             with pytest.raises(LnrPruneError, match="in use by another run: wait for its end, or give another folder"):
                 mine(tmp_path)
             codes.append(ended(started(runs.work, "lasso", tmp_path, tmp_path.parent / "out")))
-            assert runs.same(mine(tmp_path.parent / "other"), of("lasso", expected))
+            assert runs.same(mine(tmp_path.parent / "other"), wanted)
             mine(None, keep=0.4)  # leaves no trace here
 
-    assert runs.same(mine(tmp_path, progress=meanwhile), of("lasso", expected))
+    assert runs.same(mine(tmp_path, progress=meanwhile), wanted)
     assert codes == [1]
-    assert runs.same(mine(tmp_path), of("lasso", expected))
+    assert runs.same(mine(tmp_path), wanted)
 
 
 def test_the_lock_does_not_outlive_its_process(tmp_path: Path) -> None:
@@ -661,4 +659,4 @@ def test_processes_that_prune_together_go_on_together(name: str, tmp_path: Path)
     for rank in range(2):
         said = (tmp_path / f"error-{rank}").read_text(encoding="utf-8")
         assert "rank 0: ValueError: the work folder" in said
-        assert "belongs to another run, of keep: 0.5, now None; budget" in said
+        assert "logits: False, now True" in said
