@@ -1,6 +1,7 @@
 """Budgets: what a model costs at any sizes, and how a budget is shared out among the groups."""
 
 import copy
+import math
 from collections.abc import Mapping
 from itertools import product
 from typing import Any
@@ -229,6 +230,20 @@ def test_a_local_search_keeps_what_lowers_the_measured_error() -> None:
     assert len(asked) <= 21
     assert len({tuple(sizes.values()) for sizes in asked}) == len(asked)  # nothing is measured twice
     assert search(curves, shared_out, error, trials=0).sizes == shared_out(curves).sizes
+
+
+def test_a_local_search_first_tilts_the_curves_along_the_depth() -> None:
+    curves = {name: torch.tensor([1.0, 0.6, 0.3, 0.1, 0.0]) for name in "abcd"}
+
+    def shared_out(changed: Mapping[str, Tensor]) -> Allocation:
+        return allocate(changed, {"params": unit_cost(*"abcd")}, Budget(params=0.6))
+
+    def error(sizes: Mapping[str, int]) -> float:  # what an earlier layer suffers, a later one undoes
+        return sum(math.exp(i) * (4 - sizes[name]) ** 2 for i, name in enumerate("abcd"))
+
+    found = search(curves, shared_out, error, trials=1).sizes
+    assert found["a"] < found["d"]
+    assert error(found) < error(shared_out(curves).sizes)
 
 
 def test_a_searched_budget_still_holds() -> None:
