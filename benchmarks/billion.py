@@ -1,6 +1,7 @@
 """A Llama-shaped model of a billion random bfloat16 parameters, pruned in place: seconds and peak memory of each phase.
 
-Its heads and MLPs lose half of their channels. Needs transformers, and Linux, which tells the peaks:
+Its heads and MLPs lose half of their channels. What follows the refit, the verification among it, counts as refitting;
+the comparison is one more. Needs transformers, and Linux, which tells the peaks:
 
     python benchmarks/billion.py --threads 2
 """
