@@ -47,7 +47,7 @@ def methods(task: Task, level: Level, search: int) -> dict[str, Method]:
 
         return prune
 
-    every = {f"budget, {name}": ours(name, budget=budget_of(level)) for name in SELECTORS[:2]}
+    every = {f"budget, {name}": ours(name, budget=budget_of(level)) for name in ("group_lasso", "backward", "norm")}
     if search:
         every[f"budget, backward, {search} trials"] = ours("backward", budget=budget_of(level, search))
     every |= {f"uniform, {name}": ours(name, keep=sizes) for name in SELECTORS}
