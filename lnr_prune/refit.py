@@ -13,11 +13,12 @@ from lnr_prune import distributed, resume
 from lnr_prune.calibration import Calibration, Call, samples_in, short_example
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import evaluating, named_tensors, unfused_attention
+from lnr_prune.layer_calls import LayerCall
 from lnr_prune.multihead import visible_attention
 from lnr_prune.onward import Onward, outlook
 from lnr_prune.registry import Pair
 from lnr_prune.ridge import LayerFit, ridge_regression, softmax_regression
-from lnr_prune.statistics import CHUNK, LayerCall, SecondMoments, check_finite, rows
+from lnr_prune.statistics import CHUNK, SecondMoments, check_finite, rows
 from lnr_prune.streams import Arrival, advance, both_networks
 
 HELD_OUT = 4  # one stretch of samples of so many is held out to choose the ridge on

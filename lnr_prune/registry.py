@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lnr_prune.errors import AdapterError
 from lnr_prune.graph import Consumer
-from lnr_prune.statistics import LayerCall
+from lnr_prune.layer_calls import LayerCall
 
 ENTRY_POINTS = "lnr_prune.adapters"
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.calibration import Call
+from lnr_prune.layer_calls import LayerCall, watch
 from lnr_prune.onward import Following, Outlook
-from lnr_prune.statistics import LayerCall, watch
 from lnr_prune.suspended import Answer, Question, suspended
 
 

@@ -11,10 +11,10 @@ from torch.func import functional_call
 
 from lnr_prune.errors import AdapterError, LnrPruneError
 from lnr_prune.graph import ChannelGroup, along, find_groups, named_tensors
+from lnr_prune.layer_calls import LayerCall, watch
 from lnr_prune.prune import prune
 from lnr_prune.random_networks import PATTERNS, Recipe, make_network
 from lnr_prune.registry import Adapter, Pair, adapters, find
-from lnr_prune.statistics import LayerCall, watch
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

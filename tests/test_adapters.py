@@ -11,8 +11,8 @@ import lnr_prune as lnr
 from lnr_adapters import Columns, ColumnsBias, ConvFilters, FcAfterConv
 from lnr_prune.errors import AdapterError
 from lnr_prune.graph import Consumer, find_groups
+from lnr_prune.layer_calls import LayerCall
 from lnr_prune.registry import adapters, find, unregister
-from lnr_prune.statistics import LayerCall
 from lnr_prune.testing import check_adapter
 from tests.models import Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
 

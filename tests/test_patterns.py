@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import lnr_prune as lnr
 from lnr_prune.collapse import collapse
 from lnr_prune.graph import find_groups, named_tensors
+from lnr_prune.layer_calls import watch
 from lnr_prune.plan import make_plan
-from lnr_prune.statistics import watch
 from lnr_prune.verify import Reference, masked_weights, shrinkable
 from tests import patterns
 from tests.models import randomised

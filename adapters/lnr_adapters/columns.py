@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lnr_prune.graph import Consumer
-from lnr_prune.statistics import LayerCall
+from lnr_prune.layer_calls import LayerCall
 
 
 class Columns:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lnr_adapters.columns import Columns, one_column_each
 from lnr_prune.graph import Consumer
-from lnr_prune.statistics import LayerCall
+from lnr_prune.layer_calls import LayerCall
 
 
 class ColumnsBias(Columns):

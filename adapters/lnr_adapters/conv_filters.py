@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lnr_adapters.columns_bias import ColumnsBias
 from lnr_prune.graph import Consumer
-from lnr_prune.statistics import LayerCall
+from lnr_prune.layer_calls import LayerCall
 
 
 class ConvFilters(ColumnsBias):
