@@ -47,9 +47,11 @@ def methods(task: Task, level: Level, search: int) -> dict[str, Method]:
 
         return prune
 
-    every = {f"budget, {name}": ours(name, budget=budget_of(level)) for name in ("group_lasso", "backward", "norm")}
+    every = {
+        f"budget, {name}": ours(name, budget=budget_of(task, level)) for name in ("group_lasso", "backward", "norm")
+    }
     if search:
-        every[f"budget, backward, {search} trials"] = ours("backward", budget=budget_of(level, search))
+        every[f"budget, backward, {search} trials"] = ours("backward", budget=budget_of(task, level, search))
     every |= {f"uniform, {name}": ours(name, keep=sizes) for name in SELECTORS}
     for criterion in peers.criteria(task):
         for sharing in ("uniform", "global"):
@@ -58,10 +60,10 @@ def methods(task: Task, level: Level, search: int) -> dict[str, Method]:
     return every
 
 
-def budget_of(level: Level, search: int = 0) -> lnr.Budget:
+def budget_of(task: Task, level: Level, search: int = 0) -> lnr.Budget:
     """The library's budget."""
     limits: dict[str, Any] = dict([level])
-    return lnr.Budget(search=search, **limits)
+    return lnr.Budget(samples=task.measured, search=search, **limits)
 
 
 def is_peer(method: str) -> bool:

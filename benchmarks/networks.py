@@ -30,6 +30,7 @@ class Trained:
         labels: Their labels.
         inner: Producers whose channels nothing but one layer reads: what every peer can prune too.
         logits: Whether it is pruned with ``logits=True``: what was better on images for choosing settings.
+        measured: Calibration samples on which budgets measure the outputs.
         mirrored: Whether half of the calibration images are mirror images of the others, as in training.
     """
 
@@ -40,6 +41,7 @@ class Trained:
     labels: Tensor
     inner: tuple[str, ...]
     logits: bool = True
+    measured: int = 1024
     mirrored: bool = False
 
 
@@ -64,7 +66,7 @@ def load(name: str, root: Path) -> Trained:
         inner = tuple(f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range((depth - 2) // 6))
         return Trained(
             model.eval(), train[:CIFAR_TRAIN], train_labels[:CIFAR_TRAIN],
-            *cifar10(root / "CIFAR10" / "test1000.npz"), inner, logits=False, mirrored=True,
+            *cifar10(root / "CIFAR10" / "test1000.npz"), inner, logits=False, measured=256, mirrored=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise LnrPruneError(f"cannot load {name!r} from {root}: {error}") from error

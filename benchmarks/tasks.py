@@ -45,6 +45,7 @@ class Task:
         rate: Learning rate of Adam for it.
         judge: Model -> how good it is on the test data.
         logits: Whether it is pruned with ``logits=True``.
+        measured: Calibration samples on which budgets measure the outputs.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Task:
     rate: float
     judge: Callable[[nn.Module], Judged]
     logits: bool = False
+    measured: int = 256
 
 
 def classifier(trained: Trained) -> Task:
@@ -85,6 +87,7 @@ def classifier(trained: Trained) -> Task:
         1e-3,
         judge,
         logits=trained.logits,
+        measured=trained.measured,
     )
 
 
