@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lnr_prune.graph import ChannelGroup, Graph, named_tensors
 
-LEVELS = 64  # sizes of a group that are considered
+RESOLUTION = 32  # neighbouring sizes of a group that are considered differ by a 32nd, or by one channel
 
 Sizes = Mapping[str, int]
 """Name of a group -> channels kept."""
@@ -228,8 +228,11 @@ def allocate(
 
 def _levels(size: int, budget: Budget) -> tuple[int, ...]:
     """Sizes that a group of this size may take, ascending."""
-    step = max(budget.round_to, size // LEVELS)
-    return (*range(_up(min(budget.minimum, size), step), size, step), size)
+    levels, level = list[int](), _up(min(budget.minimum, size), budget.round_to)
+    while level < size:
+        levels.append(level)
+        level += _up(max(1, level // RESOLUTION), budget.round_to)
+    return (*levels, size)
 
 
 def _up(number: int, step: int) -> int:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lnr_prune as lnr
-from lnr_prune import cost
+from lnr_prune import allocation, cost
 from lnr_prune.allocation import Allocation, Budget, Cost, allocate, cost_of, descend
 from lnr_prune.calibration import Call, calibrate
 from lnr_prune.collapse import collapse
@@ -244,6 +244,16 @@ def test_a_local_search_first_tilts_the_curves_along_the_depth() -> None:
     found = search(curves, shared_out, error, trials=1).sizes
     assert found["a"] < found["d"]
     assert error(found) < error(shared_out(curves).sizes)
+
+
+@given(st.integers(1, 5000), st.integers(1, 16), st.integers(1, 40))
+def test_sizes_that_are_considered_lie_close(size: int, round_to: int, minimum: int) -> None:
+    levels = allocation._levels(size, Budget(macs=0.5, round_to=round_to, minimum=minimum))
+    assert levels[-1] == size
+    assert levels[0] >= min(minimum, size)
+    assert all(level % round_to == 0 for level in levels[:-1])
+    for level, following in pairwise(levels):
+        assert 0 < following - level < max(1, level / allocation.RESOLUTION) + round_to
 
 
 def test_a_searched_budget_still_holds() -> None:
