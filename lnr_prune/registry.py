@@ -6,6 +6,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lnr_prune.errors import AdapterError
@@ -151,7 +152,8 @@ class Pair:
         new = {self.consumer.weight: weight}
         if self.consumer.bias and bias is not None:
             new[self.consumer.bias] = bias
-        return {name: value.to(tensors[name]).contiguous() for name, value in new.items()}
+        dense = torch.contiguous_format  # a lone entry of M would keep its stride, and all of M, otherwise
+        return {name: value.to(tensors[name]).clone(memory_format=dense) for name, value in new.items()}
 
 
 @cache

@@ -375,3 +375,11 @@ def test_logits_are_fitted_to_their_probabilities() -> None:
     assert kl(fitted.model) < 0.98 * kl(plain.model)
     with pytest.raises(ValueError, match=r"one tensor \(samples, classes\), got \(2, 3, 4\)"):
         lnr.prune(model, [torch.randn(2, 3, 6)], keep=0.5, logits=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_are_stored_densely_and_alone(dtype: torch.dtype) -> None:
+    pruned = lnr.prune(mlp(6, 24, 1).to(dtype), [torch.randn(60, 6, dtype=dtype)], keep=0.5)
+    for parameter in pruned.model.parameters():
+        assert parameter.stride() == torch.empty(parameter.shape).stride()
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()

@@ -68,4 +68,12 @@ def _of_process(folder: Path) -> dict[str, object]:
 def _bytes(tensor: Tensor) -> bytes | None:
     if tensor.is_meta:
         return None
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
+        .reshape(-1)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
