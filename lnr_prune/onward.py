@@ -41,7 +41,7 @@ class Shortcut:
         if any(number not in results for number in self.needed):
             return None
         known = {of: results[number] for of, number in zip(self.ids, self.needed, strict=True)}
-        result: Any = next(iter(known.values()))
+        result: Any = next(iter(known.values()), None)  # none where it is made of parameters alone
         try:
             for call in self.calls:
                 known[id(call.result)] = result = call.again(known)
