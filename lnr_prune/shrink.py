@@ -21,6 +21,8 @@ from lnr_prune.pruned_graph import PrunedGraph, pruned_graph
 from lnr_prune.record import original_of
 from lnr_prune.verify import Reference, copied
 
+NOTHING = 1e-12  # of a weight: far below what the verification sees, while a norm of zeros would be nan
+
 
 def planned(model: nn.Module, plan: Plan, *, example: Any, inplace: bool) -> nn.Module:
     """The model without the planned channels; see `Plan.apply`."""
@@ -151,27 +153,27 @@ def _unless_it_fails(target: nn.Module) -> Iterator[None]:
 
 
 def _masked(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is removed set to zero, in whatever may be a consumer's weight."""
+    """What is removed set to next to nothing, in whatever may be a consumer's weight."""
     masked = {}
     for name, dims in plan.indices.items():
         value = tensors[name].detach()
         if value.dim() > 1:
             for dim, kept in dims.items():
-                keep = torch.zeros(value.shape[dim], dtype=torch.bool)
-                keep[list(kept)] = True
+                keep = torch.full((value.shape[dim],), NOTHING * value.is_floating_point(), dtype=torch.float64)
+                keep[list(kept)] = 1.0
                 value = value * along(keep, dim, value.shape).to(value)
             masked[name] = value
     return masked
 
 
 def _spread(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is left of every tensor, at its full size: with zeros where it lost entries, ones in a vector."""
+    """What is left of every tensor, at its full size: with next to nothing where it lost entries, ones in a vector."""
     spread, kinds = {}, original_of(plan).tensors
     for name, value in tensors.items():
         shape = kinds[name].shape
         for dim, kept in plan.indices.get(name, {}).items():
             full = [shape[dim] if axis == dim else size for axis, size in enumerate(value.shape)]
-            whole = value.new_zeros(full) if len(full) > 1 else value.new_ones(full)
+            whole = value.new_full(full, NOTHING * value.is_floating_point() if len(full) > 1 else 1)
             value = whole.index_copy(dim, torch.tensor(kept), value)
         spread[name] = value
     return spread

@@ -179,6 +179,18 @@ def test_a_plan_fits_another_checkpoint(name: str, tmp_path: Path) -> None:
         assert (small is other) == inplace
 
 
+def test_a_weight_that_is_normed_is_no_obstacle(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3))
+        return nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+    model, x = randomised(net()), torch.randn(8, 3, 6, 6)
+    pruned = lnr.prune(model, x, keep=0.5)
+    pruned.save(tmp_path / "pruned.safetensors")
+    assert lnr.load(tmp_path / "pruned.safetensors", net(), example=x)(x).equal(pruned.model(x))
+    assert pruned.plan.apply(model, example=x)(x).isfinite().all()
+
+
 def test_the_plan_of_a_model_is_read_from_its_file_too(tmp_path: Path) -> None:
     pruned = pruned_mlp()
     pruned.save(tmp_path / "m.safetensors")
