@@ -17,7 +17,6 @@ the full state dict of a model under FSDP into a plain one.
 
 import gc
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +30,7 @@ from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
 from lnr_prune.errors import GraphError, RankError
+from lnr_prune.record import digest_of
 
 Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=30)  # of what a rank of the command waits for: longer than a solve
@@ -177,24 +177,12 @@ def same(what: str, value: object) -> None:
             raise ValueError(f"rank {index} has other {what} than rank 0: give all ranks the same")
 
 
-def checksums(model: nn.Module) -> Mapping[str, int]:
-    """Name of every parameter and buffer -> checksum of its values; empty in a single process."""
+def checksums(model: nn.Module) -> Mapping[str, str]:
+    """Name of every parameter and buffer -> SHA-256 of its values; empty in a single process."""
     if ranks() == 1:
         return {}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {
-        name: zlib.crc32(
-            tensor.detach()
-            .cpu()
-            .reshape(-1)
-            .clone(memory_format=torch.contiguous_format)
-            .view(torch.uint8)
-            .numpy()
-            .data
-        )
-        for name, tensor in tensors.items()
-        if not tensor.is_meta  # offloaded
-    }
+    return {name: digest_of({name: tensor}) for name, tensor in tensors.items() if not tensor.is_meta}  # offloaded
 
 
 def whole(model: nn.Module) -> None:
