@@ -21,7 +21,7 @@ from lnr_prune.pruned_graph import PrunedGraph, pruned_graph
 from lnr_prune.record import original_of
 from lnr_prune.verify import Reference, copied
 
-NOTHING = 1e-12  # of a weight: far below what the verification sees, while a norm of zeros would be nan
+NOTHING = 1e-30  # of a weight: far below what float64 sees at any scale of outputs, while a norm of zeros would be nan
 
 
 def planned(model: nn.Module, plan: Plan, *, example: Any, inplace: bool) -> nn.Module:
