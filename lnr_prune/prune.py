@@ -24,16 +24,14 @@ from lnr_prune.collapse import collapse, restore_point
 from lnr_prune.curves import output_error
 from lnr_prune.errors import GraphError
 from lnr_prune.fingerprint import fingerprint
-from lnr_prune.graph import ChannelGroup, find_groups, named_tensors
+from lnr_prune.graph import find_groups, named_tensors
 from lnr_prune.memory import available_memory, memory_plan
 from lnr_prune.plan import Plan, make_plan
 from lnr_prune.pruned_graph import pruned_graph
-from lnr_prune.refit import Refit
-from lnr_prune.report import GroupReport, LayerReport, Report
-from lnr_prune.ridge import LayerFit
+from lnr_prune.report import LayerReport, Report
 from lnr_prune.search import costs_of, within_budget
 from lnr_prune.solvers import Solver, find_solver
-from lnr_prune.supports import Selected, Turns, moments_of, read, refit_network, select
+from lnr_prune.supports import Turns, as_selected, moments_of, read, refit_network, row_of, select
 from lnr_prune.verify import Reference, copied, masked_weights, shrinkable
 
 logger = logging.getLogger("lnr_prune")
@@ -228,13 +226,13 @@ def prune(
                 model, graph, chosen, data, repeated=repeated, bias=bias, ridge=ridge, logits=logits, progress=step
             )
         else:
-            done = _as_selected(selected, tensors)
+            done = as_selected(selected, tensors)
 
     supports = [(group, chosen[group.name]) for group in wanted]
     plan = make_plan(supports)
     plan = replace(plan, original=fingerprint(model, plan.attributes))
     masked = {**masked_weights(supports, tensors), **done.weights}
-    rows = tuple(_row(g, selected.get(g.name), done.layers, predicted.get(g.name), debias) for g in graph.groups)
+    rows = tuple(row_of(g, selected.get(g.name), done.layers, predicted.get(g.name), debias) for g in graph.groups)
     layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := done.layers.get(layer.weight)))
     _warn_of_few_samples(layers)
     before = _costs(model, example)
@@ -270,46 +268,6 @@ def _check_logits(model: nn.Module, example: Call) -> None:
             f"logits=True needs a model whose output is one tensor (samples, classes), got "
             f"{', '.join(map(str, shapes)) or 'no tensor'}; leave logits out, or wrap the model"
         )
-
-
-def _as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]) -> Refit:
-    """The coefficients as the selectors left them."""
-    weights: dict[str, Tensor] = {}
-    for chosen in selected.values():
-        for pair, M, kept in zip(chosen.reading.pairs, chosen.selection.coefficients, chosen.kept, strict=True):
-            weights |= pair.write(M * kept, {**tensors, **weights})
-    return Refit(weights, {})
-
-
-def _row(
-    group: ChannelGroup,
-    chosen: Selected | None,
-    fits: Mapping[str, LayerFit],
-    predicted: float | None,
-    refitted: bool,
-) -> GroupReport:
-    consumers = tuple(consumer.name for consumer in group.consumers)
-    row = GroupReport(group.name, group.producers, consumers, group.size, group.size)
-    if chosen is None:
-        return row
-    selection, fitted = chosen.selection, [fits[c.weight] for c in group.consumers if c.weight in fits]
-    if fitted:
-        scale = sum(fit.scale for fit in fitted)
-        error = sum(fit.error for fit in fitted) / scale if scale > 0 else 0.0
-    elif refitted and consumers:  # they read what they did in the original network, and stay as they are
-        error = 0.0
-    else:
-        error = chosen.error
-    return replace(
-        row,
-        kept=int(selection.support.sum()),
-        error=error,
-        lam=selection.lam,
-        gap=selection.gap,
-        predicted=predicted,
-        before_refit=chosen.error,
-        note=selection.note,
-    )
 
 
 def _warn_of_few_samples(layers: tuple[LayerReport, ...]) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune import distributed, resume
-from lnr_prune.calibration import Calibration, Call, samples_in, short_example
+from lnr_prune.calibration import Calibration, short_example
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import evaluating, named_tensors, unfused_attention
+from lnr_prune.held_out import Place, places_of
 from lnr_prune.layer_calls import LayerCall
 from lnr_prune.multihead import visible_attention
 from lnr_prune.onward import Onward, outlook
@@ -21,8 +22,6 @@ from lnr_prune.ridge import LayerFit, ridge_regression, softmax_regression
 from lnr_prune.statistics import CHUNK, SecondMoments, check_finite, rows
 from lnr_prune.streams import Arrival, advance, both_networks
 
-HELD_OUT = 4  # one stretch of samples of so many is held out to choose the ridge on
-STRETCHES = 64  # that all samples make; neighbours may be much alike
 STEP = 1.5  # of the step towards the fixed point behind an activation; with 1 it takes three to get as far
 
 
@@ -90,7 +89,7 @@ def refit(
         (example,) = distributed.spread([lambda: short_example(model, data)])
         ahead, calls = outlook(model, layers, example), list(data)
         streams = [stack.enter_context(closing(both_networks(model, call, ahead))) for call in calls]
-        places = dict(zip(streams, _places(calls), strict=True))
+        places = dict(zip(streams, places_of(calls), strict=True))
         fronts = {stream: arrival for stream in streams if (arrival := next(stream, None)) is not None}
         while True:
             nearest = min((order.index(arrival.name) for arrival in fronts.values()), default=len(order))
@@ -159,41 +158,6 @@ def _solved(
         M, *intercepts = distributed.shared(*(each for each in (M, intercept) if each is not None))
         intercept = next(iter(intercepts), None)
     return _Solved(pair.write(M, tensors), intercept, fit)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a batch stands in all the calibration data, the other processes' included.
-
-    Attributes:
-        first: Number of its first sample.
-        size: Number of its samples.
-        samples: Number of all samples.
-    """
-
-    first: int
-    size: int
-    samples: int
-
-    def parts(self, rows: int) -> Iterator[tuple[bool, int]]:
-        """Whether the first of a layer's rows, evenly many a sample, are held out, and how many; then the next ones.
-
-        It depends on the sample's number alone, not on the batch that it came in.
-        """
-        stretches = min(STRETCHES, self.samples)
-        numbers = self.first + torch.arange(rows) * self.size // max(1, rows)
-        held, counts = (numbers * stretches // self.samples % HELD_OUT == HELD_OUT - 1).unique_consecutive(
-            return_counts=True
-        )
-        yield from zip(map(bool, held), map(int, counts), strict=True)
-
-
-def _places(calls: Sequence[Call]) -> Iterator[Place]:
-    sizes = [samples_in(call) for call in calls]
-    first, samples = distributed.before(sum(sizes))
-    for size in sizes:
-        yield Place(first, size, samples or 0)
-        first += size
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,8 @@ from lnr_prune.graph import ChannelGroup, Consumer, Graph, named_tensors
 from lnr_prune.problem import GroupLasso
 from lnr_prune.refit import Refit, refit
 from lnr_prune.registry import Pair, find
+from lnr_prune.report import GroupReport
+from lnr_prune.ridge import LayerFit
 from lnr_prune.selection import Candidates, Selection
 from lnr_prune.solvers import Solver
 from lnr_prune.statistics import SecondMoments, gather
@@ -156,6 +158,47 @@ def select(
                 masks |= masked_weights([(reading.group, selection.support)], {**whole, **masks})
                 selected[name] = Selected(reading, selection, error, reading.columns(tensors, masks))
     return selected
+
+
+def as_selected(selected: Mapping[str, Selected], tensors: Mapping[str, Tensor]) -> Refit:
+    """The coefficients as the selectors left them."""
+    weights: dict[str, Tensor] = {}
+    for of_group in selected.values():
+        for pair, M, kept in zip(of_group.reading.pairs, of_group.selection.coefficients, of_group.kept, strict=True):
+            weights |= pair.write(M * kept, {**tensors, **weights})
+    return Refit(weights, {})
+
+
+def row_of(
+    group: ChannelGroup,
+    chosen: Selected | None,
+    fits: Mapping[str, LayerFit],
+    predicted: float | None,
+    refitted: bool,
+) -> GroupReport:
+    """The group's row of the report: as it was chosen (None = it stays whole), or as its consumers were refitted."""
+    consumers = tuple(consumer.name for consumer in group.consumers)
+    row = GroupReport(group.name, group.producers, consumers, group.size, group.size)
+    if chosen is None:
+        return row
+    selection, fitted = chosen.selection, [fits[c.weight] for c in group.consumers if c.weight in fits]
+    if fitted:
+        scale = sum(fit.scale for fit in fitted)
+        error = sum(fit.error for fit in fitted) / scale if scale > 0 else 0.0
+    elif refitted and consumers:  # they read what they did in the original network, and stay as they are
+        error = 0.0
+    else:
+        error = chosen.error
+    return replace(
+        row,
+        kept=int(selection.support.sum()),
+        error=error,
+        lam=selection.lam,
+        gap=selection.gap,
+        predicted=predicted,
+        before_refit=chosen.error,
+        note=selection.note,
+    )
 
 
 def _independent(readings: Mapping[str, Reading]) -> list[list[str]]:
