@@ -24,11 +24,10 @@ RIDGE = 1e-4
 def error_curves(
     model: nn.Module,
     turns: Iterable[Mapping[str, Reading]],
-    data: Calibration,
+    data: Iterable[Call],
     progress: Callable[[str], None] | None = None,
     *,
     logits: bool = False,
-    samples: int = SAMPLES,
 ) -> tuple[dict[str, Tensor], dict[str, Elimination]]:
     """Relative squared error of the network's outputs when one group keeps 0, 1, ... n of its channels.
 
@@ -40,16 +39,14 @@ def error_curves(
     Args:
         model: The original model.
         turns: Name of a group -> the group and its consumers' second moments, some groups at a time.
-        data: The calibration data. Processes that prune together use the same samples, and share the groups among
-            them.
+        data: What the outputs are measured on. Processes that prune together have the same, and share out the groups.
         progress: Called with every group's name.
         logits: Whether the outputs are logits, see `divergence`.
-        samples: About how many samples the outputs are measured on.
 
     Returns:
         Name of a group -> its curve, (n + 1,) float64; and name -> its backward elimination.
     """
-    tensors, calls = named_tensors(model), some(data, samples)
+    tensors, calls = named_tensors(model), list(data)
     original = [outputs(model, call) for call in calls]
 
     def measure(name: str, reading: Reading) -> tuple[Tensor, Elimination]:

@@ -98,7 +98,7 @@ def memory_plan(
     *,
     bias: bool,
     refit: bool = True,
-    search: bool = False,
+    tried: bool = False,
     low_memory: bool = False,
 ) -> MemoryPlan:
     """The plan for groups of a model.
@@ -109,7 +109,7 @@ def memory_plan(
         tensors: The model's tensors.
         bias: Whether biases are refitted.
         refit: Whether the layers are.
-        search: Whether they are refitted before the channels are chosen, too.
+        tried: Whether they are refitted before the channels are chosen, too.
         low_memory: Whether the moments of some groups are gathered at a time, of one at least, and of no more than need
             `TURN` of the largest solve; else those of all.
     """
@@ -131,7 +131,7 @@ def memory_plan(
     again = tuple(group for group in groups if any(pair.consumer.weight in graph.repeated for pair in pairs[group]))
     lasting = again if len(turns) > 1 else tuple(groups)
     at_once = max(map(together, turns)) + (together(again) if len(turns) > 1 else 0)
-    later = together(lasting if search else again)
+    later = together(lasting if tried else again)
     return MemoryPlan(layers, tuple(turns), lasting, at_once, later, solve, largest, most, layer)
 
 

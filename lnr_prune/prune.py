@@ -201,8 +201,8 @@ def prune(
         check_reach(costs_of(model, graph, {group.name for group in wanted}, example), wanted, budget)
 
     with _shown(progress) as step, resume.folder(work, model, data, settings) as data:
-        search = budget is not None and budget.search > 0
-        needed = partial(memory_plan, graph, wanted, tensors, bias=bias, refit=debias, search=search)
+        tried = budget is not None and (debias or budget.search > 0)
+        needed = partial(memory_plan, graph, wanted, tensors, bias=bias, refit=debias, tried=tried)
         memory = needed(low_memory=low_memory)
         memory.check(available_memory(next(iter(tensors.values())).device), needed(low_memory=True))
         gathered = partial(read, model, data=data, bias=bias, progress=lambda: step("statistics"))
@@ -211,7 +211,9 @@ def prune(
         repeated = moments_of(graph.repeated, readings)
         predicted: Mapping[str, float] = {}
         if budget is not None:
-            given = partial(within_budget, repeated=repeated, traced=example, bias=bias, logits=logits, progress=step)
+            given = partial(
+                within_budget, repeated=repeated, traced=example, bias=bias, debias=debias, logits=logits, progress=step
+            )
             allocated = partial(given, model, target, graph, turns, data, budget)
             allocation = resume.remembered("allocation", Allocation, allocated)
             choices, predicted = choose_channels(graph, keep=allocation.sizes, selector=selector), allocation.errors

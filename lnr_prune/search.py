@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +20,9 @@ from lnr_prune.statistics import SecondMoments
 from lnr_prune.supports import Reading, refit_network
 from lnr_prune.verify import masked_weights
 
-SAMPLES = 512  # that a trial of the search is refitted to; as many others judge it
-TILTS = (1.0, 0.5)  # logarithms of the factors by which the last curve is raised against the first
+ALONE = 8  # groups, evenly along the depth, that are pruned alone to see what the refit leaves of their errors
+SHARE = 1 / 4  # of the channels that such a group keeps
+LEAST = 1e-3  # of an error that counts as left
 FACTORS = (3.0, 3.0, 1.5, 1.5)  # by which a curve is scaled, round by round
 
 
@@ -35,10 +37,13 @@ def within_budget(
     repeated: Mapping[str, SecondMoments],
     traced: Call,
     bias: bool,
+    debias: bool = True,
     logits: bool = False,
     progress: Callable[[str], None],
 ) -> Allocation:
     """Sizes of the groups within the budget.
+
+    Errors are measured on some samples of the calibration data; networks whose errors are, are refitted to others.
 
     Args:
         model: The original model.
@@ -50,6 +55,7 @@ def within_budget(
         repeated: As for `refit_network`.
         traced: The call that the graph was traced with.
         bias: Whether biases are refitted.
+        debias: Whether the layers will be refitted at all.
         logits: Whether the outputs are logits.
         progress: Called with what is being done.
 
@@ -57,9 +63,10 @@ def within_budget(
         ValueError: If the budget is out of reach.
     """
     tensors, example = named_tensors(model), data.example()
-    curves, eliminations = error_curves(
-        model, turns, data, lambda name: progress(f"measuring {name}"), logits=logits, samples=budget.samples
-    )
+    batches = some(data, 2 * budget.samples)
+    parts = distributed.shard(batches[::2]), batches[1::2] or batches  # of the latter all ranks have all
+    fit, judged = (Calibration(part, lambda call: call) for part in parts)
+    curves, eliminations = error_curves(model, turns, judged, lambda name: progress(f"measuring {name}"), logits=logits)
     groups = {group.name: group for group in graph.groups if group.name in curves}
     costs = costs_of(model, graph, groups, traced)
 
@@ -77,31 +84,50 @@ def within_budget(
         finally:
             restore()
 
-    def error(sizes: Sizes) -> float:
-        progress("searching")
+    def error(doing: str, sizes: Sizes) -> float:
+        progress(doing)
         supports = {name: eliminations[name].support(size) for name, size in sizes.items()}
         masked = masked_weights([(groups[name], support) for name, support in supports.items()], tensors)
         with resume.nothing():  # a trial is remembered as a whole
             done = refit_network(model, graph, supports, fit, repeated=repeated, bias=bias, logits=logits)
         with distributed.alone():  # all ranks have the same samples to judge on
             weights = {**masked, **done.weights}
-            suffered = output_error(model, weights, judged, logits=logits, samples=SAMPLES)
+            suffered = output_error(model, weights, judged, logits=logits, samples=2 * budget.samples)
         return distributed.everyone(suffered)[0]
-
-    batches = some(data, 2 * SAMPLES) if budget.search else []
-    parts = distributed.shard(batches[::2]), batches[1::2] or batches
-    fit, judged = (Calibration(part, lambda call: call) for part in parts)
 
     def remembered(what: str, measure: Callable[[Sizes], float]) -> Callable[[Sizes], float]:
         return lambda sizes: resume.remembered(f"{what} at {sorted(sizes.items())}", float, partial(measure, sizes))
 
+    if debias:
+        curves = attenuated(curves, remembered("trial", partial(error, "measuring what the refit leaves")))
     shared_out = partial(allocate, costs=costs, budget=budget, latency=remembered("latency", latency))
-    return search(curves, shared_out, remembered("trial", error), budget.search)
+    return search(curves, shared_out, remembered("trial", partial(error, "searching")), budget.search)
 
 
 def costs_of(model: nn.Module, graph: Graph, names: Container[str], traced: Call) -> dict[str, Cost]:
     """The cost model of "params", "macs" and "size" when these groups may shrink."""
     return {kind: cost_of(model, graph, kind, samples_in(traced), names) for kind in ("params", "macs", "size")}
+
+
+def attenuated(curves: Mapping[str, Tensor], error: Callable[[Sizes], float]) -> dict[str, Tensor]:
+    """The curves, times what is left of such an error when all other layers are refitted.
+
+    The layers behind a group undo part of its error, the more the more there are. What is left is measured for `ALONE`
+    of the groups, and interpolated for those in between.
+
+    Args:
+        curves: Group -> its error curve, in order of execution.
+        error: Sizes -> measured error of the refitted network.
+    """
+    whole = {name: len(curve) - 1 for name, curve in curves.items()}
+    names, left = list(curves), list[float]()
+    measured = np.unique(np.linspace(0, len(names) - 1, min(ALONE, len(names))).round().astype(int))
+    for name in (names[index] for index in measured):
+        size = max(1, int(SHARE * whole[name]))
+        alone = float(curves[name][size])
+        left.append(error({**whole, name: size}) / alone if alone > 0 else 1.0)
+    logarithms = np.interp(range(len(names)), measured, np.log(np.clip(left, LEAST, 1.0)))
+    return {name: curve * math.exp(by) for (name, curve), by in zip(curves.items(), logarithms, strict=True)}
 
 
 def search(
@@ -110,10 +136,10 @@ def search(
     error: Callable[[Sizes], float],
     trials: int,
 ) -> Allocation:
-    """Tilts all curves along the depth, then scales one after another, and keeps what lowers the measured error.
+    """Scales one curve after another, and keeps what lowers the measured error.
 
-    The sum of the groups' errors leaves out how they add up through the network, and that later layers undo some of
-    what earlier ones suffer. Every trial is within the budget, as it is shared out anew.
+    The sum of the groups' errors leaves out how they add up through the network. Every trial is within the budget, as
+    it is shared out anew.
 
     Args:
         curves: Group -> its error curve, in order of execution.
@@ -127,8 +153,6 @@ def search(
     least, tried = error(best.sizes), [best.sizes]
 
     def changes() -> Iterator[Mapping[str, Tensor]]:
-        for tilt in TILTS:
-            yield {name: curve * math.exp(tilt * i / len(curves)) for i, (name, curve) in enumerate(curves.items())}
         for factor in FACTORS:
             names = sorted(curves, key=lambda each: -best.errors[each])
             for name, scale in itertools.product(names, (factor, 1 / factor)):

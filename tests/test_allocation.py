@@ -1,8 +1,7 @@
 """Budgets: what a model costs at any sizes, and how a budget is shared out among the groups."""
 
 import copy
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise, product
 from typing import Any
 
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 
 import lnr_prune as lnr
 from lnr_prune import allocation, cost
+from lnr_prune import search as search_module
 from lnr_prune.allocation import Allocation, Budget, Cost, allocate, cost_of, descend
 from lnr_prune.calibration import Call, calibrate
 from lnr_prune.collapse import collapse
 from lnr_prune.curves import divergence, error_curves, outputs, through
 from lnr_prune.graph import find_groups
 from lnr_prune.plan import make_plan
-from lnr_prune.search import search
+from lnr_prune.search import attenuated, search
 from lnr_prune.supports import read
 from tests.models import Residual, cnn, mlp, randomised
 
@@ -232,18 +232,59 @@ def test_a_local_search_keeps_what_lowers_the_measured_error() -> None:
     assert search(curves, shared_out, error, trials=0).sizes == shared_out(curves).sizes
 
 
-def test_a_local_search_first_tilts_the_curves_along_the_depth() -> None:
-    curves = {name: torch.tensor([1.0, 0.6, 0.3, 0.1, 0.0]) for name in "abcd"}
+def test_an_error_counts_by_what_the_refit_leaves_of_it() -> None:
+    curve, left = torch.tensor([1.0, 0.6, 0.3, 0.1, 0.0]), {"a": 0.1, "b": 0.2, "c": 0.8, "d": 0.4}
+    asked: list[Mapping[str, int]] = []
 
-    def shared_out(changed: Mapping[str, Tensor]) -> Allocation:
-        return allocate(changed, {"params": unit_cost(*"abcd")}, Budget(params=0.6))
+    def error(sizes: Mapping[str, int]) -> float:
+        asked.append(sizes)
+        (alone,) = (name for name in sizes if sizes[name] < 4)
+        return 0.6 * left[alone]
 
-    def error(sizes: Mapping[str, int]) -> float:  # what an earlier layer suffers, a later one undoes
-        return sum(math.exp(i) * (4 - sizes[name]) ** 2 for i, name in enumerate("abcd"))
+    counted = attenuated(dict.fromkeys("abcd", curve), error)
+    assert list(counted) == list("abcd")
+    assert [sizes[name] for sizes, name in zip(asked, "abcd", strict=True)] == [1, 1, 1, 1]
+    for name in "abcd":
+        torch.testing.assert_close(counted[name], left[name] * curve)
+    assert attenuated({"a": curve}, lambda sizes: 5.0)["a"].equal(curve)  # the refit does no harm
+    assert attenuated({"a": 0 * curve}, lambda sizes: 1.0)["a"].equal(0 * curve)
+    assert attenuated({"a": curve}, lambda sizes: 0.0)["a"].sum() > 0
 
-    found = search(curves, shared_out, error, trials=1).sizes
-    assert found["a"] < found["d"]
-    assert error(found) < error(shared_out(curves).sizes)
+
+def test_what_the_refit_leaves_is_interpolated_along_the_depth() -> None:
+    curves = {f"layer {i}": torch.tensor([1.0, 0.5, 0.0]) for i in range(15)}
+    asked: list[str] = []
+
+    def error(sizes: Mapping[str, int]) -> float:
+        (alone,) = (name for name in sizes if sizes[name] < 2)
+        asked.append(alone)
+        return float(0.5 * 1.2 ** (int(alone.split()[1]) - 14))
+
+    counted = attenuated(curves, error)
+    assert asked == [f"layer {i}" for i in range(0, 15, 2)]
+    for i, curve in enumerate(counted.values()):
+        torch.testing.assert_close(curve, 1.2 ** (i - 14) * curves["layer 0"])
+
+
+def test_what_the_refit_leaves_is_that_of_a_network_with_one_pruned_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batches = mlp(8, 20, 20, 4).requires_grad_(False), torch.randn(400, 8).split(100)
+    found: dict[str, float] = {}
+
+    def measured(curves: Mapping[str, Tensor], error: Callable[[Mapping[str, int]], float]) -> Mapping[str, Tensor]:
+        found.update({name: error({**dict.fromkeys(curves, 20), name: 5}) for name in curves})
+        return curves
+
+    monkeypatch.setattr(search_module, "attenuated", measured)
+    lnr.prune(model, batches, budget=lnr.Budget(params=0.5, samples=200), selector="backward", debias=False)
+    assert not found  # nothing is refitted
+    lnr.prune(model, batches, budget=lnr.Budget(params=0.5, samples=200), selector="backward")
+    assert set(found) == {"0", "2"}
+    judged: list[Call] = [((batch,), {}) for batch in batches[1::2]]
+    for name, error in found.items():  # the channels are chosen on all batches there, on half of them here
+        pruned = lnr.prune(model, batches[::2], keep={name: 5}, selector="backward").model
+        alike = divergence([outputs(model, call) for call in judged], [outputs(pruned, call) for call in judged])
+        assert error == pytest.approx(alike, rel=0.2)
 
 
 @given(st.integers(1, 5000), st.integers(1, 16), st.integers(1, 40))
