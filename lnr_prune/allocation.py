@@ -30,10 +30,13 @@ class Budget:
         round_to: Groups keep a multiple of so many channels (8 suits most accelerators).
         minimum: Channels that every group keeps at least.
         leave: Producers whose channels all stay.
-        samples: Calibration samples on which the outputs are measured, three times for every group. With few of them
-            the sizes depend on which they are.
+        samples: Calibration samples on which the outputs are measured, three times for every group. With few of
+            them the sizes depend on which they are.
+        refits: Groups, evenly along the depth, whose errors are measured again when all layers are refitted, to as many
+            other samples: what this leaves of an error is what counts. The best is as many as there are groups; 0
+            takes the errors as they are, as does ``debias=False``.
         search: Trials of a local search, which refits the whole network at other sizes within the budget and
-            keeps them if the outputs suffer less; 0 = none. A trial costs as much as a refit of some hundred samples.
+            keeps them if the outputs suffer less; 0 = none. A trial costs as much as a refit to ``samples``.
 
     Raises:
         ValueError, TypeError: If no limit is given, or a value is out of range or no number.
@@ -48,6 +51,7 @@ class Budget:
     minimum: int = 1
     leave: tuple[str, ...] = ()
     samples: int = 256
+    refits: int = 16
     search: int = 0
 
     def __post_init__(self) -> None:
@@ -64,7 +68,7 @@ class Budget:
                 raise TypeError(f"budget {name} must be a number, a fraction in (0, 1], got {value!r}")
             if not (0 < float(value) <= 1):
                 raise ValueError(f"budget {name} must be a fraction in (0, 1], got {value}")
-        for name, least in (("round_to", 1), ("minimum", 1), ("samples", 1), ("search", 0)):
+        for name, least in (("round_to", 1), ("minimum", 1), ("samples", 1), ("refits", 0), ("search", 0)):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, numbers.Integral):
                 raise TypeError(f"budget {name} must be an int, got {number!r}")

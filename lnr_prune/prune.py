@@ -201,7 +201,7 @@ def prune(
         check_reach(costs_of(model, graph, {group.name for group in wanted}, example), wanted, budget)
 
     with _shown(progress) as step, resume.folder(work, model, data, settings) as data:
-        tried = budget is not None and (debias or budget.search > 0)
+        tried = budget is not None and (debias * budget.refits + budget.search > 0)
         needed = partial(memory_plan, graph, wanted, tensors, bias=bias, refit=debias, tried=tried)
         memory = needed(low_memory=low_memory)
         memory.check(available_memory(next(iter(tensors.values())).device), needed(low_memory=True))

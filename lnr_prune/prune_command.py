@@ -104,6 +104,12 @@ def prune(
             help="With a budget: a layer that keeps all its channels. May be repeated.", rich_help_panel=AMOUNT
         ),
     ] = None,
+    refits: Annotated[
+        int | None,
+        typer.Option(
+            help="With a budget: groups whose errors are measured with all layers refitted.", rich_help_panel=AMOUNT
+        ),
+    ] = None,
     search: Annotated[
         int | None,
         typer.Option(help="With a budget: trials of a local search for better sizes.", rich_help_panel=AMOUNT),
@@ -160,7 +166,8 @@ def prune(
     with answering(as_json) as say, distributed.launched(device) as device:
         first = distributed.rank() == 0
         limits = {"params": params, "macs": macs, "size": budget_size, "latency": latency, "error": error}
-        details = {"round_to": round_to, "minimum": minimum, "leave": tuple(leave or ()) or None, "search": search}
+        details = {"round_to": round_to, "minimum": minimum, "leave": tuple(leave or ()) or None}
+        details |= {"refits": refits, "search": search}
         wanted = amount({"keep": keep, "lam": lam, "lam_ratio": lam_ratio}, limits, **details)
         targets = {"--out": out, "--report-html": report_html}
         if first and not dry_run:

@@ -20,9 +20,7 @@ from lnr_prune.statistics import SecondMoments
 from lnr_prune.supports import Reading, refit_network
 from lnr_prune.verify import masked_weights
 
-ALONE = 8  # groups, evenly along the depth, that are pruned alone to see what the refit leaves of their errors
-SHARE = 1 / 4  # of the channels that such a group keeps
-LEAST = 1e-3  # of an error that counts as left
+LEAST = 1e-2  # of an error that counts as left when all is refitted
 FACTORS = (3.0, 3.0, 1.5, 1.5)  # by which a curve is scaled, round by round
 
 
@@ -98,9 +96,10 @@ def within_budget(
     def remembered(what: str, measure: Callable[[Sizes], float]) -> Callable[[Sizes], float]:
         return lambda sizes: resume.remembered(f"{what} at {sorted(sizes.items())}", float, partial(measure, sizes))
 
-    if debias:
-        curves = attenuated(curves, remembered("trial", partial(error, "measuring what the refit leaves")))
     shared_out = partial(allocate, costs=costs, budget=budget, latency=remembered("latency", latency))
+    if debias and budget.refits:
+        left = remembered("trial", partial(error, "measuring what the refit leaves"))
+        curves = attenuated(curves, shared_out(curves).sizes, left, budget.refits)
     return search(curves, shared_out, remembered("trial", partial(error, "searching")), budget.search)
 
 
@@ -109,23 +108,29 @@ def costs_of(model: nn.Module, graph: Graph, names: Container[str], traced: Call
     return {kind: cost_of(model, graph, kind, samples_in(traced), names) for kind in ("params", "macs", "size")}
 
 
-def attenuated(curves: Mapping[str, Tensor], error: Callable[[Sizes], float]) -> dict[str, Tensor]:
+def attenuated(
+    curves: Mapping[str, Tensor], sizes: Sizes, error: Callable[[Sizes], float], refits: int
+) -> dict[str, Tensor]:
     """The curves, times what is left of such an error when all other layers are refitted.
 
-    The layers behind a group undo part of its error, the more the more there are. What is left is measured for `ALONE`
-    of the groups, and interpolated for those in between.
+    The layers behind a group undo part of its error, the more the more there are. What is left is measured for groups
+    evenly along the depth, each pruned alone, and interpolated for those in between.
 
     Args:
         curves: Group -> its error curve, in order of execution.
+        sizes: About what the groups will keep; what is left is measured there, of groups that lose channels.
         error: Sizes -> measured error of the refitted network.
+        refits: For how many groups it is measured at most.
     """
     whole = {name: len(curve) - 1 for name, curve in curves.items()}
-    names, left = list(curves), list[float]()
-    measured = np.unique(np.linspace(0, len(names) - 1, min(ALONE, len(names))).round().astype(int))
-    for name in (names[index] for index in measured):
-        size = max(1, int(SHARE * whole[name]))
-        alone = float(curves[name][size])
-        left.append(error({**whole, name: size}) / alone if alone > 0 else 1.0)
+    names = list(curves)
+    known = [i for i, name in enumerate(names) if sizes[name] < whole[name] and float(curves[name][sizes[name]]) > 0]
+    if not known:
+        return dict(curves)
+    even = np.linspace(0, len(known) - 1, min(refits, len(known))).round().astype(int)
+    measured = [known[i] for i in dict.fromkeys(even)]
+    alone = [(name, sizes[name]) for name in (names[i] for i in measured)]
+    left = [error({**whole, name: size}) / float(curves[name][size]) for name, size in alone]
     logarithms = np.interp(range(len(names)), measured, np.log(np.clip(left, LEAST, 1.0)))
     return {name: curve * math.exp(by) for (name, curve), by in zip(curves.items(), logarithms, strict=True)}
 

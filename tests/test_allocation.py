@@ -1,7 +1,7 @@
 """Budgets: what a model costs at any sizes, and how a budget is shared out among the groups."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise, product
 from typing import Any
 
@@ -234,36 +234,37 @@ def test_a_local_search_keeps_what_lowers_the_measured_error() -> None:
 
 def test_an_error_counts_by_what_the_refit_leaves_of_it() -> None:
     curve, left = torch.tensor([1.0, 0.6, 0.3, 0.1, 0.0]), {"a": 0.1, "b": 0.2, "c": 0.8, "d": 0.4}
-    asked: list[Mapping[str, int]] = []
+    curves, sizes = dict.fromkeys("abcd", curve), {"a": 1, "b": 2, "c": 3, "d": 1}
 
-    def error(sizes: Mapping[str, int]) -> float:
-        asked.append(sizes)
-        (alone,) = (name for name in sizes if sizes[name] < 4)
-        return 0.6 * left[alone]
+    def error(asked: Mapping[str, int]) -> float:
+        (alone,) = (name for name in asked if asked[name] < 4)
+        assert asked[alone] == sizes[alone]
+        return float(left[alone] * curve[sizes[alone]])
 
-    counted = attenuated(dict.fromkeys("abcd", curve), error)
+    counted = attenuated(curves, sizes, error, 10)
     assert list(counted) == list("abcd")
-    assert [sizes[name] for sizes, name in zip(asked, "abcd", strict=True)] == [1, 1, 1, 1]
     for name in "abcd":
         torch.testing.assert_close(counted[name], left[name] * curve)
-    assert attenuated({"a": curve}, lambda sizes: 5.0)["a"].equal(curve)  # the refit does no harm
-    assert attenuated({"a": 0 * curve}, lambda sizes: 1.0)["a"].equal(0 * curve)
-    assert attenuated({"a": curve}, lambda sizes: 0.0)["a"].sum() > 0
+    assert attenuated({"a": curve}, {"a": 1}, lambda _: 5.0, 8)["a"].equal(curve)  # the refit does no harm
+    assert 0 < attenuated({"a": curve}, {"a": 1}, lambda _: 0.0, 8)["a"].sum() < 0.1
+    assert attenuated({"a": 0 * curve}, {"a": 1}, error, 8)["a"].equal(0 * curve)  # nothing to measure
+    assert attenuated({"a": curve}, {"a": 4}, error, 8)["a"].equal(curve)
 
 
 def test_what_the_refit_leaves_is_interpolated_along_the_depth() -> None:
     curves = {f"layer {i}": torch.tensor([1.0, 0.5, 0.0]) for i in range(15)}
-    asked: list[str] = []
+    sizes = dict.fromkeys(curves, 1) | {"layer 0": 2}
+    asked: list[int] = []
 
     def error(sizes: Mapping[str, int]) -> float:
         (alone,) = (name for name in sizes if sizes[name] < 2)
-        asked.append(alone)
-        return float(0.5 * 1.2 ** (int(alone.split()[1]) - 14))
+        asked.append(int(alone.split()[1]))
+        return float(0.5 * 1.2 ** (asked[-1] - 14))
 
-    counted = attenuated(curves, error)
-    assert asked == [f"layer {i}" for i in range(0, 15, 2)]
+    counted = attenuated(curves, sizes, error, 4)
+    assert asked == [1, 5, 10, 14]  # nearly evenly, and those that lose channels alone
     for i, curve in enumerate(counted.values()):
-        torch.testing.assert_close(curve, 1.2 ** (i - 14) * curves["layer 0"])
+        torch.testing.assert_close(curve, 1.2 ** (max(1, i) - 14) * curves["layer 0"])
 
 
 def test_what_the_refit_leaves_is_that_of_a_network_with_one_pruned_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,14 +272,16 @@ def test_what_the_refit_leaves_is_that_of_a_network_with_one_pruned_group(monkey
     model, batches = mlp(8, 20, 20, 4).requires_grad_(False), torch.randn(400, 8).split(100)
     found: dict[str, float] = {}
 
-    def measured(curves: Mapping[str, Tensor], error: Callable[[Mapping[str, int]], float]) -> Mapping[str, Tensor]:
+    def measured(curves: Mapping[str, Tensor], sizes: Any, error: Any, refits: int) -> Mapping[str, Tensor]:
         found.update({name: error({**dict.fromkeys(curves, 20), name: 5}) for name in curves})
+        assert refits == 3
         return curves
 
     monkeypatch.setattr(search_module, "attenuated", measured)
-    lnr.prune(model, batches, budget=lnr.Budget(params=0.5, samples=200), selector="backward", debias=False)
+    lnr.prune(model, batches, budget=lnr.Budget(params=0.5, refits=3), selector="backward", debias=False)
+    lnr.prune(model, batches, budget=lnr.Budget(params=0.5, refits=0), selector="backward")
     assert not found  # nothing is refitted
-    lnr.prune(model, batches, budget=lnr.Budget(params=0.5, samples=200), selector="backward")
+    lnr.prune(model, batches, budget=lnr.Budget(params=0.5, samples=200, refits=3), selector="backward")
     assert set(found) == {"0", "2"}
     judged: list[Call] = [((batch,), {}) for batch in batches[1::2]]
     for name, error in found.items():  # the channels are chosen on all batches there, on half of them here
