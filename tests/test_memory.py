@@ -91,7 +91,7 @@ def test_the_largest_group_and_layer_count() -> None:
     assert plan.solve == 8 * (SOLVE[0] * 300**2 + SOLVE[1] * 200 * 300)
     assert plan.refit == 8 * (REFIT[0] * 300**2 + REFIT[1] * 200 * 300)
     assert plan.total == max(plan.at_once + plan.solve, plan.refit)
-    assert plan_of(model, X, bias=False, search=True).total == plan.at_once + max(plan.solve, plan.refit)
+    assert plan_of(model, X, bias=False, tried=True).total == plan.at_once + max(plan.solve, plan.refit)
     assert plan_of(model, X, bias=False, refit=False).total == plan.at_once + plan.solve
     head = plan_of(mlp(8, 16, 5000), X, bias=True)  # is not pruned itself
     assert (head.refitted, head.refit) == ("2", 8 * (REFIT[0] * 17**2 + REFIT[1] * 5000 * 17))

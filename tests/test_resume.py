@@ -194,8 +194,8 @@ def stopped(at: str, count: int) -> Callable[[str], None]:
     [
         ("lasso", "statistics", 4, {"statistics.watch": 4, "refit._target": 0}),  # of 6 batches
         ("budget", "measuring", 3, {"statistics.watch": 6, "curves.backward": 2, "search.refit_network": 0}),
-        ("budget", "measuring what", 3, {"statistics.watch": 6, "curves.backward": 4, "search.refit_network": 2}),
-        ("budget", "searching", 3, {"statistics.watch": 6, "curves.backward": 4, "search.refit_network": 6}),
+        ("budget", "measuring what", 2, {"statistics.watch": 6, "curves.backward": 4, "search.refit_network": 1}),
+        ("budget", "searching", 3, {"statistics.watch": 6, "curves.backward": 4, "search.refit_network": 4}),
         ("lasso", "selecting", 3, {"statistics.watch": 6, "problem.GroupLasso.error": 2, "refit._target": 0}),
         ("lasso", "refitting", 5, {"statistics.watch": 6, "problem.GroupLasso.error": 4, "refit._target": 3}),
     ],
