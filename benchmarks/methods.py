@@ -63,7 +63,7 @@ def methods(task: Task, level: Level, search: int) -> dict[str, Method]:
 def budget_of(task: Task, level: Level, search: int = 0) -> lnr.Budget:
     """The library's budget."""
     limits: dict[str, Any] = dict([level])
-    return lnr.Budget(samples=task.measured, search=search, **limits)
+    return lnr.Budget(samples=task.measured, refits=100, search=search, **limits)  # of all groups
 
 
 def is_peer(method: str) -> bool:
