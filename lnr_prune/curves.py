@@ -1,7 +1,7 @@
 """Error curves: what every group costs the network's outputs, at every size."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lnr_prune import distributed, resume
 from lnr_prune.backward import Elimination, backward
-from lnr_prune.calibration import Calibration, Call, run, samples_in
-from lnr_prune.graph import named_tensors
+from lnr_prune.calibration import Call, run, samples_in
 from lnr_prune.problem import debias
 from lnr_prune.supports import Reading
 
@@ -22,12 +21,10 @@ RIDGE = 1e-4
 
 
 def error_curves(
-    model: nn.Module,
+    tensors: Mapping[str, Tensor],
     turns: Iterable[Mapping[str, Reading]],
-    data: Iterable[Call],
+    error: Callable[[Mapping[str, Tensor]], float],
     progress: Callable[[str], None] | None = None,
-    *,
-    logits: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Elimination]]:
     """Relative squared error of the network's outputs when one group keeps 0, 1, ... n of its channels.
 
@@ -37,17 +34,15 @@ def error_curves(
     different layers compare, and their sum estimates the whole network's.
 
     Args:
-        model: The original model.
+        tensors: The original model's.
         turns: Name of a group -> the group and its consumers' second moments, some groups at a time.
-        data: What the outputs are measured on. Processes that prune together have the same, and share out the groups.
+        error: Full-size weights -> `output_error` with them. Processes that prune together measure it on the same
+            samples, and share out the groups.
         progress: Called with every group's name.
-        logits: Whether the outputs are logits, see `divergence`.
 
     Returns:
         Name of a group -> its curve, (n + 1,) float64; and name -> its backward elimination.
     """
-    tensors, calls = named_tensors(model), list(data)
-    original = [outputs(model, call) for call in calls]
 
     def measure(name: str, reading: Reading) -> tuple[Tensor, Elimination]:
         if progress:
@@ -59,7 +54,7 @@ def error_curves(
             weights: dict[str, Tensor] = {}
             for pair, M_c in zip(reading.pairs, M, strict=True):
                 weights |= pair.write(M_c, {**tensors, **weights})
-            measured[size] = divergence(original, [outputs(model, call, weights) for call in calls], logits)
+            measured[size] = error(weights)
         return through(elimination.errors, measured), elimination
 
     curves, eliminations = dict[str, Tensor](), dict[str, Elimination]()
@@ -87,17 +82,11 @@ def through(shape: Tensor, measured: Mapping[int, float]) -> Tensor:
 
 
 def output_error(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    data: Calibration,
-    *,
-    logits: bool = False,
-    samples: int = SAMPLES,
-) -> float:
-    """`divergence` of the outputs with these full-size weights, on about so many samples."""
-    calls = some(data, samples)
-    original, pruned = ([outputs(model, call, given) for call in calls] for given in (None, weights))
-    return divergence(original, pruned, logits)
+    model: nn.Module, calls: Sequence[Call], logits: bool = False
+) -> Callable[[Mapping[str, Tensor]], float]:
+    """Full-size weights -> `divergence` of the outputs with them from the model's own."""
+    original = [outputs(model, call) for call in calls]
+    return lambda weights: divergence(original, [outputs(model, call, weights) for call in calls], logits)
 
 
 def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from lnr_prune.amount import check_amounts, choose_channels, group_of
 from lnr_prune.arguments import check_flags, check_settings, check_values
 from lnr_prune.calibration import Call, Inputs, calibrate, run, short_example
 from lnr_prune.collapse import collapse, restore_point
-from lnr_prune.curves import output_error
+from lnr_prune.curves import output_error, some
 from lnr_prune.errors import GraphError
 from lnr_prune.fingerprint import fingerprint
 from lnr_prune.graph import find_groups, named_tensors
@@ -164,14 +164,16 @@ def prune(
           (2): Linear(in_features=16, out_features=4, bias=True)
         )
     """
-    if inplace and as_graph:
-        raise ValueError("as_graph=True makes a new model; it cannot be combined with inplace=True")
-    if as_graph and budget is not None and budget.latency is not None:
-        raise ValueError("a budget of latency is measured on the shrinking module: it cannot be had with as_graph=True")
     amounts: dict[str, Any] = {"keep": keep, "lam": lam, "lam_ratio": lam_ratio, "budget": budget, "selector": selector}
     flags = {"bias": bias, "debias": debias, "logits": logits, "as_graph": as_graph}
     check_amounts(**amounts)
     check_flags(**flags, inplace=inplace, low_memory=low_memory)
+    if inplace and as_graph:
+        raise ValueError("as_graph=True makes a new model; it cannot be combined with inplace=True")
+    if as_graph and budget is not None and budget.latency is not None:
+        raise ValueError("a budget of latency is measured on the shrinking module: it cannot be had with as_graph=True")
+    if budget is not None and budget.search and not debias:
+        raise ValueError("budget.search refits the network in every trial: it cannot be had with debias=False")
     check_settings(ridge=ridge, seed=seed, progress=progress, work=work)
     solver = find_solver(solver)
     settings = {**amounts, **flags, "solver": solver, "ridge": ridge, "seed": seed}
@@ -201,7 +203,7 @@ def prune(
         check_reach(costs_of(model, graph, {group.name for group in wanted}, example), wanted, budget)
 
     with _shown(progress) as step, resume.folder(work, model, data, settings) as data:
-        tried = budget is not None and (debias * budget.refits + budget.search > 0)
+        tried = budget is not None and budget.refits + budget.search > 0
         needed = partial(memory_plan, graph, wanted, tensors, bias=bias, refit=debias, tried=tried)
         memory = needed(low_memory=low_memory)
         memory.check(available_memory(next(iter(tensors.values())).device), needed(low_memory=True))
@@ -238,7 +240,7 @@ def prune(
     layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := done.layers.get(layer.weight)))
     _warn_of_few_samples(layers)
     before = _costs(model, example)
-    error = output_error(model, masked, data, logits=logits)
+    error = output_error(model, some(data), logits)(masked)
     if as_graph:
         target = pruned_graph(model, plan, masked, example)
     else:

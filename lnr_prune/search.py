@@ -53,7 +53,7 @@ def within_budget(
         repeated: As for `refit_network`.
         traced: The call that the graph was traced with.
         bias: Whether biases are refitted.
-        debias: Whether the layers will be refitted at all.
+        debias: Whether the layers will be refitted; if not, there is nothing to try.
         logits: Whether the outputs are logits.
         progress: Called with what is being done.
 
@@ -62,9 +62,10 @@ def within_budget(
     """
     tensors, example = named_tensors(model), data.example()
     batches = some(data, 2 * budget.samples)
-    parts = distributed.shard(batches[::2]), batches[1::2] or batches  # of the latter all ranks have all
-    fit, judged = (Calibration(part, lambda call: call) for part in parts)
-    curves, eliminations = error_curves(model, turns, judged, lambda name: progress(f"measuring {name}"), logits=logits)
+    judged = batches[1::2] or batches  # all ranks have all
+    fit = Calibration(distributed.shard(batches[::2]), lambda call: call)
+    suffered = output_error(model, judged, logits)
+    curves, eliminations = error_curves(tensors, turns, suffered, lambda name: progress(f"measuring {name}"))
     groups = {group.name: group for group in graph.groups if group.name in curves}
     costs = costs_of(model, graph, groups, traced)
 
@@ -88,10 +89,7 @@ def within_budget(
         masked = masked_weights([(groups[name], support) for name, support in supports.items()], tensors)
         with resume.nothing():  # a trial is remembered as a whole
             done = refit_network(model, graph, supports, fit, repeated=repeated, bias=bias, logits=logits)
-        with distributed.alone():  # all ranks have the same samples to judge on
-            weights = {**masked, **done.weights}
-            suffered = output_error(model, weights, judged, logits=logits, samples=2 * budget.samples)
-        return distributed.everyone(suffered)[0]
+        return distributed.everyone(suffered({**masked, **done.weights}))[0]
 
     def remembered(what: str, measure: Callable[[Sizes], float]) -> Callable[[Sizes], float]:
         return lambda sizes: resume.remembered(f"{what} at {sorted(sizes.items())}", float, partial(measure, sizes))

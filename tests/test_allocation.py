@@ -17,7 +17,7 @@ from lnr_prune import search as search_module
 from lnr_prune.allocation import Allocation, Budget, Cost, allocate, cost_of, descend
 from lnr_prune.calibration import Call, calibrate
 from lnr_prune.collapse import collapse
-from lnr_prune.curves import divergence, error_curves, outputs, through
+from lnr_prune.curves import divergence, error_curves, output_error, outputs, through
 from lnr_prune.graph import find_groups
 from lnr_prune.plan import make_plan
 from lnr_prune.search import attenuated, search
@@ -179,7 +179,8 @@ def test_the_curves_are_the_measured_divergence() -> None:
     model, x = mlp(8, 20, 4).double().requires_grad_(False), torch.randn(100, 8, dtype=torch.float64)
     data = calibrate(model, [x])
     readings = read(model, find_groups(model, (x,), {}).groups, data, bias=True)
-    (curve,) = error_curves(model, [readings], data)[0].values()
+    error = output_error(model, list(data))
+    (curve,) = error_curves(dict(model.named_parameters()), [readings], error)[0].values()
     assert float(curve[20]) == 0.0
     assert bool((curve.diff() <= 1e-12).all())
     original = outputs(model, ((x,), {}))
@@ -281,6 +282,8 @@ def test_what_the_refit_leaves_is_that_of_a_network_with_one_pruned_group(monkey
     lnr.prune(model, batches, budget=lnr.Budget(params=0.5, refits=3), selector="backward", debias=False)
     lnr.prune(model, batches, budget=lnr.Budget(params=0.5, refits=0), selector="backward")
     assert not found  # nothing is refitted
+    with pytest.raises(ValueError, match=r"budget\.search refits the network in every trial"):
+        lnr.prune(model, batches, budget=lnr.Budget(params=0.5, search=1), selector="backward", debias=False)
     lnr.prune(model, batches, budget=lnr.Budget(params=0.5, samples=200, refits=3), selector="backward")
     assert set(found) == {"0", "2"}
     judged: list[Call] = [((batch,), {}) for batch in batches[1::2]]

@@ -278,6 +278,10 @@ BUDGETS = [
     Case("budget leave a number", lambda *_: lnr.Budget(params=0.5, leave=3), TypeError, "names of layers, got 3"),  # type: ignore[arg-type]
     pruning("budget a number", error=TypeError, message=r"such as Budget\(macs=0.5\), got 0.5", budget=0.5),
     pruning("budget a dict", error=TypeError, message="budget must be a Budget", budget={"macs": 0.5}),
+    pruning("budget a dict for a graph", error=TypeError, message="budget must be a Budget", budget={"macs": 0.5},
+            as_graph=True),
+    pruning("a search without a refit", error=ValueError, message=r"budget.search refits .* debias=False",
+            budget=lnr.Budget(macs=0.5, search=2), debias=False),
     pruning("budget out of reach", error=ValueError, message="out of reach: the smallest.*params 4.8%.*Raise the limit",
             budget=lnr.Budget(params=1e-9)),
     pruning("budget against its minimum", error=ValueError, message="asked for 0.1. Raise the limit, or lower minimum",
