@@ -118,6 +118,20 @@ def divergence(original: list[Tensor], pruned: list[Tensor], logits: bool = Fals
     return error / spread if spread > 0 else 0.0
 
 
+def check_logits(model: nn.Module, example: Call) -> None:
+    """Refuses a model whose output cannot be the logits of classes.
+
+    Raises:
+        ValueError: If it is not one tensor (samples, classes).
+    """
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(run(model, example)) if isinstance(leaf, Tensor)]
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        raise ValueError(
+            f"logits=True needs a model whose output is one tensor (samples, classes), got "
+            f"{', '.join(map(str, shapes)) or 'no tensor'}; leave logits out, or wrap the model"
+        )
+
+
 def _squares(difference: Tensor) -> float:
     return float(difference.nan_to_num_(0.0, 0.0, 0.0).square_().sum())
 

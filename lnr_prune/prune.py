@@ -13,15 +13,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lnr_prune import cost, distributed, files, resume
 from lnr_prune.allocation import Allocation, Budget, check_reach
 from lnr_prune.amount import check_amounts, choose_channels, group_of
 from lnr_prune.arguments import check_flags, check_settings, check_values
-from lnr_prune.calibration import Call, Inputs, calibrate, run, short_example
+from lnr_prune.calibration import Call, Inputs, calibrate, short_example
 from lnr_prune.collapse import collapse, restore_point
-from lnr_prune.curves import output_error, some
+from lnr_prune.curves import check_logits, output_error, some
 from lnr_prune.errors import GraphError
 from lnr_prune.fingerprint import fingerprint
 from lnr_prune.graph import find_groups, named_tensors
@@ -184,7 +183,7 @@ def prune(
     check_values(model)
     example, *_ = distributed.everyone(short_example(model, data))
     if logits:
-        _check_logits(model, example)
+        check_logits(model, example)
     graph = find_groups(model, *example)
     target = model if inplace or as_graph else copied(model, example)
     if not as_graph:
@@ -263,15 +262,6 @@ def prune(
 def _costs(model: nn.Module, example: Call) -> dict[str, int]:
     """As the report names them."""
     return {"params": cost.parameters(model), "macs": cost.macs(model, example), "size": cost.size(model)}
-
-
-def _check_logits(model: nn.Module, example: Call) -> None:
-    shapes = [tuple(leaf.shape) for leaf in tree_leaves(run(model, example)) if isinstance(leaf, torch.Tensor)]
-    if len(shapes) != 1 or len(shapes[0]) != 2:
-        raise ValueError(
-            f"logits=True needs a model whose output is one tensor (samples, classes), got "
-            f"{', '.join(map(str, shapes)) or 'no tensor'}; leave logits out, or wrap the model"
-        )
 
 
 def _warn_of_few_samples(layers: tuple[LayerReport, ...]) -> None:

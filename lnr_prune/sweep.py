@@ -20,7 +20,7 @@ from lnr_prune.allocation import Budget
 from lnr_prune.amount import check_amounts
 from lnr_prune.calibration import calibrate
 from lnr_prune.chart import LABELS
-from lnr_prune.curves import divergence, outputs, some
+from lnr_prune.curves import check_logits, divergence, outputs, some
 from lnr_prune.prune import prune
 from lnr_prune.report import Report
 
@@ -163,7 +163,8 @@ def sweep(
         retrain: Trains a pruned model in place, or returns a trained one. Torch's global generator starts from
             ``seed`` for every point, and is as before when the sweep ends.
         evaluate: What a model is worth, such as its accuracy. Default: the error of its outputs,
-            ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` on some of the calibration data, of which less is better.
+            ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` on some of the calibration data, of which less is better;
+            with ``logits=True`` by divergences of the probabilities, as in the reports.
         maximize: Whether larger values of ``evaluate`` are better.
         cost: What is to be small: "params", "macs", "size" or "latency" (roughly measured).
         seed: As for `prune`, and for ``retrain``.
@@ -196,12 +197,14 @@ def sweep(
     data = calibrate(model, calibration, options.get("inputs"))
     options = {**options, "seed": seed}
     if evaluate is None:
-        calls = some(data)
+        calls, logits = some(data), bool(options.get("logits"))
+        if logits:
+            check_logits(model, calls[0])
         original = [outputs(model, call) for call in calls]
         maximize, measure = False, "error of the outputs"
 
         def value(of: nn.Module) -> float:
-            return divergence(original, [outputs(of, call) for call in calls])
+            return divergence(original, [outputs(of, call) for call in calls], logits)
     else:
         measure, given = getattr(evaluate, "__name__", "value").strip("<>"), evaluate
 

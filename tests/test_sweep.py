@@ -64,6 +64,15 @@ def test_every_budget_is_pruned_once_and_the_model_is_left_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(model).items())
 
 
+def test_logits_are_compared_as_in_the_reports() -> None:
+    model, data = _problem()
+    swept = lnr.sweep(model, data, [{"keep": 0.5}], logits=True)
+    assert swept.points[0].value == pytest.approx(swept.points[0].report.error)
+    assert swept.points[0].value != pytest.approx(lnr.sweep(model, data, [{"keep": 0.5}]).points[0].value)
+    with pytest.raises(ValueError, match=r"one tensor \(samples, classes\), got \(6,\)"):
+        lnr.sweep(torch.nn.Sequential(model, torch.nn.Flatten(0)), torch.randn(2, 6), [{"keep": 0.5}], logits=True)
+
+
 def test_retraining_follows_the_seed_and_is_what_counts() -> None:
     model, data = _problem()
 
