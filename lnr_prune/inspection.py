@@ -47,7 +47,7 @@ class Inspection:
 
     Attributes:
         groups: The channel groups, in order of execution.
-        frozen: Layer whose outputs cannot be pruned -> why.
+        frozen: Layer whose outputs, or some of them, cannot be pruned -> why.
         reachable: Share of the parameters that belongs to some group.
         flow: Pairs of layers: what the first computes goes into the second. Names in angle brackets are no layers but
             the model's input and output, and operations where several layers' outputs meet, such as ``<add_3>``.

@@ -79,7 +79,7 @@ class Report:
         layers: One row a refitted layer, in order of execution.
         error: ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of the network's outputs, measured on some of the
             calibration data.
-        frozen: Layer whose outputs cannot be pruned -> why.
+        frozen: Layer whose outputs, or some of them, cannot be pruned -> why.
         params_before, params_after: Number of parameters.
         macs_before, macs_after: Multiply-accumulates for one sample.
         size_before, size_after: Bytes of the parameters and buffers; None if unknown.

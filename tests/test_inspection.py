@@ -38,3 +38,23 @@ def test_it_prints() -> None:
     assert 0.99 < found.reachable < 1  # all but the bias of the last layer
     assert "stem, point, excite" in str(found)
     assert "99.7% of the parameters are in groups" in str(found)
+
+
+class Widened(torch.nn.Module):
+    """Twice as many channels, the new ones without a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = torch.nn.Linear(3, 4), torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).relu()
+        result: torch.Tensor = self.fc(self.b(x) + torch.nn.functional.pad(x, (2, 2)))
+        return result
+
+
+def test_a_layer_that_may_lose_some_of_its_channels_says_why_not_the_others() -> None:
+    found = lnr.inspect(Widened(), torch.randn(2, 3))
+    assert [(group.producers, group.size) for group in found.groups] == [(("a", "b"), 4)]
+    assert found.frozen["b"].startswith("4 of its 8 channels: meets a value of no known channel in add (")
+    assert "a" not in found.frozen

@@ -76,7 +76,7 @@ class Graph:
 
     Attributes:
         groups: What can be pruned, in order of execution.
-        frozen: Name of a layer whose outputs cannot -> why.
+        frozen: Name of a layer whose outputs, or some of them, cannot -> why.
         macs: Name of a weight -> multiply-accumulates that it takes part in, in the traced call.
         layers: Every layer ``y = W x`` whose weight nothing else uses, in order of execution; each index of its
             inputs counts as a channel.
@@ -229,8 +229,8 @@ def _labelled_slots(owners: Owners, label: Tensor) -> dict[Slot, Tensor]:
 def _explain(
     state: Propagation, groups: list[ChannelGroup], label: Tensor, reasons: Mapping[int, str]
 ) -> dict[str, str]:
-    """Layer -> why its outputs, or all of its weight, are in no group."""
-    owners, found = state.owners, {producer for group in groups for producer in group.producers}
+    """Layer -> why its outputs, some of them, or all of its weight, are in no group."""
+    owners = state.owners
     mixed: dict[int, str] = {}
     for ids, reason in owners.mixed:
         for unit in torch.unique(label[ids]).tolist():
@@ -241,9 +241,11 @@ def _explain(
         return next((said[unit] for said in (mixed, reasons) for unit in units if unit in said), otherwise)
 
     why: dict[str, str] = {}
-    for (weight, _), ids in owners.produced.items():
-        if layer_name(weight) not in found:
-            why[layer_name(weight)] = stated(ids, "no layer that could be refitted reads its channels")
+    for row, ids in owners.produced.items():
+        left = torch.stack([group.slots[row] < 0 for group in groups if row in group.slots] or [ids >= 0]).all(0)
+        if count := int(left.sum()):
+            reason = stated(ids[left], "no layer that could be refitted reads its channels")
+            why[layer_name(row[0])] = reason if count == len(ids) else f"{count} of its {len(ids)} channels: {reason}"
     shrink = {name for group in groups for name, _ in group.slots}
     for name, tensor in state.trace.tensors.items():
         if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and name not in shrink:

@@ -93,7 +93,7 @@ class Owners:
         if len(key):
             pairs = torch.stack([key // 2**32, key % 2**32])
             orphaned = (pairs == 0).any(0)
-            self.freeze(pairs[:, orphaned], reason)
+            self.freeze(pairs[:, orphaned], f"meets a value of no known channel in {reason}")
             self.couplings.append(pairs[:, ~orphaned])
 
     def couple_axis(self, ids: Tensor, axis: int, slot: Tensor, reason: str) -> None:
