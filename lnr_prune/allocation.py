@@ -139,6 +139,10 @@ def cost_of(model: nn.Module, graph: Graph, kind: str, samples: int = 1, groups:
                 stays = 1 - sum(shares[g.name] * g.size for g in changing if g.name in shares)
                 dims.append((stays, shares))
         terms.append((float(cost), tuple(dims)))
+    for count, of_all in graph.products if kind == "macs" else ():
+        shares = {group.name: of_all[group.name] for group in changing if group.name in of_all}
+        stays = 1 - sum(shares[group.name] * group.size for group in changing if group.name in shares)
+        terms.append((count / samples, ((stays, shares),)))
     return Cost(tuple(terms))
 
 

@@ -5,6 +5,7 @@ from statistics import median
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as now  # waits for the accelerator
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +28,8 @@ def macs(model: nn.Module, example: Call) -> int:
 
     One sample is one entry of the first axis of the first tensor of ``example``.
     """
-    with FlopCounterMode(display=False) as counter:
+    # of the fused kernels of an attention not all are counted; of its products alone, all
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run(model, example)
     return int(counter.get_total_flops() // (2 * max(1, samples_in(example))))
 

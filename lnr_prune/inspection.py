@@ -130,6 +130,7 @@ def inspect(model: nn.Module, example: Any, *, inputs: Inputs | None = None) -> 
     groups, fixed = shrinkable(model, graph.groups, call)
     tensors = named_tensors(model)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    samples = samples_in(call)
     reached = {name for group in groups for name, _ in group.slots}
 
     def cost(group: ChannelGroup) -> GroupCost:
@@ -139,11 +140,14 @@ def inspect(model: nn.Module, example: Any, *, inputs: Inputs | None = None) -> 
             for (name, dim), channels in group.slots.items()
         }
         parameters = sum(trained.get(name, 0) * part for (name, _), part in share.items())
-        macs = sum(graph.macs.get(name, 0) * part for (name, _), part in share.items()) / samples_in(call)
+        macs = sum(graph.macs.get(name, 0) * part for (name, _), part in share.items())
+        macs += sum(count * shares.get(group.name, 0.0) for count, shares in graph.products)
         consumers = tuple(consumer.name for consumer in (*group.consumers, *group.training))
         weights = {layer_name(name) for name, _ in group.slots} - {*group.producers, *consumers}
         through = tuple(layer for layer in dict.fromkeys(target for _, target in graph.flow) if layer in weights)
-        return GroupCost(group.name, group.size, group.producers, consumers, round(parameters), round(macs), through)
+        return GroupCost(
+            group.name, group.size, group.producers, consumers, round(parameters), round(macs / samples), through
+        )
 
     reachable = sum(size for name, size in trained.items() if name in reached) / max(1, sum(trained.values()))
     return Inspection(tuple(cost(group) for group in groups), {**graph.frozen, **fixed}, reachable, graph.flow)

@@ -23,6 +23,7 @@ from lnr_prune.plan import make_plan
 from lnr_prune.search import attenuated, search
 from lnr_prune.supports import read
 from tests.models import Residual, cnn, mlp, randomised
+from tests.patterns import TorchAttention
 
 IMAGES = torch.randn(40, 2, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -132,6 +133,17 @@ def test_prune_keeps_to_its_budget(kind: str) -> None:
     call: Call = ((IMAGES[:2],), {})
     measure = {"params": cost.parameters, "macs": lambda m: cost.macs(m, call), "size": cost.size}[kind]
     assert 0.4 < measure(pruned.model) / measure(model) <= 0.5
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5])
+def test_the_products_of_an_attention_are_within_its_budget(share: float) -> None:
+    torch.manual_seed(0)
+    model, x = TorchAttention(), torch.randn(8, 80, 12)
+    call: Call = ((x[:2],), {})
+    of_weights = sum(find_groups(model, *call).macs.values()) / 2
+    assert of_weights < 0.7 * cost.macs(model, call)  # the rest is theirs, and falls with the heads
+    report = lnr.prune(model, x.split(4), budget=lnr.Budget(macs=share, refits=0), selector="norm").report
+    assert report.macs_after <= share * report.macs_before
 
 
 def test_a_budget_of_latency_or_error(monkeypatch: pytest.MonkeyPatch) -> None:

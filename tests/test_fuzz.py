@@ -1,4 +1,4 @@
-"""Random networks: whatever is pruned, pruned == masked in float64, and the original stays as it was.
+"""Random networks: pruned == masked in float64, at the cost that was predicted; the original stays as it was.
 
 `LNR_PRUNE_FUZZ=1000 LNR_PRUNE_FUZZ_FROM=5000 pytest tests/test_fuzz.py` for a long run on seeds of its own; the seed of
 a network that fails is in the test's name, and hypothesis shrinks what it finds to the patterns that matter.
@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from lnr_prune import cost
+from lnr_prune.allocation import cost_of
 from lnr_prune.collapse import collapse
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.graph import find_groups, named_tensors
@@ -35,7 +37,7 @@ def prune_at_random(model: nn.Module, x: Tensor, seed: int) -> None:
     """Prunes random channels of every group and compares with the masked network.
 
     Raises:
-        AssertionError: If a group cannot leave, a shape is not the one planned, or the original has changed.
+        AssertionError: If a group cannot leave, a shape or a cost is not the one planned, or the original has changed.
         VerificationError: If the outputs differ.
     """
     original, state = copy.deepcopy(model), {k: v.clone() for k, v in model.state_dict().items()}
@@ -54,6 +56,10 @@ def prune_at_random(model: nn.Module, x: Tensor, seed: int) -> None:
     pruned, plan = copy.deepcopy(model), make_plan(supports)
     collapse(pruned, plan, masked)
     reference.check(pruned)
+    sizes = {group.name: int(support.sum()) for group, support in supports}
+    for kind, measured in (("params", cost.parameters(pruned)), ("macs", cost.macs(pruned, ((x,), {})))):
+        predicted = cost_of(model, graph, kind, len(x), sizes.keys())(sizes)
+        assert predicted == pytest.approx(measured, abs=1)
     for name, tensor in named_tensors(pruned).items():
         kept = plan.indices.get(name, {})
         shape = tuple(len(kept.get(dim, range(size))) for dim, size in enumerate(named_tensors(model)[name].shape))

@@ -132,10 +132,16 @@ def _product(state: Propagation, node: fx.Node) -> Tensor | None:
     if len(left) < 2 or len(right) < 2:
         return None
     reason = describe(node)
+    _count_product(state, math.prod(shape_of(node)) * left[-1], state.of(a), state.of(b))
     rows = state.owners.mix(state.of(a), [len(left) - 1], reason)
     columns = state.owners.mix(state.of(b), [len(right) - 2], reason)
     _couple_contracted(state, state.of(a), state.of(b), reason)
     return meet(state, node, [(rows, (*left[:-1], 1)), (columns, (*right[:-2], 1, right[-1]))])
+
+
+def _count_product(state: Propagation, macs: int, a: Tensor, b: Tensor) -> None:
+    """Multiply-accumulates of two values; they fall at least as the channels of the one that has more of them."""
+    state.products.append((macs, max(a, b, key=Tensor.numel)))
 
 
 def _couple_contracted(state: Propagation, a: Tensor, b: Tensor, reason: str) -> None:
@@ -153,6 +159,9 @@ def _einsum(state: Propagation, node: fx.Node) -> Tensor | None:
     if not arrow or "." in equation or len(values) > 2 or any(len(set(part)) < len(part) for part in labels):
         return None
     reason, operands = describe(node), []
+    if len(values) > 1:
+        sizes = dict(zip("".join(labels), (size for value in values for size in shape_of(value)), strict=True))
+        _count_product(state, math.prod(sizes.values()), *(state.of(value) for value in values))
     for value, part in zip(values, labels, strict=True):
         summed = [axis for axis, label in enumerate(part) if label not in target]
         ids = state.owners.mix(state.of(value), summed, reason)
@@ -194,6 +203,9 @@ def _attention(state: Propagation, node: fx.Node) -> Tensor:
         return ids, size
 
     (ids_q, size_q), (ids_k, size_k), (ids_v, size_v) = (state.of(q), state.extent(q)), every_head(k), every_head(v)
+    pairs = math.prod(shape_of(q)[:-1]) * shape_of(k)[-2]
+    _count_product(state, pairs * shape_of(q)[-1], ids_q, ids_k)
+    _count_product(state, pairs * shape_of(v)[-1], ids_v, ids_v)
     ids_q, ids_k = (owners.mix(ids, [rank - 1], reason) for ids in (ids_q, ids_k))
     scores = [(ids_q, (*size_q[:-1], 1)), (ids_k.transpose(-1, -2), (*size_k[:-2], 1, size_k[-2]))]
     if mask is not None:

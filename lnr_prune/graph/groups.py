@@ -1,7 +1,7 @@
 """Channel groups: what can leave a model together, read off the ownership of its activations."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,6 +78,8 @@ class Graph:
         groups: What can be pruned, in order of execution.
         frozen: Name of a layer whose outputs, or some of them, cannot -> why.
         macs: Name of a weight -> multiply-accumulates that it takes part in, in the traced call.
+        products: Of every product of activations with one another, its multiply-accumulates in the traced call, and
+            the share of them that leaves with a channel of each group.
         layers: Every layer ``y = W x`` whose weight nothing else uses, in order of execution; each index of its
             inputs counts as a channel.
         repeated: Names of weights that are applied more than once in a forward pass.
@@ -87,6 +89,7 @@ class Graph:
     groups: tuple[ChannelGroup, ...]
     frozen: Mapping[str, str]
     macs: Mapping[str, int]
+    products: tuple[tuple[int, Mapping[str, float]], ...] = ()
     layers: tuple[Consumer, ...] = ()
     repeated: frozenset[str] = frozenset()
     flow: tuple[tuple[str, str], ...] = ()
@@ -135,7 +138,7 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     groups = [replace(group, held=held[group.name]) for group in groups]
     frozen = _explain(state, groups, label, reasons)
     flow = tuple((layer_name(a), layer_name(b)) for a, b in data_flow(traces))
-    return Graph(tuple(groups), frozen, state.macs, *_linear_maps(state), flow)
+    return Graph(tuple(groups), frozen, state.macs, _products(state, groups, label), *_linear_maps(state), flow)
 
 
 def _in_training(
@@ -173,6 +176,21 @@ def _linear_maps(state: Propagation) -> tuple[tuple[Consumer, ...], frozenset[st
 
 def _uses(state: Propagation, name: str) -> int:
     return sum(len(node.users) for node, other in state.trace.names.items() if other == name)
+
+
+def _products(
+    state: Propagation, groups: Sequence[ChannelGroup], label: Tensor
+) -> tuple[tuple[int, Mapping[str, float]], ...]:
+    number = torch.full_like(label, len(groups))  # unit -> its group's
+    for index, group in enumerate(groups):
+        row = group.rows[0]
+        number[label[state.owners.slots[row][group.slots[row] >= 0]]] = index
+    products = []
+    for macs, ids in state.products:
+        owned = torch.bincount(number[label[ids]].flatten(), minlength=len(groups)).tolist()
+        shares = {g.name: count / ids.numel() / g.size for g, count in zip(groups, owned, strict=False) if count}
+        products.append((macs, shares))
+    return tuple(products)
 
 
 def layer_name(parameter: str) -> str:

@@ -58,7 +58,10 @@ class Site:
 
 @dataclass(eq=False)
 class Propagation:
-    """Ownership of every value in a trace, and the multiply-accumulates that each weight takes part in."""
+    """Ownership of every value in a trace, and the multiply-accumulates that each weight takes part in.
+
+    Those of values with one another, such as an attention's scores, are listed with the ids of one of them.
+    """
 
     trace: Trace
     owners: Owners
@@ -66,6 +69,7 @@ class Propagation:
     sites: list[Site] = field(default_factory=list)
     known: dict[fx.Node, Any] = field(default_factory=dict)
     macs: Counter[str] = field(default_factory=Counter)
+    products: list[tuple[int, Tensor]] = field(default_factory=list)
     moving: set[fx.Node] = field(default_factory=set)  # values that depend on the model's inputs
     extents: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
 
