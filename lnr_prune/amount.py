@@ -24,7 +24,7 @@ def choose_channels(
     """
     kind, wanted = the_one_given(keep=keep, lam=lam, lam_ratio=lam_ratio)
     if isinstance(wanted, Mapping):
-        values = {group_of(graph, producer, kind): value for producer, value in wanted.items()}
+        values = {name: value for layer, value in wanted.items() for name in groups_of(graph, layer, kind)}
     else:
         values = {group.name: wanted for group in graph.groups}
     sizes = {group.name: group.size for group in graph.groups}
@@ -63,20 +63,20 @@ def the_one_given(**amounts: Any) -> tuple[str, Any]:
     return given[0]
 
 
-def group_of(graph: Graph, producer: str, kind: str) -> str:
-    """Name of the group that a layer produces.
+def groups_of(graph: Graph, producer: str, kind: str) -> list[str]:
+    """Names of the groups that a layer produces: one, unless its channels go different ways.
 
     Raises:
         ValueError: If there is none; the message says why, and what the argument ``kind`` may name.
     """
-    by_producer = {name: group.name for group in graph.groups for name in group.producers}
-    if producer not in by_producer:
+    found = [group.name for group in graph.groups if producer in (group.name, *group.producers)]
+    if not found:
         why = f" ({graph.frozen[producer]})" if producer in graph.frozen else ""
+        prunable = dict.fromkeys(name for group in graph.groups for name in group.producers)
         raise ValueError(
-            f"{kind} names {producer!r}, which is no prunable producer{why}; "
-            f"prunable: {', '.join(by_producer) or 'none'}"
+            f"{kind} names {producer!r}, which is no prunable producer{why}; prunable: {', '.join(prunable) or 'none'}"
         )
-    return by_producer[producer]
+    return found
 
 
 def _choice(kind: str, value: float, size: int, selector: str) -> Choice:

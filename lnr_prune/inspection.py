@@ -23,7 +23,7 @@ class GroupCost:
     """One channel group, and what a channel of it costs.
 
     Attributes:
-        name: Name of the group, its first producer's: the name that ``keep={...}`` takes.
+        name: Name of the group, that of a producer: the name that ``keep={...}`` takes.
         size: Number of channels.
         producers: Layers whose rows or filters are the channels.
         consumers: Layers that read them, in training only too.

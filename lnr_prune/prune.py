@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lnr_prune import cost, distributed, files, resume
 from lnr_prune.allocation import Allocation, Budget, check_reach
-from lnr_prune.amount import check_amounts, choose_channels, group_of
+from lnr_prune.amount import check_amounts, choose_channels, groups_of
 from lnr_prune.arguments import check_flags, check_settings, check_values
 from lnr_prune.calibration import Call, Inputs, calibrate, short_example
 from lnr_prune.collapse import collapse, restore_point
@@ -106,7 +106,7 @@ def prune(
         calibration: Unlabelled inputs, any iterable of batches: tensors, ``(input, label)`` pairs (labels
             are ignored), tuples of arguments, or dicts of keyword arguments.
         keep: Channels to keep of every group: a count (int), or a fraction in (0, 1] (float); or a mapping
-            from producers' names to one of these, which leaves all other groups whole.
+            from producers' names to one of these, of each of their groups, which leaves all others whole.
         lam: Instead, the penalty; or a mapping from producers' names.
         lam_ratio: Instead, the penalty as a fraction of each group's lambda_max; or a mapping.
         budget: Instead, what the pruned model may cost; see `Budget`. Channels are removed where the outputs,
@@ -197,7 +197,7 @@ def prune(
         choices = choose_channels(graph, keep=keep, lam=lam, lam_ratio=lam_ratio, selector=selector)
         wanted = [group for group in graph.groups if group.name in choices]
     else:
-        stay = {group_of(graph, producer, "budget.leave") for producer in budget.leave}
+        stay = {name for layer in budget.leave for name in groups_of(graph, layer, "budget.leave")}
         wanted = [group for group in graph.groups if group.name not in stay]
         check_reach(costs_of(model, graph, {group.name for group in wanted}, example), wanted, budget)
 

@@ -23,7 +23,7 @@ class GroupReport:
     """One channel group.
 
     Attributes:
-        name: Name of the group, its first producer's.
+        name: Name of the group, that of a producer.
         producers: Layers whose rows or filters were removed.
         consumers: Layers that were refitted.
         size: Channels before.

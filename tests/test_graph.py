@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lnr_prune as lnr
 from lnr_prune.errors import GraphError
 from lnr_prune.graph import Graph, find_groups
 from lnr_prune.graph.closure import _in_proportion, _ragged, close
@@ -280,3 +281,37 @@ def test_closing_a_large_table_takes_no_more_memory_than_the_table() -> None:
     pairs = _ragged(owners.elements["mask"])
     assert sum(edges.shape[1] for edges in pairs) <= 40 * 50 * 60
     assert len(torch.unique(close(owners)[1:])) == 59  # slabs along the longest axis, two of them coupled
+
+
+class Forked(nn.Module):
+    """The first three channels are tied to one layer, the other five to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fc = nn.Linear(6, 8), nn.Linear(6, 3), nn.Linear(6, 5), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc((self.a(x) + torch.cat([self.b(x), self.c(x)], -1)).relu())
+        return result
+
+
+def test_a_layer_in_several_groups() -> None:
+    torch.manual_seed(0)
+    model, x = Forked(), torch.randn(200, 6)
+    groups = find_groups(model, (x,), {}).groups
+    assert [(group.name, group.producers, group.size) for group in groups] == [
+        ("a", ("a", "b"), 3),
+        ("c", ("a", "c"), 5),
+    ]
+    both = lnr.prune(model, x, keep=0.4, selector="backward")
+    assert [(group.name, group.kept) for group in both.report.groups] == [("a", 1), ("c", 2)]
+    assert [len(both.model.get_parameter(f"{name}.weight")) for name in "abc"] == [3, 1, 2]
+    of_one = lnr.prune(model, x, keep={"c": 2}, selector="backward")
+    assert [group.kept for group in of_one.report.groups] == [3, 2]
+    of_each = lnr.prune(model, x, keep={"a": 1}, selector="backward")
+    assert [group.kept for group in of_each.report.groups] == [1, 1]
+    for budget in (lnr.Budget(params=0.6), lnr.Budget(params=0.6, leave=("b",))):
+        allocated = lnr.prune(model, x, budget=budget, selector="backward").report
+        assert allocated.params_after <= 0.6 * allocated.params_before
+    with pytest.raises(ValueError, match="leave names every channel group"):
+        lnr.prune(model, x, budget=lnr.Budget(params=0.9, leave=("a",)))

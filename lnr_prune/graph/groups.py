@@ -46,7 +46,7 @@ class ChannelGroup:
     """Channels that one or more producers make and one or more consumers read.
 
     Attributes:
-        name: Name of the first producer.
+        name: Name of the first producer that no earlier group is named after.
         size: Number of channels.
         producers: Names of the layers whose rows (filters) are the channels.
         consumers: The layers that read them.
@@ -133,6 +133,7 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         channel[units] = -1
     order = {site.weight: position for position, site in reversed(list(enumerate(sites)))}
     groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers or group.training))
+    groups = _named(groups)
     traces = (state, training) if training else (state,)
     held = held_ints(traces, label, {group.name: group.slots for group in groups})
     groups = [replace(group, held=held[group.name]) for group in groups]
@@ -176,6 +177,15 @@ def _linear_maps(state: Propagation) -> tuple[tuple[Consumer, ...], frozenset[st
 
 def _uses(state: Propagation, name: str) -> int:
     return sum(len(node.users) for node, other in state.trace.names.items() if other == name)
+
+
+def _named(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """The groups under names of their own: a layer's channels may be in several."""
+    named: dict[str, ChannelGroup] = {}
+    for number, group in enumerate(groups):
+        name = next((name for name in group.producers if name not in named), f"{group.name} ({number})")
+        named[name] = replace(group, name=name)
+    return list(named.values())
 
 
 def _products(
