@@ -1,11 +1,11 @@
 """What a model costs: parameters, multiply-accumulates, bytes and time."""
 
+import math
 from collections.abc import Sequence
 from statistics import median
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as now  # waits for the accelerator
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,10 +28,15 @@ def macs(model: nn.Module, example: Call) -> int:
 
     One sample is one entry of the first axis of the first tensor of ``example``.
     """
-    # of the fused kernels of an attention not all are counted; of its products alone, all
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # torch counts the GPUs'
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         run(model, example)
     return int(counter.get_total_flops() // (2 * max(1, samples_in(example))))
+
+
+def _attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
+    """Of the scores and of the weighted sums, from the shapes."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
 def latency(model: nn.Module, example: Call, seconds: float = 0.5) -> float:
