@@ -7,12 +7,14 @@ a network that fails is in the test's name, and hypothesis shrinks what it finds
 import copy
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+import lnr_prune as lnr
 from lnr_prune import cost
 from lnr_prune.allocation import cost_of
 from lnr_prune.collapse import collapse
@@ -71,6 +73,23 @@ def prune_at_random(model: nn.Module, x: Tensor, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
 def test_random_networks(seed: int) -> None:
     prune_at_random(*random_network(seed, depth=1 + seed % 7), seed)
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + max(8, COUNT // 10)))
+def test_random_budgets(seed: int) -> None:
+    model, x = random_network(seed, depth=1 + seed % 7)
+    kind, share = ("params", "macs", "size")[seed % 3], (0.8, 0.6, 0.4, 0.2)[seed % 4]
+    limit: dict[str, Any] = {kind: share}
+    batches = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    budget = lnr.Budget(**limit, samples=len(x), refits=seed % 5, search=seed % 2)
+    try:
+        report = lnr.prune(model, list(batches), budget=budget, selector="backward", progress=False).report
+    except ValueError as error:
+        if "out of reach" not in str(error):
+            raise
+        return
+    assert getattr(report, f"{kind}_after") <= share * getattr(report, f"{kind}_before") + 1
+    assert 0 <= report.error < float("inf")
 
 
 @settings(max_examples=max(10, COUNT // 10), deadline=None)
