@@ -130,19 +130,21 @@ def cost_of(model: nn.Module, graph: Graph, kind: str, samples: int = 1, groups:
     else:
         full = {name: parameter.numel() for name, parameter in model.named_parameters()}
     changing = [group for group in graph.groups if groups is None or group.name in groups]
+
+    def shrinking(shares: Mapping[str, float]) -> tuple[float, Mapping[str, float]]:
+        return 1 - sum(shares[group.name] * group.size for group in changing if group.name in shares), shares
+
     terms = []
     for name, cost in full.items():
         dims = []
         for dim, size in enumerate(tensors[name].shape):
             shares = {g.name: _indices(g, name, dim) / g.size / size for g in changing if (name, dim) in g.slots}
             if shares:
-                stays = 1 - sum(shares[g.name] * g.size for g in changing if g.name in shares)
-                dims.append((stays, shares))
+                dims.append(shrinking(shares))
         terms.append((float(cost), tuple(dims)))
     for count, of_all in graph.products if kind == "macs" else ():
         shares = {group.name: of_all[group.name] for group in changing if group.name in of_all}
-        stays = 1 - sum(shares[group.name] * group.size for group in changing if group.name in shares)
-        terms.append((count / samples, ((stays, shares),)))
+        terms.append((count / samples, (shrinking(shares),)))
     return Cost(tuple(terms))
 
 

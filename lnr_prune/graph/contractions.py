@@ -139,9 +139,9 @@ def _product(state: Propagation, node: fx.Node) -> Tensor | None:
     return meet(state, node, [(rows, (*left[:-1], 1)), (columns, (*right[:-2], 1, right[-1]))])
 
 
-def _count_product(state: Propagation, macs: int, a: Tensor, b: Tensor) -> None:
-    """Multiply-accumulates of two values; they fall at least as the channels of the one that has more of them."""
-    state.products.append((macs, max(a, b, key=Tensor.numel)))
+def _count_product(state: Propagation, macs: int, *ids: Tensor) -> None:
+    """Multiply-accumulates of values; they fall at least as the channels of the one that has most of them."""
+    state.products.append((macs, max(ids, key=Tensor.numel)))
 
 
 def _couple_contracted(state: Propagation, a: Tensor, b: Tensor, reason: str) -> None:
@@ -205,7 +205,7 @@ def _attention(state: Propagation, node: fx.Node) -> Tensor:
     (ids_q, size_q), (ids_k, size_k), (ids_v, size_v) = (state.of(q), state.extent(q)), every_head(k), every_head(v)
     pairs = math.prod(shape_of(q)[:-1]) * shape_of(k)[-2]
     _count_product(state, pairs * shape_of(q)[-1], ids_q, ids_k)
-    _count_product(state, pairs * shape_of(v)[-1], ids_v, ids_v)
+    _count_product(state, pairs * shape_of(v)[-1], ids_v)  # those of the weights are q's and k's
     ids_q, ids_k = (owners.mix(ids, [rank - 1], reason) for ids in (ids_q, ids_k))
     scores = [(ids_q, (*size_q[:-1], 1)), (ids_k.transpose(-1, -2), (*size_k[:-2], 1, size_k[-2]))]
     if mask is not None:
