@@ -23,6 +23,7 @@ LEVELS: dict[str, tuple[Level, ...]] = {
     "digits_mlp": (("macs", 0.25), ("macs", 0.1), ("macs", 0.05)),
     "digits_cnn": (("macs", 0.5), ("macs", 0.25), ("macs", 0.1)),
 }
+TANDEM = 10
 SELECTORS = ("group_lasso", "backward", "backward_swap", "norm", "random")
 
 
@@ -50,6 +51,7 @@ def methods(task: Task, level: Level, search: int) -> dict[str, Method]:
     every = {
         f"budget, {name}": ours(name, budget=budget_of(task, level)) for name in ("group_lasso", "backward", "norm")
     }
+    every["budget, backward, tandem"] = ours("backward", budget=budget_of(task, level), tandem=TANDEM)
     if search:
         every[f"budget, backward, {search} trials"] = ours("backward", budget=budget_of(task, level, search))
     every |= {f"uniform, {name}": ours(name, keep=sizes) for name in SELECTORS}

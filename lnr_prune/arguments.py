@@ -24,8 +24,8 @@ def check_flags(**flags: Any) -> None:
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_settings(*, ridge: Any, seed: Any, progress: Any, work: Any) -> None:
-    """Refuses a ridge below 0, a seed that torch does not take, a progress that is no function, a work that is no path.
+def check_settings(*, ridge: Any, seed: Any, tandem: Any, progress: Any, work: Any) -> None:
+    """Refuses numbers out of range, a progress that is no function, a work that is no path.
 
     Raises:
         ValueError, TypeError: It names the argument.
@@ -39,6 +39,10 @@ def check_settings(*, ridge: Any, seed: Any, progress: Any, work: Any) -> None:
         raise TypeError(f"seed must be an int, got {seed!r}")
     if not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
+    if isinstance(tandem, bool) or not isinstance(tandem, numbers.Integral):
+        raise TypeError(f"tandem must be an int, the number of iterations, got {tandem!r}")
+    if tandem < 0:
+        raise ValueError(f"tandem must be at least 0, got {tandem}")
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be True, False, None or a function of a text, got {progress!r}")
     if not (work is None or isinstance(work, str | os.PathLike)):

@@ -36,6 +36,7 @@ class LayerCall:
         weight: The weight it used.
         bias: The bias it used, or None.
         options: The call's other arguments (stride, padding, dilation, groups).
+        function: What was called.
     """
 
     input: Tensor
@@ -43,6 +44,12 @@ class LayerCall:
     weight: Tensor
     bias: Tensor | None
     options: Mapping[str, Any]
+    function: Callable[..., Tensor]
+
+    def again(self, **arguments: Tensor) -> Tensor:
+        """The output for another "input", "weight" or "bias"; what is not given is as it was."""
+        given = {"input": self.input, "weight": self.weight, "bias": self.bias, **arguments}
+        return self.function(*(given[key] for key in _SIGNATURES[self.function] if key in given), **self.options)
 
     def split(self, samples: int | list[int]) -> Iterator["LayerCall"]:
         """The call in pieces of so many samples, as torch.split cuts them."""
@@ -78,7 +85,7 @@ class _Watch(TorchFunctionMode):
             kwargs = {**kwargs, **late}
         result = func(*args, **kwargs)
         if self.see:
-            self.see(name, LayerCall(_batched(x, weight), _batched(result, weight), weight, bias, named))
+            self.see(name, LayerCall(_batched(x, weight), _batched(result, weight), weight, bias, named, func))
         return result
 
 

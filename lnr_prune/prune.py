@@ -83,6 +83,7 @@ def prune(
     debias: bool = True,
     ridge: float | None = None,
     logits: bool = False,
+    tandem: int = 0,
     inputs: Inputs | None = None,
     inplace: bool = False,
     as_graph: bool = False,
@@ -122,6 +123,9 @@ def prune(
         logits: Whether the model's output is the logits of classes: the layer that gives them is then fitted to
             the probabilities, and errors of the outputs are measured between these, by Kullback-Leibler divergences
             instead of squares.
+        tandem: Iterations in which every layer that alone reads what another one makes is refitted once more, together
+            with that one, see `in_tandem`: less is lost, the more is pruned the more so. 10 is most of what
+            there is; each takes as long as about three forward passes of all the calibration data. 0 = none.
         inputs: Turns a batch of any other form into ``(args, kwargs)`` of the model.
         inplace: Shrinks ``model`` itself. If anything fails it is as before.
         as_graph: Returns a `PrunedGraph`, a GraphModule of ATen operations for evaluation only, instead of a
@@ -173,9 +177,11 @@ def prune(
         raise ValueError("a budget of latency is measured on the shrinking module: it cannot be had with as_graph=True")
     if budget is not None and budget.search and not debias:
         raise ValueError("budget.search refits the network in every trial: it cannot be had with debias=False")
-    check_settings(ridge=ridge, seed=seed, progress=progress, work=work)
+    if tandem and not debias:
+        raise ValueError("tandem is a refit: it cannot be had with debias=False")
+    check_settings(ridge=ridge, seed=seed, tandem=tandem, progress=progress, work=work)
     solver = find_solver(solver)
-    settings = {**amounts, **flags, "solver": solver, "ridge": ridge, "seed": seed}
+    settings = {**amounts, **flags, "solver": solver, "ridge": ridge, "tandem": tandem, "seed": seed}
     distributed.same("arguments", repr((settings, low_memory, work is None)))
     data = calibrate(model, calibration, inputs)
     distributed.whole(model)
@@ -226,8 +232,9 @@ def prune(
         chosen = {name: of_group.selection.support for name, of_group in selected.items()}
         if debias:
             done = refit_network(
-                model, graph, chosen, data, repeated=repeated, bias=bias, ridge=ridge, logits=logits, progress=step
-            )
+                model, graph, chosen, data,
+                repeated=repeated, bias=bias, ridge=ridge, logits=logits, tandem=tandem, progress=step,
+            )  # fmt: skip
         else:
             done = as_selected(selected, tensors)
 

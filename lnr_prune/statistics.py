@@ -230,7 +230,7 @@ def rows(
         return
     if layer.input.device.type == "mps":  # has no float64
         bias = None if layer.bias is None else layer.bias.cpu()
-        layer = LayerCall(layer.input.cpu(), layer.output.cpu(), layer.weight.cpu(), bias, layer.options)
+        layer = replace(layer, input=layer.input.cpu(), output=layer.output.cpu(), weight=layer.weight.cpu(), bias=bias)
         others = tuple(other.cpu() for other in others)
     outputs = [reader.outputs(layer), *(reader.outputs(replace(layer, output=other)) for other in others)]
     y = outputs[0]

@@ -22,12 +22,14 @@ class Arrival:
         call: The call in the original network, done.
         x: The layer's input in the pruned network, which is about to be called.
         shortcuts: What its output will be added to, in the original and in the pruned network; None = not known.
+        beside: What its output will meet on its way to the next layer, in the pruned network; None = not known.
     """
 
     name: str
     call: LayerCall
     x: Tensor
     shortcuts: tuple[list[Tensor], list[Tensor]] | None
+    beside: list[Tensor] | None
 
     @property
     def unchanged(self) -> bool:
@@ -36,7 +38,11 @@ class Arrival:
         return all(torch.equal(a, b) for a, b in ((self.call.input, self.x), *pairs))
 
 
-def both_networks(model: nn.Module, call: Call, ahead: Outlook) -> Generator[Arrival, Mapping[str, Tensor], None]:
+Stream = Generator[Arrival, Mapping[str, Tensor], None]
+"""A batch on its way: it stops at every layer, and goes on when it gets the arguments to call the layer with."""
+
+
+def both_networks(model: nn.Module, call: Call, ahead: Outlook) -> Stream:
     """Runs the original and the pruned network side by side; at every layer it waits for the pruned one's weights."""
     modes = [Following(ahead) for _ in range(2)]
 
@@ -50,9 +56,9 @@ def both_networks(model: nn.Module, call: Call, ahead: Outlook) -> Generator[Arr
         seen, swapped = next(first, None), next(second, None)
         while seen is not None and swapped is not None:
             name, layer = seen
-            original_s, pruned_s = (mode.added(name, layer.output) for mode in modes)
+            (original_s, _), (pruned_s, beside) = (mode.added(name, layer.output) for mode in modes)
             known = None if original_s is None or pruned_s is None else (original_s, pruned_s)
-            new = yield Arrival(name, layer, swapped[1], known)
+            new = yield Arrival(name, layer, swapped[1], known, beside)
             seen, swapped = advance(first, None), advance(second, new)
 
 

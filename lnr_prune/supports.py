@@ -225,6 +225,7 @@ def refit_network(
     bias: bool,
     ridge: float | None = None,
     logits: bool = False,
+    tandem: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Refit:
     """Refits every linear layer of the network, pruned or not, in one sweep; see `refit`.
@@ -242,6 +243,8 @@ def refit_network(
         ridge=ridge,
         bias=bias,
         logits=logits,
+        tandem=tandem,
+        rows=_alive(chosen, tensors),
         progress=None if progress is None else lambda layer: progress(f"refitting {layer}"),
     )
 
@@ -266,6 +269,17 @@ def _kept(
         names = (pair.consumer.weight for pair in reading.pairs)
         kept |= dict(zip(names, reading.columns(tensors, masks), strict=True))
     return kept
+
+
+def _alive(chosen: Sequence[tuple[ChannelGroup, Tensor]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weight's name -> the rows that supports leave, (h,) bool, of layers that lose some."""
+    alive: dict[str, Tensor] = {}
+    for group, support in chosen:
+        keep = torch.cat([support.cpu(), torch.ones(1, dtype=torch.bool)])
+        for weight, dim in group.rows:
+            rows = keep[group.slots[weight, dim].cpu()].to(tensors[weight].device)
+            alive[weight] = alive[weight] & rows if weight in alive else rows
+    return alive
 
 
 def pairs_of(group: ChannelGroup, bias: bool) -> tuple[Pair, ...]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lnr_prune import refit as refitting
+from lnr_prune import target
 from lnr_prune.calibration import calibrate
-from lnr_prune.onward import Following, Onward, outlook
+from lnr_prune.onward import Following, Onward, Steps
 from lnr_prune.refit import refit
+from lnr_prune.trail import outlook
 from tests.models import randomised
 from tests.test_refit import layers_of
 
@@ -64,8 +65,8 @@ AFTER: dict[str, tuple[After, int, int, Callable[[Tensor], Tensor] | None]] = {
 def test_a_layers_output_is_followed_as_far_as_it_is_not_mixed(name: str) -> None:
     after, steps, shortcuts, activation = AFTER[name]
     onward, _, _ = seen(after)
-    assert len(onward.steps) == steps
-    assert len([shortcut for shortcut in onward.shortcuts if shortcut]) == shortcuts
+    assert len(onward.affine.functions) == steps
+    assert len([shortcut for shortcut in onward.affine.shortcuts if shortcut]) == shortcuts
     assert (onward.activation is None) == (activation is None)
     if activation is not None and onward.activation is not None:
         z = torch.randn(7, 6)
@@ -87,9 +88,9 @@ def test_the_affine_part_is_what_the_model_does(name: str) -> None:
         model(x)
     onward, h = recorded.layers["layer.weight"], model.before(x).sigmoid()
     y, other = model.layer(h), torch.randn(11, 6)
-    added = following.added("layer.weight", y)
+    added, _ = following.added("layer.weight", y)
     assert added is not None
-    assert following.added("layer.weight", y) == ([] if not added else None)  # what no later layer needs is let go
+    assert following.added("layer.weight", y)[0] == ([] if not added else None)  # what no later layer needs is let go
     z = onward.affine(y.clone(), added)
     if name not in ("layer after the layer", "steep"):
         torch.testing.assert_close(z if onward.activation is None else onward.activation(z), after(model, y.clone(), h))
@@ -102,19 +103,19 @@ def test_a_forward_that_takes_another_path_is_not_followed() -> None:
     with following, torch.no_grad():
         (x + 1).sum()
         model(x)
-    assert following.added("layer.weight", x) is None
-    assert onward.added({}, x) is None
+    assert following.added("layer.weight", x)[0] is None
+    assert onward.affine.added({}, x) is None
 
 
 def test_a_shortcut_of_parameters_alone_is_known_at_the_recorded_size() -> None:
     onward, model, x = seen(lambda m, y, h: y + m.gain.expand(len(y), 6))
-    added = onward.added({}, model.layer(model.before(x)))
+    added = onward.affine.added({}, model.layer(model.before(x)))
     torch.testing.assert_close(added, [model.gain.expand(7, 6)])
-    assert onward.added({}, torch.zeros(11, 6)) is None
+    assert onward.affine.added({}, torch.zeros(11, 6)) is None
 
 
 def test_a_layer_that_runs_twice_is_not_followed() -> None:
-    assert seen(lambda m, y, h: m.layer(y).relu())[0].steps == ()
+    assert seen(lambda m, y, h: m.layer(y).relu())[0].affine.functions == ()
 
 
 class Residual(nn.Module):
@@ -143,7 +144,7 @@ def test_a_later_block_undoes_the_error_of_the_shortcut(monkeypatch: pytest.Monk
         return float((streams[0] - streams[1]).square().mean())
 
     corrected = error()
-    monkeypatch.setattr(Onward, "added", lambda *_: None)
+    monkeypatch.setattr(Steps, "added", lambda *_: None)
     assert corrected < 0.5 * error()
 
 
@@ -153,10 +154,10 @@ def test_what_an_activation_lets_through_is_what_is_fitted(monkeypatch: pytest.M
     x = torch.randn(3000, 6, dtype=torch.float64)
     kept = {"2.weight": torch.arange(21) > 14}
 
-    prolonged = refitting.STEP
+    prolonged = target.STEP
 
     def error(step: float) -> float:
-        monkeypatch.setattr(refitting, "STEP", step)
+        monkeypatch.setattr(target, "STEP", step)
         weights = refit(model, layers_of(model, x[:2]), kept, calibrate(model, x.split(500)), ridge=1e-9).weights
         return float((torch.func.functional_call(model, dict(weights), (x,)) - model(x)).square().mean())
 

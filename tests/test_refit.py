@@ -13,11 +13,12 @@ from lnr_prune import statistics
 from lnr_prune.calibration import calibrate
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph import find_groups
-from lnr_prune.refit import STEP, refit
+from lnr_prune.refit import refit
 from lnr_prune.registry import Pair, find
 from lnr_prune.ridge import RIDGES, ridge_regression, softmax_regression
 from lnr_prune.statistics import SecondMoments
 from lnr_prune.suspended import suspended
+from lnr_prune.target import STEP
 from tests.models import Functional, cnn, mlp, randomised
 
 

@@ -46,8 +46,8 @@ WORK = (  # what a run that goes on has to do less of
     "lnr_prune.problem.GroupLasso.error",
     "lnr_prune.curves.backward",
     "lnr_prune.selection.eliminate",
-    "lnr_prune.refit.ridge_regression",
-    "lnr_prune.refit._target",
+    "lnr_prune.target.ridge_regression",
+    "lnr_prune.refit.target_of",
     "lnr_prune.search.allocate",
     "lnr_prune.search.refit_network",
 )
@@ -192,12 +192,12 @@ def stopped(at: str, count: int) -> Callable[[str], None]:
 @pytest.mark.parametrize(
     ("name", "at", "count", "done"),
     [
-        ("lasso", "statistics", 4, {"statistics.watch": 4, "refit._target": 0}),  # of 6 batches
+        ("lasso", "statistics", 4, {"statistics.watch": 4, "refit.target_of": 0}),  # of 6 batches
         ("budget", "measuring", 3, {"statistics.watch": 6, "curves.backward": 2, "search.refit_network": 0}),
         ("budget", "measuring what", 2, {"statistics.watch": 6, "curves.backward": 4, "search.refit_network": 1}),
         ("budget", "searching", 3, {"statistics.watch": 6, "curves.backward": 4, "search.refit_network": 4}),
-        ("lasso", "selecting", 3, {"statistics.watch": 6, "problem.GroupLasso.error": 2, "refit._target": 0}),
-        ("lasso", "refitting", 5, {"statistics.watch": 6, "problem.GroupLasso.error": 4, "refit._target": 3}),
+        ("lasso", "selecting", 3, {"statistics.watch": 6, "problem.GroupLasso.error": 2, "refit.target_of": 0}),
+        ("lasso", "refitting", 5, {"statistics.watch": 6, "problem.GroupLasso.error": 4, "refit.target_of": 3}),
     ],
 )
 def test_only_what_is_left_is_done(

@@ -1,0 +1,300 @@
+"""Two layers in tandem: one that reads channels, and the one that makes them for it alone, refitted together."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lnr_prune import distributed
+from lnr_prune.layer_calls import LayerCall
+from lnr_prune.onward import Steps
+from lnr_prune.statistics import SecondMoments, rows
+from lnr_prune.streams import Arrival
+from lnr_prune.target import Layer, Target
+
+DAMPING = 1e-3  # of second moments that are turned into the identity, as a fraction of their mean
+GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """A batch that has passed a layer, in the pruned network.
+
+    Attributes:
+        call: The call, with its input there; of its output only the shape.
+        way: What is made of the output -> the next layer's input.
+    """
+
+    call: LayerCall
+    way: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, arrival: Arrival, way: Steps) -> "Passed":
+        """A batch that is about to pass; the way leads to the next layer."""
+        shape = torch.empty_like(arrival.call.output, device="meta")
+        return cls(replace(arrival.call, input=arrival.x, output=shape), partial(way, added=arrival.beside or ()))
+
+    def onwards(self, arguments: Mapping[str, Tensor]) -> Tensor:
+        """The next layer's input, when this one is called with these arguments."""
+        return self.way(self.call.again(**arguments))
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """The layer that makes another one's inputs.
+
+    Attributes:
+        layer: The layer.
+        N: Its matrix in the pruned network.
+        passed: The batches.
+        iterations: In which it is refitted together with the other.
+    """
+
+    layer: Layer
+    N: Tensor
+    passed: Sequence[Passed]
+    iterations: int
+
+
+def in_tandem(
+    before: Before, layer: Layer, M: Tensor, target: Target, *, logits: bool
+) -> tuple[Tensor, Tensor, float, float] | None:
+    """``argmin_{N, M} E||phi(z) - phi(z'(M g(N x)))||^2``: two layers at once, from the matrices that they have.
+
+    x is the first layer's input in the pruned network, and g what makes the second one's input of its output; z, z' and
+    phi are as in `refit`. A layer alone can but mix the channels that are left; so these become the ones that it
+    needs most. It is L-BFGS in coordinates where the second moments of both layers' inputs, and of the gradients of
+    their outputs, are the identity. Of all matrices tried, those with the least error on held-out samples are taken.
+
+    Args:
+        before: The first layer. An iteration costs about three forward passes of the two.
+        layer: The second one.
+        M: Its matrix.
+        target: What it is fitted to.
+        logits: Whether z is logits: then phi is their softmax, and errors are divergences.
+
+    Returns:
+        N and M, the error, and ``E||phi(z)||^2`` (of logits, the entropy); None if the way between the layers cannot
+        be gone again, or nothing tried was better.
+
+    References:
+        Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015: the
+        coordinates.
+    """
+    block = _Block(before, layer, target, logits)
+    if not all(distributed.everyone(block.repeats())):
+        return None
+    moments, starts = _moments(block, M), (before.N, M)
+    if not moments.finite:
+        return None
+    sides = zip((before.layer, layer), starts, moments.inputs, moments.outputs, strict=True)
+    coordinates = [_Coordinates.of(*side) for side in sides]
+    V = [each.of_matrix(start).requires_grad_() for each, start in zip(coordinates, starts, strict=True)]
+    tried: list[tuple[_Error, list[Tensor]]] = []  # the first, and the best
+
+    def loss() -> Tensor:
+        for mine, same in zip(V, distributed.shared(*V), strict=True):
+            mine.detach().copy_(same)
+        with torch.enable_grad():
+            matrices = [each.matrix(v) for each, v in zip(coordinates, V, strict=True)]
+            error, gradients = _error(block, *(each.detach().requires_grad_() for each in matrices))
+            start = (tried[0][0] if tried else error).fit or 1.0
+            scaled = [gradient / start for gradient in gradients]
+            for v, gradient in zip(V, torch.autograd.grad(matrices, V, scaled), strict=True):
+                v.grad = gradient.contiguous()
+        if not tried or error.judged < tried[-1][0].judged:
+            tried[1:] = [(error, [each.detach() for each in matrices])]
+        return V[0].new_tensor(error.fit / start)
+
+    torch.optim.LBFGS(V, max_iter=before.iterations, line_search_fn="strong_wolfe").step(loss)
+    if len(tried) == 1:
+        return None
+    error, (N, M) = tried[-1]
+    return N, M, (error.fit + error.held) / moments.rows, moments.power / moments.rows
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Two layers, and what comes behind them; batches are known by their index."""
+
+    before: Before
+    layer: Layer
+    target: Target
+    logits: bool
+
+    def repeats(self) -> bool:
+        """Whether going the way again ends where the pruned network did."""
+        arguments = self.before.layer.arguments(self.before.N)
+        try:
+            return all(
+                _alike(passed.onwards(arguments), call.input)
+                for passed, call in zip(self.before.passed, self.target.calls, strict=True)
+            )
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it holds the recorded batch's size
+            return False
+
+    def run(self, batch: int, N: Tensor, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The outputs of both layers, and z'."""
+        passed = self.before.passed[batch]
+        y = passed.call.again(**self.before.layer.arguments(N))
+        z = self.target.calls[batch].again(input=passed.way(y), **self.layer.arguments(M))
+        return y, z, self.target.affine[batch](z) if self.target.affine else z
+
+    def wanted(self, batch: int) -> Tensor:
+        """``phi(z)``, see `phi`."""
+        z = self.target.calls[batch].output
+        return self.phi(batch, z + self.target.offsets[batch] if self.target.offsets else z)
+
+    def phi(self, batch: int, z: Tensor) -> Tensor:
+        """``phi(z)`` in the rows that something comes of, (samples, positions, h); of logits, its logarithm."""
+        if self.logits:
+            z = z.log_softmax(1)
+        elif self.target.activation is not None:
+            z = self.target.activation(z)
+        call = self.target.calls[batch]
+        rows = self.layer.pair.outputs(replace(call, output=z, bias=None))
+        alive = rows if self.layer.alive is None else rows[:, self.layer.alive]
+        return torch.unflatten(alive, 0, (len(call.input), -1))
+
+    def held(self, batch: int) -> Tensor:
+        """Which samples are held out, (n,) bool."""
+        parts = self.target.places[batch].parts(len(self.target.calls[batch].input))
+        return torch.tensor([part for part, size in parts for _ in range(size)], dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class _Error:
+    """Sums over the samples to fit on, over those held out, and over those to judge by: these, if there are any."""
+
+    fit: float
+    held: float
+    judged: float
+
+
+def _error(block: _Block, N: Tensor, M: Tensor) -> tuple[_Error, list[Tensor]]:
+    """``||phi(z) - phi(z')||^2``, or divergence, and its gradients on the samples to fit on."""
+    sums, gradients = N.new_zeros(3), [torch.zeros_like(each) for each in (N, M)]
+    for batch in range(len(block.target.calls)):
+        wanted, made = block.wanted(batch), block.phi(batch, block.run(batch, N, M)[-1])
+        parts = wanted.exp() * (wanted - made) if block.logits else (wanted - made).square()
+        errors, held = parts.flatten(1).sum(1).double(), block.held(batch)
+        fit = errors[~held].sum()
+        for total, part in zip(gradients, torch.autograd.grad(fit, (N, M)), strict=True):
+            total += part
+        sums += torch.stack([fit, errors[held].sum(), held.sum().to(fit)]).detach()
+    sums, *gradients = distributed.summed(sums.detach(), *gradients)
+    fitted, held_out, count = sums.tolist()
+    return _Error(fitted, held_out, held_out if count else fitted), gradients
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """Second moments of both layers' inputs, summed over a sample, and of the gradients of their outputs, of a row.
+
+    Attributes:
+        inputs: (d, d) of the columns that stay.
+        outputs: (h, h).
+        power: The sum of ``||phi(z)||^2``, or of the entropy of logits.
+        rows: Number of rows of the second layer's output.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    power: float
+    rows: int
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(moments).all()) for moments in (*self.inputs, *self.outputs))
+
+
+def _moments(block: _Block, M: Tensor) -> _Moments:
+    """The gradients are those of random combinations of phi(z').
+
+    Their second moments times those of the inputs are about the diagonal blocks of the Gauss-Newton matrix.
+    """
+    layers, starts = (block.before.layer, block.layer), [each.clone().requires_grad_() for each in (block.before.N, M)]
+    x_sums = [SecondMoments.zeros(0, int(layer.stays().sum()), M.device) for layer in layers]
+    g_sums = [SecondMoments.zeros(0, len(start), M.device) for start in starts]
+    sums = M.new_zeros(4)  # samples, rows of both outputs, power
+    for batch, (passed, call, place) in enumerate(
+        zip(block.before.passed, block.target.calls, block.target.places, strict=True)
+    ):
+        first = place.first * len(call.input) // max(1, place.size)
+        with torch.enable_grad():
+            *ys, z = block.run(batch, *starts)
+            phi = block.phi(batch, z)
+            fisher = (phi / 2).exp().detach() if block.logits else 1.0
+            gradients = torch.autograd.grad((phi * _random(phi, first) * fisher).sum(), ys)
+        reads = passed.call, replace(call, input=passed.way(ys[0].detach()))
+        for index, (layer, read, gradient) in enumerate(zip(layers, reads, gradients, strict=True)):
+            for x, g in rows(layer.pair, replace(read, output=gradient, bias=None), place.samples, first):
+                x_sums[index] = x_sums[index].with_rows(layer.inputs(x)[:, layer.stays()], x.new_empty(len(x), 0))
+                g_sums[index] = g_sums[index].with_rows(g, g.new_empty(len(g), 0))
+        wanted = block.wanted(batch).double()
+        power = -(wanted.exp() * wanted).sum() if block.logits else wanted.square().sum()
+        sizes = [len(call.input), *(y.numel() // len(start) for y, start in zip(ys, starts, strict=True))]
+        sums += torch.cat([sums.new_tensor(sizes), power[None]])
+    samples, *counts, power_ = distributed.summed(sums)[0].tolist()
+    x_means, g_means = ([each.over_ranks() for each in of] for of in (x_sums, g_sums))
+    inputs = tuple(x.xx / x.count * (count / samples) for x, count in zip(x_means, counts, strict=True))
+    return _Moments(inputs, tuple(g.xx / g.count for g in g_means), power_, int(counts[1]))
+
+
+def _random(like: Tensor, first: int) -> Tensor:
+    """A random number for each entry of each sample; which one depends on the sample's number alone."""
+    size = like[0].numel()
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(like)
+    shift = ((first + torch.arange(len(like))) * (size * GOLDEN)).long()[:, None]
+    return drawn[((torch.arange(size) + shift) % size).to(like.device)].view_as(like)
+
+
+@dataclass(frozen=True, eq=False)
+class _Coordinates:
+    """``V = C^T M L`` for the entries of M that may change, where ``L L^T`` and ``C C^T`` are second moments.
+
+    Attributes:
+        start: M, (h, d).
+        at: Rows that something comes of, and columns that stay.
+        L: Of the inputs.
+        C: Of the gradients of the outputs.
+    """
+
+    start: Tensor
+    at: tuple[Tensor, Tensor]
+    L: Tensor
+    C: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, start: Tensor, inputs: Tensor, outputs: Tensor) -> "_Coordinates":
+        power = outputs.diagonal()
+        alive = (power > 1e-12 * power.max()).nonzero()
+        at = alive, layer.stays().nonzero().flatten()
+        return cls(start, at, _root(inputs), _root(outputs[alive, alive.flatten()]))
+
+    def of_matrix(self, M: Tensor) -> Tensor:
+        V: Tensor = self.C.T @ M[self.at] @ self.L
+        return V.contiguous()
+
+    def matrix(self, V: Tensor) -> Tensor:
+        part = torch.linalg.solve_triangular(self.L, V, upper=False, left=False)
+        part = torch.linalg.solve_triangular(self.C.T, part, upper=True)
+        M: Tensor = self.start.index_put(self.at, part)
+        return M
+
+
+def _root(A: Tensor) -> Tensor:
+    """Cholesky's factor of a matrix, damped until it has one."""
+    damping = DAMPING * float(A.diagonal().mean()) or 1.0
+    while True:
+        L, info = torch.linalg.cholesky_ex(A + damping * torch.eye(len(A), dtype=A.dtype, device=A.device))
+        if int(info) == 0:
+            return L
+        damping *= 10
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    largest = float(b.abs().max()) if b.numel() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * largest)
