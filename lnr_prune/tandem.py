@@ -287,6 +287,7 @@ class _Coordinates:
 
 def _root(A: Tensor) -> Tensor:
     """Cholesky's factor of a matrix, damped until it has one."""
+    L: Tensor
     damping = DAMPING * float(A.diagonal().mean()) or 1.0
     while True:
         L, info = torch.linalg.cholesky_ex(A + damping * torch.eye(len(A), dtype=A.dtype, device=A.device))
