@@ -92,6 +92,8 @@ def in_tandem(
     sides = zip((before.layer, layer), starts, moments.inputs, moments.outputs, strict=True)
     coordinates = [_Coordinates.of(*side) for side in sides]
     V = [each.of_matrix(start).requires_grad_() for each, start in zip(coordinates, starts, strict=True)]
+    if not any(v.numel() for v in V):  # nothing comes of either layer
+        return None
     tried: list[tuple[_Error, list[Tensor]]] = []  # the first, and the best
 
     def loss() -> Tensor:
@@ -111,7 +113,8 @@ def in_tandem(
     torch.optim.LBFGS(V, max_iter=before.iterations, line_search_fn="strong_wolfe").step(loss)
     if len(tried) == 1:
         return None
-    error, (N, M) = tried[-1]
+    error, found = tried[-1]
+    N, M = distributed.shared(*found)
     return N, M, (error.fit + error.held) / moments.rows, moments.power / moments.rows
 
 

@@ -31,9 +31,10 @@ PRUNED: dict[str, dict[str, Any]] = {
     "search": {"budget": lnr.Budget(params=0.5, search=3)},
     "penalty": {"lam_ratio": 0.1, "ridge": 1e-3},
     "random": {"keep": 0.6, "selector": "random", "seed": 3},
+    "tandem": {"keep": 0.4, "tandem": 3},
     "not refitted": {"keep": 0.5, "selector": "backward", "debias": False},
 }
-FEW = ("lasso", "search", "some rows")  # for more than two ranks
+FEW = ("lasso", "search", "tandem", "some rows")  # for more than two ranks
 
 
 def network(kind: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

@@ -1,12 +1,12 @@
 """Slow, obvious oracles: everything is computed from samples, or by a generic convex solver."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import cvxpy as cp
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lnr_prune import Block, GroupLasso
 
@@ -134,3 +134,32 @@ def without(case: Case, support: Tensor, g: int) -> float:
     smaller = support.clone()
     smaller[g] = False
     return relative_error(case, least_squares(case, smaller))
+
+
+def best_rank_error(y: Tensor, rank: int) -> float:
+    """Least ``E||y - y'||^2`` of any y' in an affine space of that dimension (Eckart and Young)."""
+    return float(torch.linalg.eigvalsh(torch.cov(y.T, correction=0))[:-rank].sum())
+
+
+def descended(model: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> float:
+    """Mean squared error of the outputs after a long descent in all convolutions' weights and batch norms' biases."""
+    fixed = {name: value.detach() for name, value in weights.items()}
+    shape = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in fixed.items()
+        if value.dim() == 4 or name.endswith(".bias")
+    }
+    mask = {name: (value != 0).double() for name, value in shape.items() if value.dim() == 4}
+    wanted = model(x)
+    optimizer = torch.optim.LBFGS(list(shape.values()), max_iter=1500, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        given = {name: value * mask.get(name, 1.0) for name, value in shape.items()}
+        got = torch.func.functional_call(model, {**fixed, **given}, (x,))
+        error = (wanted - got).square().sum(1).mean()
+        error.backward()
+        return error
+
+    optimizer.step(loss)
+    return float(loss().detach())

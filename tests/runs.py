@@ -29,6 +29,7 @@ AMOUNTS: dict[str, dict[str, Any]] = {
     "residual": {"budget": lnr.Budget(params=0.6)},
     "repeated": {"keep": 0.5},
     "batch norm": {"keep": 0.5},
+    "tandem": {"keep": 0.5, "tandem": 3},
     "bfloat16": {"keep": 0.5},
 }
 
@@ -42,7 +43,7 @@ def network(name: str) -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(0)
     if name == "residual":
         return randomised(Residual()), drawn(3, 8, 8)
-    if name == "batch norm":  # whose running means take up the intercepts
+    if name in ("batch norm", "tandem"):  # whose running means take up the intercepts
         first, second = (nn.Conv2d(2, 8, 3, 2, bias=False), nn.Conv2d(8, 6, 3, bias=False))
         layers = [first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.BatchNorm2d(6), nn.ReLU()]
         return randomised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(54, 3))), drawn(2, 12, 12)

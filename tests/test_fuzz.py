@@ -83,7 +83,9 @@ def test_random_budgets(seed: int) -> None:
     batches = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
     budget = lnr.Budget(**limit, samples=len(x), refits=seed % 5, search=seed % 2)
     try:
-        report = lnr.prune(model, list(batches), budget=budget, selector="backward", progress=False).report
+        report = lnr.prune(
+            model, list(batches), budget=budget, selector="backward", tandem=seed % 3, progress=False
+        ).report
     except ValueError as error:
         if "out of reach" not in str(error):
             raise

@@ -46,9 +46,9 @@ class Verbs(RuleBasedStateMachine):
         assert 0 <= found.reachable <= 1
 
     @rule(keep=st.sampled_from([0.3, 0.6, 1, 0.99]), selector=st.sampled_from(["group_lasso", "norm", "random"]),
-          batch=st.sampled_from([1, 5, 12]), debias=st.booleans())  # fmt: skip
-    def prune(self, keep: float, selector: str, batch: int, debias: bool) -> None:
-        self._prune(self.model, keep=keep, selector=selector, batch=batch, debias=debias)
+          batch=st.sampled_from([1, 5, 12]), debias=st.booleans(), tandem=st.sampled_from([0, 2]))  # fmt: skip
+    def prune(self, keep: float, selector: str, batch: int, debias: bool, tandem: int) -> None:
+        self._prune(self.model, keep=keep, selector=selector, batch=batch, debias=debias, tandem=debias * tandem)
 
     @rule(lam_ratio=st.sampled_from([0.0, 0.05, 0.5, 2.0]), batch=st.sampled_from([4, 12]))
     def prune_by_penalty(self, lam_ratio: float, batch: int) -> None:
