@@ -18,6 +18,7 @@ logger = logging.getLogger("lnr_prune")
 
 SOLVE = (8, 16)  # copies of R, (d, d), and of B, (h, d), that a solve makes; measured, the group lasso's are the most
 REFIT = (12, 15)  # the same of a layer's refit, its moments among them
+TANDEM = (6, 7)  # of each of two layers refitted together; the former of (h, h) too, of the latter 2 more an iteration
 TURN = 0.5  # of what the largest solve needs: in low memory, moments of so many bytes are gathered at a time
 FLOAT64 = 8
 SHOWN = 3  # layers that an error names
@@ -35,7 +36,8 @@ class MemoryPlan:
         later: Bytes of those that still are during a refit.
         solve: Bytes besides for the group that needs most, ``8 (8 d^2 + 16 h d)`` summed over its consumers.
         largest: Name of that group.
-        refit: Bytes for the layer that needs most when it is refitted, ``8 (12 d^2 + 15 h d)``; 0 = there is no refit.
+        refit: Bytes for the layer that needs most when it is refitted, ``8 (12 d^2 + 15 h d)``, or in tandem
+            ``8 (6 d^2 + 6 h^2 + (7 + 2 iterations) h d)`` and those of the layer before; 0 = there is no refit.
         refitted: Name of that layer.
     """
 
@@ -98,6 +100,7 @@ def memory_plan(
     *,
     bias: bool,
     refit: bool = True,
+    tandem: int = 0,
     tried: bool = False,
     low_memory: bool = False,
 ) -> MemoryPlan:
@@ -109,6 +112,7 @@ def memory_plan(
         tensors: The model's tensors.
         bias: Whether biases are refitted.
         refit: Whether the layers are.
+        tandem: Iterations in which two layers are refitted together.
         tried: Whether they are refitted before the channels are chosen, too.
         low_memory: Whether the moments of some groups are gathered at a time, of one at least, and of no more than need
             `TURN` of the largest solve; else those of all.
@@ -116,29 +120,43 @@ def memory_plan(
     pairs = {group: pairs_of(group, bias) for group in groups}
     layers = {pair.consumer.weight: _bytes(pair, tensors, (1, 0)) for of in pairs.values() for pair in of}
     solves = {group.name: sum(_bytes(pair, tensors, SOLVE) for pair in of) for group, of in pairs.items()}
-    reached = refitted(graph, groups, bias).values() if refit else ()
-    refits = {pair.consumer.name: _bytes(pair, tensors, REFIT) for pair in reached}
+    reached = refitted(graph, groups, bias) if refit else {}
+    refits = {pair.consumer.name: _bytes(pair, tensors, REFIT) for pair in reached.values()}
+    for group, of in pairs.items() if tandem else ():
+        makers = [_bytes_in_tandem(reached[weight], tensors, tandem) for weight, _ in group.rows if weight in reached]
+        for pair in (pair for pair in of if makers and pair.consumer.weight in reached):
+            together = max(makers) + _bytes_in_tandem(pair, tensors, tandem)
+            refits[pair.consumer.name] = max(refits[pair.consumer.name], together)
     (largest, solve), (layer, most) = (max(of.items(), key=itemgetter(1), default=("", 0)) for of in (solves, refits))
 
-    def together(some: Iterable[ChannelGroup]) -> int:
+    def moments(some: Iterable[ChannelGroup]) -> int:
         return sum(layers[weight] for weight in {pair.consumer.weight for group in some for pair in pairs[group]})
 
     turns: list[tuple[ChannelGroup, ...]] = [()]
     for group in groups:
-        if low_memory and turns[-1] and together((*turns[-1], group)) > TURN * solve:
+        if low_memory and turns[-1] and moments((*turns[-1], group)) > TURN * solve:
             turns.append(())
         turns[-1] = (*turns[-1], group)
     again = tuple(group for group in groups if any(pair.consumer.weight in graph.repeated for pair in pairs[group]))
     lasting = again if len(turns) > 1 else tuple(groups)
-    at_once = max(map(together, turns)) + (together(again) if len(turns) > 1 else 0)
-    later = together(lasting if tried else again)
+    at_once = max(map(moments, turns)) + (moments(again) if len(turns) > 1 else 0)
+    later = moments(lasting if tried else again)
     return MemoryPlan(layers, tuple(turns), lasting, at_once, later, solve, largest, most, layer)
 
 
 def _bytes(pair: Pair, tensors: Mapping[str, Tensor], copies: tuple[int, int]) -> int:
     """So many copies of R, (d, d), and of B, (h, d)."""
-    d, h = len(pair.groups(tensors)), tensors[pair.consumer.weight].shape[1 - pair.consumer.dim]
+    h, d = _shape(pair, tensors)
     return FLOAT64 * (copies[0] * d * d + copies[1] * h * d)
+
+
+def _bytes_in_tandem(pair: Pair, tensors: Mapping[str, Tensor], iterations: int) -> int:
+    h, d = _shape(pair, tensors)
+    return FLOAT64 * (TANDEM[0] * (d * d + h * h) + (TANDEM[1] + 2 * iterations) * h * d)
+
+
+def _shape(pair: Pair, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    return tensors[pair.consumer.weight].shape[1 - pair.consumer.dim], len(pair.groups(tensors))
 
 
 def available_memory(device: torch.device) -> int | None:

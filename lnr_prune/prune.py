@@ -209,7 +209,7 @@ def prune(
 
     with _shown(progress) as step, resume.folder(work, model, data, settings) as data:
         tried = budget is not None and budget.refits + budget.search > 0
-        needed = partial(memory_plan, graph, wanted, tensors, bias=bias, refit=debias, tried=tried)
+        needed = partial(memory_plan, graph, wanted, tensors, bias=bias, refit=debias, tandem=tandem, tried=tried)
         memory = needed(low_memory=low_memory)
         memory.check(available_memory(next(iter(tensors.values())).device), needed(low_memory=True))
         gathered = partial(read, model, data=data, bias=bias, progress=lambda: step("statistics"))

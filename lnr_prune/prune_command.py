@@ -123,6 +123,14 @@ def prune(
             "--logits", help="The outputs are logits of classes: keep their probabilities.", rich_help_panel=AMOUNT
         ),
     ] = False,
+    tandem: Annotated[
+        int,
+        typer.Option(
+            help="Iterations in which layers are refitted together with those that make their inputs; 10 is slower and "
+            "better.",
+            rich_help_panel=AMOUNT,
+        ),
+    ] = 0,
     as_graph: Annotated[
         bool,
         typer.Option(
@@ -185,6 +193,7 @@ def prune(
             **wanted,
             selector=selector,
             logits=logits,
+            tandem=tandem,
             as_graph=as_graph,
             low_memory=low_memory,
             seed=seed,

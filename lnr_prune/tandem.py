@@ -148,18 +148,23 @@ class _Block:
     def wanted(self, batch: int) -> Tensor:
         """``phi(z)``, see `phi`."""
         z = self.target.calls[batch].output
-        return self.phi(batch, z + self.target.offsets[batch] if self.target.offsets else z)
+        return self.phi(z + self.target.offsets[batch] if self.target.offsets else z)
 
-    def phi(self, batch: int, z: Tensor) -> Tensor:
-        """``phi(z)`` in the rows that something comes of, (samples, positions, h); of logits, its logarithm."""
+    def phi(self, z: Tensor) -> Tensor:
+        """``phi(z)``; of logits, its logarithm."""
         if self.logits:
-            z = z.log_softmax(1)
-        elif self.target.activation is not None:
-            z = self.target.activation(z)
+            return z.log_softmax(1)
+        return z if self.target.activation is None else self.target.activation(z)
+
+    def alive(self, batch: int) -> Tensor:
+        """1 where something comes of a sample's output, else 0, as a vector."""
         call = self.target.calls[batch]
-        rows = self.layer.pair.outputs(replace(call, output=z, bias=None))
-        alive = rows if self.layer.alive is None else rows[:, self.layer.alive]
-        return torch.unflatten(alive, 0, (len(call.input), -1))
+        one = call.output[:1].detach().requires_grad_()
+        with torch.enable_grad():
+            rows = self.layer.pair.outputs(replace(call, output=one, bias=None))
+            some = rows if self.layer.alive is None else rows[:, self.layer.alive]
+            (mask,) = torch.autograd.grad(some.sum(), one)
+        return mask.flatten()
 
     def held(self, batch: int) -> Tensor:
         """Which samples are held out, (n,) bool."""
@@ -180,9 +185,9 @@ def _error(block: _Block, N: Tensor, M: Tensor) -> tuple[_Error, list[Tensor]]:
     """``||phi(z) - phi(z')||^2``, or divergence, and its gradients on the samples to fit on."""
     sums, gradients = N.new_zeros(3), [torch.zeros_like(each) for each in (N, M)]
     for batch in range(len(block.target.calls)):
-        wanted, made = block.wanted(batch), block.phi(batch, block.run(batch, N, M)[-1])
+        wanted, made = block.wanted(batch), block.phi(block.run(batch, N, M)[-1])
         parts = wanted.exp() * (wanted - made) if block.logits else (wanted - made).square()
-        errors, held = parts.flatten(1).sum(1).double(), block.held(batch)
+        errors, held = (parts.flatten(1) @ block.alive(batch)).double(), block.held(batch)
         fit = errors[~held].sum()
         for total, part in zip(gradients, torch.autograd.grad(fit, (N, M)), strict=True):
             total += part
@@ -228,18 +233,19 @@ def _moments(block: _Block, M: Tensor) -> _Moments:
         first = place.first * len(call.input) // max(1, place.size)
         with torch.enable_grad():
             *ys, z = block.run(batch, *starts)
-            phi = block.phi(batch, z)
+            phi = block.phi(z)
             fisher = (phi / 2).exp().detach() if block.logits else 1.0
-            gradients = torch.autograd.grad((phi * _random(phi, first) * fisher).sum(), ys)
+            combined = (phi * _random(phi, first) * fisher).flatten(1) @ block.alive(batch)
+            gradients = torch.autograd.grad(combined.sum(), ys)
         reads = passed.call, replace(call, input=passed.way(ys[0].detach()))
         for index, (layer, read, gradient) in enumerate(zip(layers, reads, gradients, strict=True)):
             for x, g in rows(layer.pair, replace(read, output=gradient, bias=None), place.samples, first):
                 x_sums[index] = x_sums[index].with_rows(layer.inputs(x)[:, layer.stays()], x.new_empty(len(x), 0))
                 g_sums[index] = g_sums[index].with_rows(g, g.new_empty(len(g), 0))
-        wanted = block.wanted(batch).double()
-        power = -(wanted.exp() * wanted).sum() if block.logits else wanted.square().sum()
+        wanted = block.wanted(batch)
+        power = -(wanted.exp() * wanted) if block.logits else wanted.square()
         sizes = [len(call.input), *(y.numel() // len(start) for y, start in zip(ys, starts, strict=True))]
-        sums += torch.cat([sums.new_tensor(sizes), power[None]])
+        sums += torch.cat([sums.new_tensor(sizes), (power.flatten(1) @ block.alive(batch)).sum()[None].to(sums)])
     samples, *counts, power_ = distributed.summed(sums)[0].tolist()
     x_means, g_means = ([each.over_ranks() for each in of] for of in (x_sums, g_sums))
     inputs = tuple(x.xx / x.count * (count / samples) for x, count in zip(x_means, counts, strict=True))

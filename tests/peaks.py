@@ -1,4 +1,4 @@
-"""What `test_memory` measures, in a process of its own: ``python -m tests.peaks [[SIZES,SELECTOR,BIAS],...]``."""
+"""What `test_memory` measures, on its own: ``python -m tests.peaks [[SIZES,SELECTOR,BIAS,TANDEM],...]``."""
 
 import gc
 import json
@@ -39,13 +39,13 @@ def peak(found: Callable[[int], Any]) -> Iterator[None]:
     found(resident("VmHWM") - before)
 
 
-def measured(sizes: list[int], selector: str, bias: bool) -> dict[str, int]:
+def measured(sizes: list[int], selector: str, bias: bool, tandem: int = 0) -> dict[str, int]:
     """Bytes that selection and refit take, and those that the plan says."""
     torch.manual_seed(0)
     model, found = mlp(*sizes, bias=bias), dict[str, int]()
     x = torch.randn(sizes[1], sizes[0])
     graph, data, tensors = find_groups(model, (x,), {}), calibrate(model, x.split(64)), named_tensors(model)
-    plan = memory_plan(graph, graph.groups, tensors, bias=bias)
+    plan = memory_plan(graph, graph.groups, tensors, bias=bias, tandem=tandem)
     choices = choose_channels(graph, keep=0.9, selector=selector)
     supports: dict[str, Tensor] = {}
 
@@ -58,7 +58,7 @@ def measured(sizes: list[int], selector: str, bias: bool) -> dict[str, int]:
     with peak(lambda count: found.update(selection=count)):
         pruned()
     with peak(lambda count: found.update(refit=count)):
-        refit_network(model, graph, supports, data, repeated={}, bias=bias)
+        refit_network(model, graph, supports, data, repeated={}, bias=bias, tandem=tandem)
     return {**found, "planned_selection": plan.at_once + plan.solve, "planned_refit": plan.refit}
 
 

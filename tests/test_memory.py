@@ -216,6 +216,7 @@ CASES = [
     ([16, 900, 40, 8], "backward_swap", False),
     ([16, 900, 900, 8], "group_lasso", False),
     ([16, 150, 9000], "group_lasso", True),
+    ([400, 600, 600, 8], "group_lasso", True, 3),
 ]
 
 
