@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -90,11 +89,6 @@ class Onward:
     mean: str | None = None
     into: str | None = None
     way: Steps = Steps()
-
-    def scale(self, y: Tensor) -> Tensor:
-        """``alpha``, of y's shape."""
-        nothing = [torch.zeros_like(y) for shortcut in self.affine.shortcuts if shortcut]
-        return self.affine(torch.ones_like(y), nothing) - self.affine(torch.zeros_like(y), nothing)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,8 +34,8 @@ class Adapter(Protocol):
         """x: one row a sample, (n, d); with ``rows`` only these, (m,) indices: what is not read need not be copied."""
         ...
 
-    def outputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
-        """y: one row a sample, (n, h), so that ``y = x M^T`` for the layer's own matrix M."""
+    def outputs(self, consumer: Consumer, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+        """y: one row a sample, (n, h), so that ``y = x M^T`` for the layer's own matrix M; or some of the rows."""
         ...
 
     def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
@@ -121,9 +121,9 @@ class Pair:
         """X of a call, (n, d), or some of its rows."""
         return self.adapter.inputs(self.consumer, call, rows)
 
-    def outputs(self, call: LayerCall) -> Tensor:
-        """Y of a call, (n, h)."""
-        return self.adapter.outputs(self.consumer, call)
+    def outputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+        """Y of a call, (n, h), or some of its rows."""
+        return self.adapter.outputs(self.consumer, call, rows)
 
     @property
     def names(self) -> dict[str, str]:

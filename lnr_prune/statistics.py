@@ -28,8 +28,8 @@ class Reader(Protocol):
         """x, one row a sample, (n, d), or some of the rows."""
         ...
 
-    def outputs(self, call: LayerCall) -> Tensor:
-        """y, one row a sample, (n, h)."""
+    def outputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+        """y, one row a sample, (n, h), or some of the rows."""
         ...
 
 
@@ -223,7 +223,7 @@ def rows(
         layer: The call.
         samples: Number of samples in all the calibration data; None = not known: every row is read.
         first: Number of the call's first sample.
-        others: Tensors of the output's shape, whose rows follow those of y.
+        others: Tensors of the output's shape, without a bias, whose rows follow those of y.
     """
     count = len(layer.input)
     if count == 0:
@@ -232,18 +232,17 @@ def rows(
         bias = None if layer.bias is None else layer.bias.cpu()
         layer = replace(layer, input=layer.input.cpu(), output=layer.output.cpu(), weight=layer.weight.cpu(), bias=bias)
         others = tuple(other.cpu() for other in others)
-    outputs = [reader.outputs(layer), *(reader.outputs(replace(layer, output=other)) for other in others)]
-    y = outputs[0]
-    d, positions = reader.inputs(layer, torch.zeros(1, dtype=torch.long, device=y.device)).shape[1], len(y) // count
+    one = torch.zeros(1, dtype=torch.long, device=layer.input.device)
+    d, h = reader.inputs(layer, one).shape[1], reader.outputs(layer, one).shape[1]
+    positions = layer.output.numel() // (h * count)
     wanted = positions if samples is None else min(positions, math.ceil(ROWS_PER_COLUMN * d / samples))
     size = max(1, CHUNK // (d * max(1, wanted)))
-    pieces = zip(*(torch.split(each, size * positions) for each in outputs), strict=True)
-    for chunk, of_chunk in zip(layer.split(size), pieces, strict=True):
+    for chunk, *rest in zip(layer.split(size), *(torch.split(other, size) for other in others), strict=True):
+        drawn = None
         if wanted < positions:
-            drawn = _positions(positions, wanted, first, len(chunk.input)).to(y.device)
-            yield reader.inputs(chunk, drawn), *(each[drawn] for each in of_chunk)
-        else:
-            yield reader.inputs(chunk), *of_chunk
+            drawn = _positions(positions, wanted, first, len(chunk.input)).to(layer.input.device)
+        calls = chunk, *(replace(chunk, output=other, bias=None) for other in rest)
+        yield reader.inputs(chunk, drawn), *(reader.outputs(call, drawn) for call in calls)
         first += len(chunk.input)
 
 

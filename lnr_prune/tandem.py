@@ -139,22 +139,23 @@ class _Block:
             return False
 
     def run(self, batch: int, N: Tensor, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The outputs of both layers, and z'."""
+        """The outputs of both layers, and ``phi(z')``."""
         passed = self.before.passed[batch]
         y = passed.call.again(**self.before.layer.arguments(N))
-        z = self.target.calls[batch].again(input=passed.way(y), **self.layer.arguments(M))
-        return y, z, self.target.affine[batch](z) if self.target.affine else z
+        output = self.target.calls[batch].again(input=passed.way(y), **self.layer.arguments(M))
+        return y, output, self.onward(batch, output, 1)
 
-    def wanted(self, batch: int) -> Tensor:
-        """``phi(z)``, see `phi`."""
-        z = self.target.calls[batch].output
-        return self.phi(z + self.target.offsets[batch] if self.target.offsets else z)
-
-    def phi(self, z: Tensor) -> Tensor:
-        """``phi(z)``; of logits, its logarithm."""
+    def onward(self, batch: int, y: Tensor, network: int) -> Tensor:
+        """``phi(z)``, or its logarithm for logits, with the shortcuts of the original (0) or the pruned (1) network."""
+        added = self.target.shortcuts[batch][network] if self.target.shortcuts else []
+        z = self.target.onward.affine(y, added)
         if self.logits:
             return z.log_softmax(1)
-        return z if self.target.activation is None else self.target.activation(z)
+        return z if self.target.onward.activation is None else self.target.onward.activation(z)
+
+    def wanted(self, batch: int) -> Tensor:
+        """``phi(z)`` of the original network."""
+        return self.onward(batch, self.target.calls[batch].output, 0)
 
     def alive(self, batch: int) -> Tensor:
         """1 where something comes of a sample's output, else 0, as a vector."""
@@ -185,7 +186,7 @@ def _error(block: _Block, N: Tensor, M: Tensor) -> tuple[_Error, list[Tensor]]:
     """``||phi(z) - phi(z')||^2``, or divergence, and its gradients on the samples to fit on."""
     sums, gradients = N.new_zeros(3), [torch.zeros_like(each) for each in (N, M)]
     for batch in range(len(block.target.calls)):
-        wanted, made = block.wanted(batch), block.phi(block.run(batch, N, M)[-1])
+        wanted, made = block.wanted(batch), block.run(batch, N, M)[-1]
         parts = wanted.exp() * (wanted - made) if block.logits else (wanted - made).square()
         errors, held = (parts.flatten(1) @ block.alive(batch)).double(), block.held(batch)
         fit = errors[~held].sum()
@@ -232,8 +233,7 @@ def _moments(block: _Block, M: Tensor) -> _Moments:
     ):
         first = place.first * len(call.input) // max(1, place.size)
         with torch.enable_grad():
-            *ys, z = block.run(batch, *starts)
-            phi = block.phi(z)
+            *ys, phi = block.run(batch, *starts)
             fisher = (phi / 2).exp().detach() if block.logits else 1.0
             combined = (phi * _random(phi, first) * fisher).flatten(1) @ block.alive(batch)
             gradients = torch.autograd.grad(combined.sum(), ys)

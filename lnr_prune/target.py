@@ -1,8 +1,7 @@
 """What a layer's output should be in the pruned network, and the least squares that bring it there."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,24 +21,55 @@ STEP = 1.5  # of the step towards the fixed point behind an activation; with 1 i
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
-    """``z - c - beta s'``, what ``alpha M x`` should be, and phi, to which ``z' = alpha M x + c + beta s'`` comes.
+class Affine:
+    """``z = alpha (y + b) + c + beta_1 s_1 + ...`` in every row, at all positions alike, with the bias b that stays.
 
     Attributes:
-        calls: Per batch, the call with the pruned network's x and, as output, the target.
+        alpha: (h,); 0 where it is next to nothing.
+        betas: Of every shortcut, (h,).
+        constant: ``alpha b + c``, (h,), or without c where this varies.
+        varying: c where it varies, of one sample, (1, ...); None = nowhere.
+    """
+
+    alpha: Tensor
+    betas: tuple[Tensor, ...]
+    constant: Tensor
+    varying: Tensor | None
+
+    def of_rows(self, y: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``alpha y + beta (s - s')`` and ``alpha b + c + beta s'``, of rows of y, and s, s', and c where it varies."""
+        count = len(self.betas)
+        target, offset = self.alpha.to(y) * y, self.constant.to(y).expand_as(y)
+        for beta, original, pruned in zip(self.betas, others[:count], others[count : 2 * count], strict=True):
+            target, offset = target + beta.to(y) * (original - pruned), offset + beta.to(y) * pruned
+        return target, offset if self.varying is None else offset + others[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """``alpha y + beta (s - s')``, what ``alpha M x`` should be, so that ``phi(z)`` and ``phi(z')`` are alike.
+
+    Attributes:
+        calls: Per batch, the call with the pruned network's x and the original's output y.
         places: Per batch, where it stands.
-        offsets: Per batch, ``c + beta s'``; none where it is zero.
-        affine: Per batch, an output y -> ``alpha y + c + beta s'``; none where it is y.
-        alpha: The scale of every row of M, (h,); None = 1.
-        activation: phi; None = the identity.
+        onward: What comes of an output.
+        shortcuts: Per batch, s and s'.
+        affine: How z is made of y and s; None = z is y.
     """
 
     calls: Sequence[LayerCall]
     places: Sequence[Place]
-    offsets: Sequence[Tensor] = ()
-    affine: Sequence[Callable[[Tensor], Tensor]] = ()
-    alpha: Tensor | None = None
-    activation: Callable[[Tensor], Tensor] | None = None
+    onward: Onward = Onward()  # noqa: RUF009  (it is frozen)
+    shortcuts: Sequence[tuple[list[Tensor], list[Tensor]]] = ()
+    affine: Affine | None = None
+
+    def others(self, batch: int) -> list[Tensor]:
+        """S and s' of a batch, and c where it varies."""
+        if self.affine is None:
+            return []
+        c = self.affine.varying
+        original, pruned = self.shortcuts[batch]
+        return [*original, *pruned, *([] if c is None else [c.expand_as(self.calls[batch].output)])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,38 +149,46 @@ def target_of(pair: Pair, onward: Onward, arrivals: Sequence[Arrival], places: S
         places: Where they stand.
     """
     calls = [replace(arrival.call, input=arrival.x) for arrival in arrivals]
-    known = all(arrival.shortcuts is not None for arrival in arrivals)
+    shortcuts = [arrival.shortcuts for arrival in arrivals if arrival.shortcuts is not None]
+    known = len(shortcuts) == len(calls)
     first = [call for call in calls if len(call.input)][:1]  # none where no sample is here
-    scales = [_scales(pair, onward, call) if known else None for call in first]
-    found = [scale for of_rank in distributed.everyone(scales) for scale in of_rank]
-    alpha = next(iter(found), None)
-    if alpha is None or any(scale is None for scale in found):
+    mine = [_affine(pair, onward, call) if known else None for call in first]
+    found = [affine for of_rank in distributed.everyone(mine) for affine in of_rank]
+    if not found or any(affine is None for affine in found):
         return Target(calls, places)
-    targets, offsets, affine = [], [], []
-    for call, arrival in zip(calls, arrivals, strict=True):
-        original, pruned = arrival.shortcuts or ([], [])
-        affine.append(partial(onward.affine, added=pruned))
-        offsets.append(affine[-1](torch.zeros_like(call.output)))
-        targets.append(replace(call, output=onward.affine(call.output, original) - offsets[-1]))
-    return Target(targets, places, offsets, affine, alpha, onward.activation)
+    return Target(calls, places, onward, shortcuts, found[0])
 
 
-def _scales(pair: Pair, onward: Onward, call: LayerCall) -> Tensor | None:
-    """``alpha`` of every row of M, (h,), if it is the same at all positions; 0 where it is next to nothing."""
-    one = next(call.split(1))
-    alpha = pair.outputs(replace(one, output=onward.scale(one.output))).double()
-    if not alpha.any() or not torch.allclose(alpha, alpha[:1].expand_as(alpha), rtol=1e-3):
+def _affine(pair: Pair, onward: Onward, call: LayerCall) -> Affine | None:
+    """How z is made of y; None if not in the same way at all positions, or not at all."""
+    one = replace(next(call.split(1)), bias=None)
+    zero, count = torch.zeros_like(one.output), len([shortcut for shortcut in onward.affine.shortcuts if shortcut])
+    c = onward.affine(zero, [zero] * count)
+
+    def everywhere(values: Tensor) -> Tensor | None:
+        rows = pair.outputs(replace(one, output=values)).double()
+        return rows[0] if torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-3) else None
+
+    units = torch.eye(1 + count).unbind()  # y is 1, or one of the shortcuts
+    slopes = [everywhere(onward.affine(zero + y, [zero + s for s in added]) - c) for y, *added in units]
+    known = [slope for slope in slopes if slope is not None]
+    if len(known) < len(slopes) or not bool(known[0].any()):
         return None
-    return alpha[0].where(alpha[0].abs() > 1e-6 * alpha.abs().max(), 0.0)
+    (alpha, *betas), constant = known, everywhere(c)
+    alpha = alpha.where(alpha.abs() > 1e-6 * alpha.abs().max(), 0.0)
+    stays = -alpha * pair.outputs(replace(one, output=zero, bias=call.bias))[0].double()
+    if constant is None:
+        return Affine(alpha, tuple(betas), stays, c)
+    return Affine(alpha, tuple(betas), stays + constant, None)
 
 
 def fitted(layer: Layer, target: Target, ridge: float | None) -> tuple[Tensor, LayerFit]:
     """M, and how well it fits; a ridge of None is chosen on samples that are held out."""
     W, stays, ridged = layer.matrix({}), layer.stays(), layer.ridged()
-    alpha = W.new_ones(len(W), 1) if target.alpha is None else target.alpha[:, None].to(W)
+    alpha = W.new_ones(len(W), 1) if target.affine is None else target.affine.alpha[:, None].to(W)
     fit, held = _moments(layer, target, W)
     aM, found = ridge_regression(fit, held, stays, ridged, alpha * W, ridge)
-    if target.activation is not None:
+    if target.onward.activation is not None:
         whole = fit if held is None else fit + held
         moments = replace(whole, yx=aM @ whole.xx + STEP * _lacking(layer, target, aM))
         aM, _ = ridge_regression(moments, None, stays, ridged, alpha * W, found.ridge)
@@ -165,7 +203,7 @@ def fitted_to_all_calls(layer: Layer, moments: SecondMoments, ridge: float | Non
 
 def divergence_fitted(layer: Layer, target: Target, M: Tensor) -> Tensor:
     """M once more, where the target is logits: by the divergence of their softmax."""
-    parts = [(torch.full((len(x),), part, device=x.device), x, y) for part, x, y in _rows(layer, target)]
+    parts = [(torch.full((len(x),), part, device=x.device), x, y) for part, x, y, _ in _rows(layer, target)]
     of_all = [rows for of_rank in distributed.everyone(parts) for rows in of_rank]
     held, x, y = (torch.cat(each) for each in zip(*of_all, strict=True))
     return softmax_regression(x * layer.stays(), y, held, M)
@@ -181,7 +219,7 @@ def _moments(layer: Layer, target: Target, W: Tensor) -> tuple[SecondMoments, Se
         waiting[part] = []
         sums[part] = sums[part].with_rows(x, y)
 
-    for part, *piece in _rows(layer, target):  # products of few rows would cost little less than their addition
+    for part, *piece, _ in _rows(layer, target):  # products of few rows would cost little less than their addition
         waiting[part].append(piece)
         if (h + d) * sum(len(x) for x, _ in waiting[part]) >= CHUNK:
             add(part)
@@ -200,23 +238,24 @@ def _moments(layer: Layer, target: Target, W: Tensor) -> tuple[SecondMoments, Se
 
 def _lacking(layer: Layer, target: Target, aM: Tensor) -> Tensor:
     """``sum (phi(z) - phi(z')) x^T``."""
-    lacking, phi = torch.zeros_like(aM), target.activation or torch.clone
-    for _, x, y, offset in _rows(layer, target, *target.offsets):
+    lacking, phi = torch.zeros_like(aM), target.onward.activation or torch.clone
+    for _, x, y, offset in _rows(layer, target):
         difference = phi(y + offset) - phi((x @ aM.to(x).T).to(y) + offset)
         lacking += difference.to(x).T @ x
     (lacking,) = distributed.summed(lacking)
     return lacking
 
 
-def _rows(layer: Layer, target: Target, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Whether held out, x, with a 1 where there is an intercept, y, and the rows of others, one a batch."""
+def _rows(layer: Layer, target: Target) -> Iterator[tuple[bool, Tensor, Tensor, Tensor]]:
+    """Whether held out, x, what alpha M x should be, and what z' is besides."""
     for index, (call, place) in enumerate(zip(target.calls, target.places, strict=True)):
         count = len(call.input)
         first = place.first * count // max(1, place.size)
         parts = list(place.parts(count))
         sizes = [size for _, size in parts]
-        more = [torch.split(others[index], sizes)] if others else []
-        for (part, _), piece, *rest in zip(parts, call.split(sizes), *more, strict=True):
-            for x, *ys in rows(layer.pair, piece, place.samples, first, *rest):
-                yield part, layer.inputs(x), *ys
+        others = [torch.split(each, sizes) for each in target.others(index)]
+        for (part, _), piece, *of_piece in zip(parts, call.split(sizes), *others, strict=True):
+            for x, y, *rest in rows(layer.pair, piece, place.samples, first, *of_piece):
+                aimed = (y, torch.zeros_like(y)) if target.affine is None else target.affine.of_rows(y, rest)
+                yield part, layer.inputs(x), *aimed
             first += len(piece.input)

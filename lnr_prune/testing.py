@@ -105,6 +105,7 @@ def _check_pair(group: ChannelGroup, pair: Pair, model: nn.Module, example: Tens
         _require(torch.equal(parts, x), pair, "inputs() of a batch is not that of its samples, one after the other")
         some = torch.arange(len(x) - 1, -1, -2)
         _require(torch.equal(pair.inputs(call, some), x[some]), pair, "inputs(rows) is not these rows of inputs()")
+        _require(torch.equal(pair.outputs(call, some), y[some]), pair, "outputs(rows) is not these rows of outputs()")
     groups = pair.adapter.groups(pair.consumer, tensors[name])
     every = torch.arange(group.size)
     legal = groups.shape == M.shape[1:] and bool((groups < group.size).all()) and bool(torch.isin(every, groups).all())

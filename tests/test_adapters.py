@@ -109,7 +109,7 @@ BREAKAGES = {
         lambda self, consumer, call, rows: ColumnsBias.samples(self, consumer, call, None),
         r"inputs\(rows\) is not these rows",
     ),
-    "outputs": (lambda self, consumer, call: call.output, r"expected x \(n, d\), y \(n, h\)"),
+    "outputs": (lambda self, consumer, call, rows=None: call.output, r"expected x \(n, d\), y \(n, h\)"),
     "groups": (lambda self, consumer, weight: consumer.channels, r"groups\(\) must give"),
     "matrix": (lambda self, consumer, weight, bias: weight, r"expected x \(n, d\)"),
     "write": (lambda self, consumer, M, weight: (M[:, 1:], M[:, -1]), r"write\(matrix\(\)\) does not give"),
@@ -141,6 +141,15 @@ def test_columns_of_the_wrong_channel_and_a_penalised_bias_are_caught() -> None:
         def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
             return super().groups(consumer, weight).clamp_min(0)  # the bias goes with channel 0
 
+    class OtherRows(ColumnsBias):
+        name = "doubled"
+
+        def outputs(self, consumer: Consumer, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+            return super().outputs(consumer, call)[: None if rows is None else len(rows)]
+
+    lnr.register(OtherRows(), replace=True)
+    with pytest.raises(AdapterError, match=r"outputs\(rows\) is not these rows"):
+        check_adapter(adapters()["doubled"], mlp(4, 6, 3), torch.randn(5, 4))
     for broken in (Shifted(), Penalised()):
         lnr.register(broken, replace=True)
         with pytest.raises(AdapterError, match="do not zero its input weights, and nothing else"):

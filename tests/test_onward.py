@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lnr_prune as lnr
 from lnr_prune import target
 from lnr_prune.calibration import calibrate
+from lnr_prune.graph import named_tensors
 from lnr_prune.onward import Following, Onward, Steps
 from lnr_prune.refit import refit
 from lnr_prune.trail import outlook
@@ -94,7 +96,9 @@ def test_the_affine_part_is_what_the_model_does(name: str) -> None:
     z = onward.affine(y.clone(), added)
     if name not in ("layer after the layer", "steep"):
         torch.testing.assert_close(z if onward.activation is None else onward.activation(z), after(model, y.clone(), h))
-    torch.testing.assert_close(z - onward.affine(other, added), onward.scale(y) * (y - other))
+    nothing = [torch.zeros_like(s) for s in added]
+    alpha = onward.affine(torch.ones_like(y), nothing) - onward.affine(torch.zeros_like(y), nothing)
+    torch.testing.assert_close(z - onward.affine(other, added), alpha * (y - other))
 
 
 def test_a_forward_that_takes_another_path_is_not_followed() -> None:
@@ -192,3 +196,18 @@ def test_a_row_that_nothing_comes_of_stays() -> None:
     torch.testing.assert_close(M[2], W[2] * kept)
     assert not torch.isclose(M, W * kept)[[0, 1, 3, 4, 5]][:, kept].any()
     assert done.layers["2.weight"].error < 0.5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bias_that_stays_is_scaled_too(bias: bool) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)]
+    model = nn.Sequential(*layers).double().eval().requires_grad_(False)
+    tensors = named_tensors(model)
+    tensors["2.bias"].fill_(2.0)
+    tensors["3.running_var"].fill_(9.0)
+    for name in ("0.weight", "0.bias"):
+        tensors[name][3:] = 2 * tensors[name][:3]  # so that the first three are all that there is
+    x = torch.randn(400, 4, dtype=torch.float64)
+    pruned = lnr.prune(model, [x], keep={"0": 3}, bias=bias, progress=False)
+    torch.testing.assert_close(pruned.model(x), model(x))

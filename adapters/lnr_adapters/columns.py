@@ -21,10 +21,11 @@ class Columns:
         x = call.input.reshape(-1, call.input.shape[-1])
         return x if rows is None else x[rows]
 
-    def outputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
+    def outputs(self, consumer: Consumer, call: LayerCall, rows: Tensor | None = None) -> Tensor:
         """The layer's output without its bias."""
-        output = call.output if call.bias is None else call.output - call.bias
-        return output.reshape(-1, output.shape[-1])
+        y = call.output.reshape(-1, call.output.shape[-1])
+        y = y if rows is None else y[rows]
+        return y if call.bias is None else y - call.bias
 
     def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
         """The channel that each column reads."""

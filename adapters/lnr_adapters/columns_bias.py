@@ -27,12 +27,11 @@ class ColumnsBias(Columns):
         x = self.samples(consumer, call, rows)
         return x if consumer.bias is None else torch.cat([x, x.new_ones(len(x), 1)], 1)
 
-    def outputs(self, consumer: Consumer, call: LayerCall) -> Tensor:
+    def outputs(self, consumer: Consumer, call: LayerCall, rows: Tensor | None = None) -> Tensor:
         """The layer's output, with its bias if that is refitted."""
-        output = call.output.movedim(self.channel_axis, -1)
-        if consumer.bias is None and call.bias is not None:
-            output = output - call.bias
-        return output.reshape(-1, output.shape[-1])
+        y = call.output.movedim(self.channel_axis, -1)
+        y = y.reshape(-1, y.shape[-1]) if rows is None else y[torch.unravel_index(rows, y.shape[:-1])]
+        return y - call.bias if consumer.bias is None and call.bias is not None else y
 
     def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
         """The channel that each column reads; -1 for the bias."""

@@ -42,8 +42,9 @@ class Doubled:
         x = x if rows is None else x[rows]
         return torch.cat([2 * x, x.new_ones(len(x), 1)], dim=1)
 
-    def outputs(self, consumer, call):
-        return call.output.reshape(-1, call.output.shape[-1])
+    def outputs(self, consumer, call, rows=None):
+        y = call.output.reshape(-1, call.output.shape[-1])
+        return y if rows is None else y[rows]
 
     def groups(self, consumer, weight):
         return torch.cat([consumer.channels, consumer.channels.new_tensor([-1])])
