@@ -1,6 +1,6 @@
 """The registry of adapters: how a layer's columns form groups is known to them alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -22,6 +22,9 @@ class Adapter(Protocol):
     An adapter decides which consumers it fits, how to read x and y from a call of the layer, which columns
     of x belong to which channel, and how a matrix becomes weights. `lnr_prune.testing.check_adapter`
     is the contract.
+
+    An adapter may also have ``second_moments(consumer, calls)``: ``sum x x^T`` over all rows of some calls, (d, d), or
+    None, where there is a faster way than to read x.
     """
 
     name: str
@@ -124,6 +127,11 @@ class Pair:
     def outputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
         """Y of a call, (n, h), or some of its rows."""
         return self.adapter.outputs(self.consumer, call, rows)
+
+    def second_moments(self, calls: Sequence[LayerCall]) -> Tensor | None:
+        """``sum x x^T`` over all rows of calls, (d, d), where the adapter knows a faster way than to read them."""
+        faster = getattr(self.adapter, "second_moments", None)
+        return None if faster is None or not calls else faster(self.consumer, calls)
 
     @property
     def names(self) -> dict[str, str]:

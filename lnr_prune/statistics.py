@@ -32,6 +32,10 @@ class Reader(Protocol):
         """y, one row a sample, (n, h), or some of the rows."""
         ...
 
+    def second_moments(self, calls: Sequence[LayerCall]) -> Tensor | None:
+        """``sum x x^T`` over all rows of calls, (d, d) float64, where that is faster than to read x; else None."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class SecondMoments:
@@ -60,8 +64,8 @@ class SecondMoments:
         xx, yx = (torch.zeros(rows, d, dtype=torch.float64, device=device) for rows in (d, h))
         return cls(xx, yx, yx.new_zeros(()), 0)
 
-    def with_rows(self, x: Tensor, y: Tensor) -> "SecondMoments":
-        """These moments with more rows, added in place.
+    def with_rows(self, x: Tensor, y: Tensor, known: int = 0) -> "SecondMoments":
+        """These moments with more rows, added in place; without the products of the first, known columns of x.
 
         The rows are multiplied in their own precision, u (float32 at least; bfloat16 becomes float32 exactly), and the
         product is added in float64. With the n rows of one call, in whatever order they are summed,
@@ -77,7 +81,11 @@ class SecondMoments:
         """
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         x, y = x.to(dtype), y.to(dtype)
-        for first in range(0, x.shape[1], PANEL):  # x^T x is symmetric: its upper half, a panel of rows at a time
+        if known:
+            product = x[:, :known].T @ x[:, known:]
+            self.xx[:known, known:].add_(product)
+            self.xx[known:, :known].add_(product.T)
+        for first in range(known, x.shape[1], PANEL):  # x^T x is symmetric: its upper half, a panel of rows at a time
             last = first + PANEL
             product = x[:, first:last].T @ x[:, first:]
             self.xx[first:last, first:].add_(product)
@@ -177,6 +185,12 @@ def _gathered(
     first, samples = distributed.before(data.samples)
 
     def add(name: str, layer: LayerCall) -> None:
+        xx = all_products(readers[name], [layer], samples)
+        if xx is not None:
+            _, positions, _ = _wanted(readers[name], layer, samples)
+            of_call = SecondMoments(xx, xx.new_empty(0, len(xx)), xx.new_zeros(()), positions * len(layer.input))
+            moments[name] = moments[name] + of_call if name in moments else of_call
+            return
         for x, *_ in rows(readers[name], layer, samples, first * len(layer.input) // size):
             y = x.new_empty(len(x), 0)
             moments[name] = moments[name].with_rows(x, y) if name in moments else SecondMoments.of(x, y)
@@ -232,10 +246,7 @@ def rows(
         bias = None if layer.bias is None else layer.bias.cpu()
         layer = replace(layer, input=layer.input.cpu(), output=layer.output.cpu(), weight=layer.weight.cpu(), bias=bias)
         others = tuple(other.cpu() for other in others)
-    one = torch.zeros(1, dtype=torch.long, device=layer.input.device)
-    d, h = reader.inputs(layer, one).shape[1], reader.outputs(layer, one).shape[1]
-    positions = layer.output.numel() // (h * count)
-    wanted = positions if samples is None else min(positions, math.ceil(ROWS_PER_COLUMN * d / samples))
+    d, positions, wanted = _wanted(reader, layer, samples)
     size = max(1, CHUNK // (d * max(1, wanted)))
     for chunk, *rest in zip(layer.split(size), *(torch.split(other, size) for other in others), strict=True):
         drawn = None
@@ -244,6 +255,25 @@ def rows(
         calls = chunk, *(replace(chunk, output=other, bias=None) for other in rest)
         yield reader.inputs(chunk, drawn), *(reader.outputs(call, drawn) for call in calls)
         first += len(chunk.input)
+
+
+def all_products(reader: Reader, layers: Sequence[LayerCall], samples: int | None) -> Tensor | None:
+    """``sum x x^T`` over calls of which all rows are read, if the reader has a faster way than to read them."""
+    layers = [layer for layer in layers if len(layer.input)]
+    if not layers or layers[0].input.device.type == "mps":
+        return None
+    if any(wanted < positions for _, positions, wanted in (_wanted(reader, layer, samples) for layer in layers)):
+        return None
+    d, positions, _ = _wanted(reader, layers[0], samples)
+    return reader.second_moments([part for layer in layers for part in layer.split(max(1, CHUNK // (d * positions)))])
+
+
+def _wanted(reader: Reader, layer: LayerCall, samples: int | None) -> tuple[int, int, int]:
+    """Columns of x, rows of a sample, and how many of these are read."""
+    one = torch.zeros(1, dtype=torch.long, device=layer.input.device)
+    d, h = reader.inputs(layer, one).shape[1], reader.outputs(layer, one).shape[1]
+    positions = layer.output.numel() // (h * len(layer.input))
+    return d, positions, positions if samples is None else min(positions, math.ceil(ROWS_PER_COLUMN * d / samples))
 
 
 def _positions(positions: int, wanted: int, first: int, count: int) -> Tensor:

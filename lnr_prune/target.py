@@ -14,7 +14,7 @@ from lnr_prune.layer_calls import LayerCall
 from lnr_prune.onward import Onward
 from lnr_prune.registry import Pair
 from lnr_prune.ridge import LayerFit, ridge_regression, softmax_regression
-from lnr_prune.statistics import CHUNK, SecondMoments, check_finite, rows
+from lnr_prune.statistics import CHUNK, SecondMoments, all_products, check_finite, rows
 from lnr_prune.streams import Arrival
 
 STEP = 1.5  # of the step towards the fixed point behind an activation; with 1 it takes three to get as far
@@ -211,13 +211,19 @@ def divergence_fitted(layer: Layer, target: Target, M: Tensor) -> Tensor:
 
 def _moments(layer: Layer, target: Target, W: Tensor) -> tuple[SecondMoments, SecondMoments | None]:
     """Second moments of the samples to fit on, and of those held out."""
-    (h, d), waiting = W.shape, list[list[Any]]([[], []])
+    (h, d), waiting, known = W.shape, list[list[Any]]([[], []]), [0, 0]
     sums = [SecondMoments.zeros(h, d, W.device) for _ in range(2)]
+    for part in (False, True):
+        calls = [piece for held, piece, *_ in _pieces(target) if held == part]
+        xx = all_products(layer.pair, calls, max((place.samples for place in target.places), default=0))
+        if xx is not None:
+            known[part] = len(xx)
+            sums[part].xx[: len(xx), : len(xx)] += xx
 
     def add(part: bool) -> None:
         x, y = (torch.cat(each) for each in zip(*waiting[part], strict=True))
         waiting[part] = []
-        sums[part] = sums[part].with_rows(x, y)
+        sums[part] = sums[part].with_rows(x, y, known[part])
 
     for part, *piece, _ in _rows(layer, target):  # products of few rows would cost little less than their addition
         waiting[part].append(piece)
@@ -248,14 +254,20 @@ def _lacking(layer: Layer, target: Target, aM: Tensor) -> Tensor:
 
 def _rows(layer: Layer, target: Target) -> Iterator[tuple[bool, Tensor, Tensor, Tensor]]:
     """Whether held out, x, what alpha M x should be, and what z' is besides."""
+    for part, piece, samples, first, others in _pieces(target):
+        for x, y, *rest in rows(layer.pair, piece, samples, first, *others):
+            aimed = (y, torch.zeros_like(y)) if target.affine is None else target.affine.of_rows(y, rest)
+            yield part, layer.inputs(x), *aimed
+
+
+def _pieces(target: Target) -> Iterator[tuple[bool, LayerCall, int, int, tuple[Tensor, ...]]]:
+    """The calls cut into samples that are held out and that are not: which, number of all, the first's, and others."""
     for index, (call, place) in enumerate(zip(target.calls, target.places, strict=True)):
         count = len(call.input)
         first = place.first * count // max(1, place.size)
         parts = list(place.parts(count))
         sizes = [size for _, size in parts]
-        others = [torch.split(each, sizes) for each in target.others(index)]
+        others = (torch.split(each, sizes) for each in target.others(index))
         for (part, _), piece, *of_piece in zip(parts, call.split(sizes), *others, strict=True):
-            for x, y, *rest in rows(layer.pair, piece, place.samples, first, *of_piece):
-                aimed = (y, torch.zeros_like(y)) if target.affine is None else target.affine.of_rows(y, rest)
-                yield part, layer.inputs(x), *aimed
+            yield part, piece, place.samples, first, tuple(of_piece)
             first += len(piece.input)

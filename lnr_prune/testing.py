@@ -106,6 +106,8 @@ def _check_pair(group: ChannelGroup, pair: Pair, model: nn.Module, example: Tens
         some = torch.arange(len(x) - 1, -1, -2)
         _require(torch.equal(pair.inputs(call, some), x[some]), pair, "inputs(rows) is not these rows of inputs()")
         _require(torch.equal(pair.outputs(call, some), y[some]), pair, "outputs(rows) is not these rows of outputs()")
+        moments = pair.second_moments(list(call.split(1)))
+        _require(moments is None or torch.allclose(moments, x.T @ x), pair, "second_moments() is not sum x x^T")
     groups = pair.adapter.groups(pair.consumer, tensors[name])
     every = torch.arange(group.size)
     legal = groups.shape == M.shape[1:] and bool((groups < group.size).all()) and bool(torch.isin(every, groups).all())

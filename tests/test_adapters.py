@@ -11,8 +11,8 @@ import lnr_prune as lnr
 from lnr_adapters import Columns, ColumnsBias, ConvFilters, FcAfterConv
 from lnr_prune.errors import AdapterError
 from lnr_prune.graph import Consumer, find_groups
-from lnr_prune.layer_calls import LayerCall
-from lnr_prune.registry import adapters, find, unregister
+from lnr_prune.layer_calls import LayerCall, watch
+from lnr_prune.registry import Pair, adapters, find, unregister
 from lnr_prune.testing import check_adapter
 from tests.models import Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
 
@@ -194,3 +194,49 @@ def test_an_empty_registry_says_to_install_the_package(monkeypatch: pytest.Monke
     monkeypatch.setattr("lnr_prune.registry._adapters", {})
     with pytest.raises(AdapterError, match=r"no adapters found: install the package \(pip install -e \.\)"):
         find(CONSUMER)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(3, 5), (7, 7), (12, 4)])
+@pytest.mark.parametrize("padding", [0, 1, (2, 1), "same"])
+@pytest.mark.parametrize(("kernel", "dilation"), [((3, 3), 1), ((2, 3), 1), ((1, 2), 2), ((5, 3), 1), ((3, 3), 2)])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_second_moments_of_patches_that_overlap(
+    kernel: tuple[int, int], dilation: int, padding: Any, size: tuple[int, int], bias: bool
+) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 3, kernel, padding=padding, dilation=dilation, bias=bias)).double()
+    x = torch.randn(3, 4, *size, dtype=torch.float64)
+    try:
+        model(x)
+    except RuntimeError:
+        pytest.skip("the image is smaller than the kernel")
+    (layer,) = find_groups(model, (x,), {}).layers
+    pair, calls = Pair(layer, find(layer)), list[LayerCall]()
+    watch(model, ((x,), {}), [layer.weight], see=lambda _, call: calls.append(call))
+    rows = pair.inputs(calls[0])
+    found = pair.second_moments(list(calls[0].split(2)))
+    assert found is not None
+    torch.testing.assert_close(found, rows.T @ rows)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "sizes"),
+    [
+        (nn.Conv1d(3, 2, 4, padding=2), (3, 9), 13),
+        (nn.Conv3d(2, 2, 3, padding=1), (2, 3, 4, 5), 55),
+        (nn.Conv2d(3, 2, 3, stride=2), (3, 9, 9), None),
+        (nn.Conv2d(3, 2, 1), (3, 9, 9), None),
+        (nn.ConvTranspose2d(3, 2, 3), (3, 9, 9), None),
+        (nn.Linear(3, 2), (3,), None),
+    ],
+)
+def test_which_layers_have_them(layer: nn.Module, shape: tuple[int, ...], sizes: int | None) -> None:
+    model, x = nn.Sequential(layer).double(), torch.randn(2, *shape, dtype=torch.float64)
+    (consumer,) = find_groups(model, (x,), {}).layers
+    pair, calls = Pair(consumer, find(consumer)), list[LayerCall]()
+    watch(model, ((x,), {}), [consumer.weight], see=lambda _, call: calls.append(call))
+    found = pair.second_moments(calls)
+    assert (None if found is None else len(found)) == sizes
+    if found is not None:
+        torch.testing.assert_close(found, pair.inputs(calls[0]).T @ pair.inputs(calls[0]))
+    assert pair.second_moments([]) is None

@@ -1,11 +1,13 @@
 """Convolution filter groups: all weights of the filters that read one input channel."""
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lnr_adapters.autocorrelation import autocorrelation, sums_of_entries
 from lnr_adapters.columns_bias import ColumnsBias
 from lnr_prune.graph import Consumer
 from lnr_prune.layer_calls import LayerCall
@@ -44,6 +46,27 @@ class ConvFilters(ColumnsBias):
         if consumer.op.startswith("conv_transpose"):
             x = x.flip(list(range(2, 2 + n)))
         return x.flatten(1)
+
+    def second_moments(self, consumer: Consumer, calls: Sequence[LayerCall]) -> Tensor | None:
+        """``sum x x^T`` over all patches, from shifted images, where patches lie at every position."""
+        call = calls[0]
+        kernel, n = call.weight.shape[2:], call.weight.dim() - 2
+        stride, dilation = (per_axis(call.options.get(option, 1), n) for option in ("stride", "dilation"))
+        alike = len({each.input.shape[1:] for each in calls}) == 1
+        if consumer.op.startswith("conv_transpose") or any(s > 1 for s in stride) or kernel.numel() == 1 or not alike:
+            return None
+        before = _padding(call.options.get("padding", 0), kernel, dilation)[-2::-2]
+        offsets = [
+            tuple(d * i - p for d, i, p in zip(dilation, entry, before, strict=True))
+            for entry in product(*map(range, kernel))
+        ]
+        positions, images = call.output.shape[2:], [each.input for each in calls]
+        xx = autocorrelation(images, offsets, positions)
+        if consumer.bias is None:
+            return xx
+        x = sums_of_entries(images, offsets, positions)
+        count = x.new_tensor([sum(map(len, images)) * positions.numel()])
+        return torch.cat([torch.cat([xx, x[:, None]], 1), torch.cat([x, count])[None]])
 
 
 def _spread(call: LayerCall, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:

@@ -1,0 +1,89 @@
+"""Second moments of patches that overlap: sums of products of images with themselves, shifted."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+Offset = tuple[int, ...]
+Span = tuple[int, int]
+Term = tuple[int, tuple[Offset, tuple[Span, ...]]]
+"""A sign, a shift, and from where to where along every axis."""
+
+
+def autocorrelation(images: Iterable[Tensor], offsets: Sequence[Offset], positions: Sequence[int]) -> Tensor:
+    """``sum x x^T`` over all patches x of images that are zero outside.
+
+    For the entries of a patch at o + s and o + t, the sum of ``X(o + s) X(o + t)^T`` over all positions o is that of
+    ``X(q) X(q + t - s)^T`` over all q = o + s. So it is the same for all pairs with the same shift t - s, but for what
+    is next to the border, where s or t does not get to. For 3 x 3 patches these are 13 sums over whole images, and some
+    over their edges, instead of 81.
+
+    Args:
+        images: Batches, (n, channels, sizes...), all of the same sizes; at least one.
+        offsets: Of a patch's entries from its position, along each axis.
+        positions: How many there are along each axis, from 0.
+
+    Returns:
+        (channels * entries, channels * entries), float64.
+    """
+    sums: dict[tuple[Offset, tuple[Span, ...]], Tensor] = {}
+    sizes: Sequence[int] = ()
+    for batch in images:
+        X, sizes = batch.movedim(1, -1).contiguous(), batch.shape[2:]
+        wanted = (key for _, _, terms in _pairs(offsets, positions, sizes) for _, key in terms)
+        for shift, box in dict.fromkeys(wanted):
+            moved = [(a + by, b + by) for (a, b), by in zip(box, shift, strict=True)]
+            term = (_entries(X, box).T @ _entries(X, moved)).double()
+            sums[shift, box] = sums[shift, box] + term if (shift, box) in sums else term
+    nothing = torch.zeros_like(next(iter(sums.values())))
+    xx = nothing.new_empty(len(nothing), len(offsets), len(nothing), len(offsets))
+    for i, j, terms in _pairs(offsets, positions, sizes):
+        block = sum((sign * sums[key] for sign, key in terms), nothing)
+        xx[:, i, :, j], xx[:, j, :, i] = block, block.T
+    return xx.flatten(2).flatten(0, 1)
+
+
+def sums_of_entries(images: Iterable[Tensor], offsets: Sequence[Offset], positions: Sequence[int]) -> Tensor:
+    """``sum x`` over all patches, (channels * entries,), float64."""
+    X = torch.stack([batch.double().sum(0) for batch in images]).sum(0).movedim(0, -1)[None]
+    reached = [
+        [_span(0, size, a, count) for a, count, size in zip(offset, positions, X.shape[1:-1], strict=True)]
+        for offset in offsets
+    ]
+    return torch.stack([_entries(X, box).sum(0) for box in reached], 1).flatten()
+
+
+def _entries(X: Tensor, box: Sequence[Span]) -> Tensor:
+    """What lies in a box, (n, channels), of images (n, sizes..., channels)."""
+    index = (slice(None), *(slice(a, b) for a, b in box))
+    return X[index].flatten(0, -2)
+
+
+def _pairs(
+    offsets: Sequence[Offset], positions: Sequence[int], sizes: Sequence[int]
+) -> Iterator[tuple[int, int, list[Term]]]:
+    """Two entries of a patch, and what their products add up to."""
+    for i, s in enumerate(offsets):
+        for j, t in enumerate(offsets[i:], i):
+            shift = tuple(b - a for a, b in zip(s, t, strict=True))
+            axes = []
+            for a, by, count, size in zip(s, shift, positions, sizes, strict=True):
+                first = max(0, -by)
+                last = max(first, min(size, size - by))  # where both are inside
+                start, end = _span(first, last, a, count)
+                edges = [(-1, span) for span in ((first, start), (end, last)) if span[0] < span[1]]
+                axes.append([(1, (first, last)), *edges])
+            yield i, j, [_term(shift, of_axes) for of_axes in product(*axes)]
+
+
+def _span(first: int, last: int, offset: int, count: int) -> Span:
+    """What an entry gets to, between first and last."""
+    start = min(max(first, offset), last)
+    return start, max(start, min(last, offset + count))
+
+
+def _term(shift: Offset, of_axes: Sequence[tuple[int, Span]]) -> Term:
+    sign = -1 if sum(sign < 0 for sign, _ in of_axes) % 2 else 1
+    return sign, (shift, tuple(span for _, span in of_axes))
