@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from lnr_prune import distributed
+from lnr_prune.errors import ran_out_of_memory
 from lnr_prune.layer_calls import LayerCall
 from lnr_prune.onward import Steps
 from lnr_prune.statistics import SecondMoments, rows
 from lnr_prune.streams import Arrival
 from lnr_prune.target import Layer, Target
+from lnr_prune.whitening import Coordinates
 
-DAMPING = 1e-3  # of second moments that are turned into the identity, as a fraction of their mean
 GOLDEN = 0.6180339887498949
 
 
@@ -87,10 +88,10 @@ def in_tandem(
     if not all(distributed.everyone(block.repeats())):
         return None
     moments, starts = _moments(block, M), (before.N, M)
-    if not moments.finite:
+    if moments is None or not moments.finite:
         return None
-    sides = zip((before.layer, layer), starts, moments.inputs, moments.outputs, strict=True)
-    coordinates = [_Coordinates.of(*side) for side in sides]
+    stays = before.layer.stays(), layer.stays()
+    coordinates = [Coordinates.of(*side) for side in zip(starts, stays, moments.inputs, moments.outputs, strict=True)]
     V = [each.of_matrix(start).requires_grad_() for each, start in zip(coordinates, starts, strict=True)]
     if not any(v.numel() for v in V):  # nothing comes of either layer
         return None
@@ -126,6 +127,11 @@ class _Block:
     layer: Layer
     target: Target
     logits: bool
+
+    @property
+    def batches(self) -> list[int]:
+        """Those that are not empty."""
+        return [index for index, call in enumerate(self.target.calls) if len(call.input)]
 
     def repeats(self) -> bool:
         """Whether going the way again ends where the pruned network did."""
@@ -185,7 +191,7 @@ class _Error:
 def _error(block: _Block, N: Tensor, M: Tensor) -> tuple[_Error, list[Tensor]]:
     """``||phi(z) - phi(z')||^2``, or divergence, and its gradients on the samples to fit on."""
     sums, gradients = N.new_zeros(3), [torch.zeros_like(each) for each in (N, M)]
-    for batch in range(len(block.target.calls)):
+    for batch in block.batches:
         wanted, made = block.wanted(batch), block.run(batch, N, M)[-1]
         parts = wanted.exp() * (wanted - made) if block.logits else (wanted - made).square()
         errors, held = (parts.flatten(1) @ block.alive(batch)).double(), block.held(batch)
@@ -219,37 +225,52 @@ class _Moments:
         return all(bool(torch.isfinite(moments).all()) for moments in (*self.inputs, *self.outputs))
 
 
-def _moments(block: _Block, M: Tensor) -> _Moments:
-    """The gradients are those of random combinations of phi(z').
+def _moments(block: _Block, M: Tensor) -> _Moments | None:
+    """None if the way between the layers has no derivative.
 
-    Their second moments times those of the inputs are about the diagonal blocks of the Gauss-Newton matrix.
+    The gradients are those of random combinations of phi(z'). Their second moments times those of the inputs are about
+    the diagonal blocks of the Gauss-Newton matrix.
     """
     layers, starts = (block.before.layer, block.layer), [each.clone().requires_grad_() for each in (block.before.N, M)]
-    x_sums = [SecondMoments.zeros(0, int(layer.stays().sum()), M.device) for layer in layers]
-    g_sums = [SecondMoments.zeros(0, len(start), M.device) for start in starts]
+    inputs = [SecondMoments.zeros(0, int(layer.stays().sum()), M.device) for layer in layers]
+    outputs = [SecondMoments.zeros(0, len(start), M.device) for start in starts]
     sums = M.new_zeros(4)  # samples, rows of both outputs, power
-    for batch, (passed, call, place) in enumerate(
-        zip(block.before.passed, block.target.calls, block.target.places, strict=True)
-    ):
-        first = place.first * len(call.input) // max(1, place.size)
+    derived = True
+    for batch in block.batches:
+        passed, call, place = block.before.passed[batch], block.target.calls[batch], block.target.places[batch]
+        first, alive = place.first * len(call.input) // max(1, place.size), block.alive(batch)
         with torch.enable_grad():
             *ys, phi = block.run(batch, *starts)
             fisher = (phi / 2).exp().detach() if block.logits else 1.0
-            combined = (phi * _random(phi, first) * fisher).flatten(1) @ block.alive(batch)
-            gradients = torch.autograd.grad(combined.sum(), ys)
+            gradients = _derived(((phi * _random(phi, first) * fisher).flatten(1) @ alive).sum(), ys)
+        if gradients is None:
+            derived = False
+            break
         reads = passed.call, replace(call, input=passed.way(ys[0].detach()))
         for index, (layer, read, gradient) in enumerate(zip(layers, reads, gradients, strict=True)):
             for x, g in rows(layer.pair, replace(read, output=gradient, bias=None), place.samples, first):
-                x_sums[index] = x_sums[index].with_rows(layer.inputs(x)[:, layer.stays()], x.new_empty(len(x), 0))
-                g_sums[index] = g_sums[index].with_rows(g, g.new_empty(len(g), 0))
+                inputs[index] = inputs[index].with_rows(layer.inputs(x)[:, layer.stays()], x.new_empty(len(x), 0))
+                outputs[index] = outputs[index].with_rows(g, g.new_empty(len(g), 0))
         wanted = block.wanted(batch)
-        power = -(wanted.exp() * wanted) if block.logits else wanted.square()
-        sizes = [len(call.input), *(y.numel() // len(start) for y, start in zip(ys, starts, strict=True))]
-        sums += torch.cat([sums.new_tensor(sizes), (power.flatten(1) @ block.alive(batch)).sum()[None].to(sums)])
-    samples, *counts, power_ = distributed.summed(sums)[0].tolist()
-    x_means, g_means = ([each.over_ranks() for each in of] for of in (x_sums, g_sums))
-    inputs = tuple(x.xx / x.count * (count / samples) for x, count in zip(x_means, counts, strict=True))
-    return _Moments(inputs, tuple(g.xx / g.count for g in g_means), power_, int(counts[1]))
+        power = (-(wanted.exp() * wanted) if block.logits else wanted.square()).flatten(1) @ alive
+        counts = [len(call.input), *(y.numel() // len(start) for y, start in zip(ys, starts, strict=True))]
+        sums += torch.stack([*sums.new_tensor(counts), power.sum().to(sums)])
+    if not all(distributed.everyone(derived)):
+        return None
+    samples, *counts, whole = distributed.summed(sums)[0].tolist()
+    xs, gs = ([each.over_ranks() for each in of] for of in (inputs, outputs))
+    per_sample = tuple(x.xx / x.count * (count / samples) for x, count in zip(xs, counts, strict=True))
+    return _Moments(per_sample, tuple(g.xx / g.count for g in gs), whole, int(counts[1]))
+
+
+def _derived(value: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    """The gradients, None if there are none."""
+    try:
+        return torch.autograd.grad(value, by)
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise
+        return None
 
 
 def _random(like: Tensor, first: int) -> Tensor:
@@ -258,51 +279,6 @@ def _random(like: Tensor, first: int) -> Tensor:
     drawn = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(like)
     shift = ((first + torch.arange(len(like))) * (size * GOLDEN)).long()[:, None]
     return drawn[((torch.arange(size) + shift) % size).to(like.device)].view_as(like)
-
-
-@dataclass(frozen=True, eq=False)
-class _Coordinates:
-    """``V = C^T M L`` for the entries of M that may change, where ``L L^T`` and ``C C^T`` are second moments.
-
-    Attributes:
-        start: M, (h, d).
-        at: Rows that something comes of, and columns that stay.
-        L: Of the inputs.
-        C: Of the gradients of the outputs.
-    """
-
-    start: Tensor
-    at: tuple[Tensor, Tensor]
-    L: Tensor
-    C: Tensor
-
-    @classmethod
-    def of(cls, layer: Layer, start: Tensor, inputs: Tensor, outputs: Tensor) -> "_Coordinates":
-        power = outputs.diagonal()
-        alive = (power > 1e-12 * power.max()).nonzero()
-        at = alive, layer.stays().nonzero().flatten()
-        return cls(start, at, _root(inputs), _root(outputs[alive, alive.flatten()]))
-
-    def of_matrix(self, M: Tensor) -> Tensor:
-        V: Tensor = self.C.T @ M[self.at] @ self.L
-        return V.contiguous()
-
-    def matrix(self, V: Tensor) -> Tensor:
-        part = torch.linalg.solve_triangular(self.L, V, upper=False, left=False)
-        part = torch.linalg.solve_triangular(self.C.T, part, upper=True)
-        M: Tensor = self.start.index_put(self.at, part)
-        return M
-
-
-def _root(A: Tensor) -> Tensor:
-    """Cholesky's factor of a matrix, damped until it has one."""
-    L: Tensor
-    damping = DAMPING * float(A.diagonal().mean()) or 1.0
-    while True:
-        L, info = torch.linalg.cholesky_ex(A + damping * torch.eye(len(A), dtype=A.dtype, device=A.device))
-        if int(info) == 0:
-            return L
-        damping *= 10
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

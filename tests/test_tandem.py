@@ -143,6 +143,8 @@ class Ways(nn.Module):
             return self.b(y) + y.sum(1, keepdim=True)
         elif self.way == "late":
             y = y * self.gate(x + 1).sigmoid()
+        elif self.way == "underivable":
+            y = (y > 0).to(y)
         elif self.way == "random":
             y = y + torch.rand_like(y)
         return self.b(y)
@@ -158,7 +160,7 @@ def test_whatever_lies_between(way: str) -> None:
     assert error(model, x, both) < 0.9 * error(model, x, alone)
 
 
-@pytest.mark.parametrize("way", ["holds the size", "read twice", "late", "random"])
+@pytest.mark.parametrize("way", ["holds the size", "read twice", "late", "underivable", "random"])
 def test_a_way_that_cannot_be_gone_again_is_left(way: str) -> None:
     torch.manual_seed(0)
     model, x = Ways(way).double().requires_grad_(False), torch.randn(600, 6, dtype=torch.float64)
