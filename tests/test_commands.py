@@ -168,6 +168,14 @@ def test_the_seed_draws_the_samples() -> None:
     assert kept("1") == kept("1") != kept("2")
 
 
+def test_tandem_leaves_less_of_an_error() -> None:
+    def error(*options: str) -> float:
+        done = run("prune", MODEL, *DATA, "--keep", "0.5", *options, "--dry-run", "--json")
+        return float(json.loads(done.stdout)["report"]["error"])
+
+    assert error("--tandem", "5") < error()
+
+
 def test_the_same_command_writes_the_same_bytes() -> None:
     for name in ("a.safetensors", "b.safetensors"):
         assert run("prune", MODEL, *DATA, "--keep", "0.5", "--selector", "random", "--out", name).exit_code == 0

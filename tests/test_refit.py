@@ -242,3 +242,33 @@ def test_an_exception_in_a_suspended_function_is_raised() -> None:
     next(generator)
     with pytest.raises(KeyError, match="on purpose"):
         next(generator)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_shifted_images_change_nothing(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(2, 6, 3, padding=1, bias=bias), nn.BatchNorm2d(6), nn.ReLU()]
+    convolutions += [nn.Conv2d(6, 4, 3, padding=1, bias=bias), nn.BatchNorm2d(4), nn.ReLU()]
+    model = randomised(nn.Sequential(*convolutions)).double().requires_grad_(False)
+    x = torch.randn(20, 2, 6, 6, dtype=torch.float64)
+    layers, data = layers_of(model, x[:2]), calibrate(model, x.split(8))
+    kept = {"3.weight": torch.cat([(torch.arange(6) < 4).repeat_interleave(9), torch.ones(int(bias)).bool()])}
+    used = list[int]()
+    faster = Pair.second_moments
+
+    def watched(pair: Pair, calls: Any) -> Tensor | None:
+        found = faster(pair, calls)
+        used.append(0 if found is None else len(found))
+        return found
+
+    monkeypatch.setattr(Pair, "second_moments", watched)
+    one = refit(model, layers, kept, data)
+    sums = statistics.gather(model, layers, data)
+    assert 54 + bias in used
+    monkeypatch.setattr(Pair, "second_moments", lambda *_: None)
+    other = refit(model, layers, kept, data)
+    for name, weight in other.weights.items():
+        torch.testing.assert_close(one.weights[name], weight, rtol=1e-6, atol=1e-9)
+    for name, of in statistics.gather(model, layers, data).items():
+        torch.testing.assert_close(sums[name].xx, of.xx)
+        assert sums[name].count == of.count
