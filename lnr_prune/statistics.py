@@ -270,8 +270,8 @@ def all_products(reader: Reader, layers: Sequence[LayerCall], samples: int | Non
 
 def _wanted(reader: Reader, layer: LayerCall, samples: int | None) -> tuple[int, int, int]:
     """Columns of x, rows of a sample, and how many of these are read."""
-    one = torch.zeros(1, dtype=torch.long, device=layer.input.device)
-    d, h = reader.inputs(layer, one).shape[1], reader.outputs(layer, one).shape[1]
+    one, row = next(layer.split(1)), torch.zeros(1, dtype=torch.long, device=layer.input.device)
+    d, h = reader.inputs(one, row).shape[1], reader.outputs(one, row).shape[1]
     positions = layer.output.numel() // (h * len(layer.input))
     return d, positions, positions if samples is None else min(positions, math.ceil(ROWS_PER_COLUMN * d / samples))
 
