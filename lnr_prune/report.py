@@ -28,7 +28,8 @@ class GroupReport:
         consumers: Layers that were refitted.
         size: Channels before.
         kept: Channels after.
-        error: ``E||y - M x||^2 / E||y||^2`` of the consumers on the calibration data; None if left whole.
+        error: ``E||y - M x||^2 / E||y||^2`` of the consumers on the calibration data, in tandem behind their
+            activation; None if left whole.
         predicted: What the budget expected the group to cost: relative squared error of the network's
             outputs; None without a budget.
         before_refit: ``error`` of the selector's own coefficients, on the original network's inputs; None if
@@ -57,7 +58,8 @@ class LayerReport:
 
     Attributes:
         name: Name of the layer.
-        error: ``E||y - M x||^2 / E||y||^2`` on the calibration data, x in the pruned network, y in the original.
+        error: ``E||y - M x||^2 / E||y||^2`` on the calibration data, x in the pruned network, y in the original; in
+            tandem behind the activation, and of the first of two layers as it was before.
         ridge: Ridge of the refit, as a fraction of the inputs' mean second moment.
         samples: Rows that it was fitted to; should be at least twice as many as the columns.
         columns: Columns of its matrix that were fitted.

@@ -21,8 +21,9 @@ class LayerFit:
     """How well one layer was refitted.
 
     Attributes:
-        error: ``E||y - M x||^2`` on the calibration data: x in the pruned network, y in the original one.
-        scale: ``E||y||^2``.
+        error: ``E||y - M x||^2`` on the calibration data: x in the pruned network, y in the original one. Of a layer
+            that was refitted in tandem ``E||phi(z) - phi(z')||^2``, see `in_tandem`, or the divergence of logits.
+        scale: ``E||y||^2``, or ``E||phi(z)||^2``, or the entropy.
         ridge: The ridge, as a fraction of the inputs' mean second moment.
         samples: Number of samples (rows) it was fitted to.
         columns: Number of columns that were fitted.
