@@ -123,9 +123,9 @@ def prune(
         logits: Whether the model's output is the logits of classes: the layer that gives them is then fitted to
             the probabilities, and errors of the outputs are measured between these, by Kullback-Leibler divergences
             instead of squares.
-        tandem: Iterations in which every layer that alone reads what another one makes is refitted once more, together
-            with that one, see `in_tandem`: less is lost, the more is pruned the more so. 10 is most of what
-            there is; each takes as long as about three forward passes of all the calibration data. 0 = none.
+        tandem: Iterations in which a layer that alone reads what another one makes is refitted once more, together with
+            that one: less is lost, the more is pruned the more so. 10 give most of it, and take as long as about
+            thirty forward passes of the calibration data. 0 = none.
         inputs: Turns a batch of any other form into ``(args, kwargs)`` of the model.
         inplace: Shrinks ``model`` itself. If anything fails it is as before.
         as_graph: Returns a `PrunedGraph`, a GraphModule of ATen operations for evaluation only, instead of a
