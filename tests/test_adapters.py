@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import lnr_prune as lnr
 from lnr_adapters import Columns, ColumnsBias, ConvFilters, FcAfterConv
+from lnr_adapters.autocorrelation import autocorrelation
 from lnr_prune.errors import AdapterError
 from lnr_prune.graph import Consumer, find_groups
 from lnr_prune.layer_calls import LayerCall, watch
@@ -240,3 +241,11 @@ def test_which_layers_have_them(layer: nn.Module, shape: tuple[int, ...], sizes:
     if found is not None:
         torch.testing.assert_close(found, pair.inputs(calls[0]).T @ pair.inputs(calls[0]))
     assert pair.second_moments([]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_they_are_multiplied_in_single_precision_at_least(dtype: torch.dtype) -> None:
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    offsets = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    found, exact = (autocorrelation([batch], offsets, (16, 16)) for batch in (images, images.double()))
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-3)

@@ -31,7 +31,8 @@ def autocorrelation(images: Iterable[Tensor], offsets: Sequence[Offset], positio
     sums: dict[tuple[Offset, tuple[Span, ...]], Tensor] = {}
     sizes: Sequence[int] = ()
     for batch in images:
-        X, sizes = batch.movedim(1, -1).contiguous(), batch.shape[2:]
+        wide = batch.to(torch.promote_types(batch.dtype, torch.float32))  # bfloat16 would lose what is multiplied
+        X, sizes = wide.movedim(1, -1).contiguous(), batch.shape[2:]
         wanted = (key for _, _, terms in _pairs(offsets, positions, sizes) for _, key in terms)
         for shift, box in dict.fromkeys(wanted):
             moved = [(a + by, b + by) for (a, b), by in zip(box, shift, strict=True)]
