@@ -26,6 +26,10 @@ class Place:
     size: int
     samples: int
 
+    def start(self, rows: int) -> int:
+        """Number of the first of a layer's rows, evenly many a sample."""
+        return self.first * rows // max(1, self.size)
+
     def parts(self, rows: int) -> Iterator[tuple[bool, int]]:
         """Whether the first of a layer's rows, evenly many a sample, are held out, and how many; then the next ones.
 

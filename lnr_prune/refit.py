@@ -119,8 +119,9 @@ def refit(
                     target = partial(target_of, layer.pair, ahead.layers[name], list(here.values()), at)
                     before = None
                     if all(distributed.everyone(here.keys() <= through.keys())) and maker in called:
-                        M = layer_of(maker).matrix(weights, called[maker].get("bias"))
-                        before = Before(layer_of(maker), M, [through[each] for each in here], tandem)
+                        first = layer_of(maker)
+                        N = first.matrix(weights, called[maker].get("bias"))
+                        before = Before(first, N, [through[each] for each in here], tandem)
                     moments, last = (repeated or {}).get(name), logits and name == ahead.last
                     solved = partial(_solved, layer, target, before, moments, ridge, last=last)
                     found = resume.remembered(f"refit of {name}", _Solved, solved)

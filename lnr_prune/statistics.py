@@ -279,9 +279,14 @@ def _wanted(reader: Reader, layer: LayerCall, samples: int | None) -> tuple[int,
 def _positions(positions: int, wanted: int, first: int, count: int) -> Tensor:
     """Indices of the rows to read: for each sample a random set of positions, shifted by its number."""
     drawn = torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted]
-    number = torch.arange(count)[:, None]
-    shift = ((first + number) * (positions * 0.6180339887498949)).long()  # golden ratio: shifts spread evenly
-    return (number * positions + (drawn + shift) % positions).reshape(-1)
+    return (torch.arange(count)[:, None] * positions + (drawn + shifts(positions, first, count)) % positions).reshape(
+        -1
+    )
+
+
+def shifts(size: int, first: int, count: int) -> Tensor:
+    """For each of some samples, by its number alone, how far what was drawn for one is moved around, (count, 1)."""
+    return ((first + torch.arange(count)[:, None]) * (size * 0.6180339887498949)).long()  # golden ratio: spread evenly
 
 
 def check_finite(weight: str, moments: SecondMoments, where: str, call: Call | None = None) -> None:

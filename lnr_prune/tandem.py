@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -11,12 +11,10 @@ from lnr_prune import distributed
 from lnr_prune.errors import ran_out_of_memory
 from lnr_prune.layer_calls import LayerCall
 from lnr_prune.onward import Steps
-from lnr_prune.statistics import SecondMoments, rows
+from lnr_prune.statistics import SecondMoments, rows, shifts
 from lnr_prune.streams import Arrival
 from lnr_prune.target import Layer, Target
 from lnr_prune.whitening import Coordinates
-
-GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +85,10 @@ def in_tandem(
     block = _Block(before, layer, target, logits)
     if not all(distributed.everyone(block.repeats())):
         return None
-    moments, starts = _moments(block, M), (before.N, M)
+    starts, stays = (before.N, M), (before.layer.stays(), layer.stays())
+    moments = _moments(block, M, stays)
     if moments is None or not moments.finite:
         return None
-    stays = before.layer.stays(), layer.stays()
     coordinates = [Coordinates.of(*side) for side in zip(starts, stays, moments.inputs, moments.outputs, strict=True)]
     V = [each.of_matrix(start).requires_grad_() for each, start in zip(coordinates, starts, strict=True)]
     if not any(v.numel() for v in V):  # nothing comes of either layer
@@ -128,7 +126,7 @@ class _Block:
     target: Target
     logits: bool
 
-    @property
+    @cached_property
     def batches(self) -> list[int]:
         """Those that are not empty."""
         return [index for index, call in enumerate(self.target.calls) if len(call.input)]
@@ -163,9 +161,12 @@ class _Block:
         """``phi(z)`` of the original network."""
         return self.onward(batch, self.target.calls[batch].output, 0)
 
-    def alive(self, batch: int) -> Tensor:
-        """1 where something comes of a sample's output, else 0, as a vector."""
-        call = self.target.calls[batch]
+    @cached_property
+    def alive(self) -> dict[int, Tensor]:
+        """Per batch, 1 where something comes of a sample's output, else 0, as a vector."""
+        return {batch: self._alive(self.target.calls[batch]) for batch in self.batches}
+
+    def _alive(self, call: LayerCall) -> Tensor:
         one = call.output[:1].detach().requires_grad_()
         with torch.enable_grad():
             rows = self.layer.pair.outputs(replace(call, output=one, bias=None))
@@ -173,10 +174,14 @@ class _Block:
             (mask,) = torch.autograd.grad(some.sum(), one)
         return mask.flatten()
 
-    def held(self, batch: int) -> Tensor:
-        """Which samples are held out, (n,) bool."""
-        parts = self.target.places[batch].parts(len(self.target.calls[batch].input))
-        return torch.tensor([part for part, size in parts for _ in range(size)], dtype=torch.bool)
+    @cached_property
+    def held(self) -> dict[int, Tensor]:
+        """Per batch, which samples are held out, (n,) bool."""
+        of_all = {batch: self.target.places[batch].parts(len(self.target.calls[batch].input)) for batch in self.batches}
+        return {
+            batch: torch.tensor([part for part, size in parts for _ in range(size)], dtype=torch.bool)
+            for batch, parts in of_all.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ def _error(block: _Block, N: Tensor, M: Tensor) -> tuple[_Error, list[Tensor]]:
     for batch in block.batches:
         wanted, made = block.wanted(batch), block.run(batch, N, M)[-1]
         parts = wanted.exp() * (wanted - made) if block.logits else (wanted - made).square()
-        errors, held = (parts.flatten(1) @ block.alive(batch)).double(), block.held(batch)
+        errors, held = (parts.flatten(1) @ block.alive[batch]).double(), block.held[batch]
         fit = errors[~held].sum()
         for total, part in zip(gradients, torch.autograd.grad(fit, (N, M)), strict=True):
             total += part
@@ -225,20 +230,20 @@ class _Moments:
         return all(bool(torch.isfinite(moments).all()) for moments in (*self.inputs, *self.outputs))
 
 
-def _moments(block: _Block, M: Tensor) -> _Moments | None:
+def _moments(block: _Block, M: Tensor, stays: Sequence[Tensor]) -> _Moments | None:
     """None if the way between the layers has no derivative.
 
     The gradients are those of random combinations of phi(z'). Their second moments times those of the inputs are about
     the diagonal blocks of the Gauss-Newton matrix.
     """
     layers, starts = (block.before.layer, block.layer), [each.clone().requires_grad_() for each in (block.before.N, M)]
-    inputs = [SecondMoments.zeros(0, int(layer.stays().sum()), M.device) for layer in layers]
+    inputs = [SecondMoments.zeros(0, int(columns.sum()), M.device) for columns in stays]
     outputs = [SecondMoments.zeros(0, len(start), M.device) for start in starts]
     sums = M.new_zeros(4)  # samples, rows of both outputs, power
     derived = True
     for batch in block.batches:
         passed, call, place = block.before.passed[batch], block.target.calls[batch], block.target.places[batch]
-        first, alive = place.first * len(call.input) // max(1, place.size), block.alive(batch)
+        first, alive = place.start(len(call.input)), block.alive[batch]
         with torch.enable_grad():
             *ys, phi = block.run(batch, *starts)
             fisher = (phi / 2).exp().detach() if block.logits else 1.0
@@ -249,7 +254,7 @@ def _moments(block: _Block, M: Tensor) -> _Moments | None:
         reads = passed.call, replace(call, input=passed.way(ys[0].detach()))
         for index, (layer, read, gradient) in enumerate(zip(layers, reads, gradients, strict=True)):
             for x, g in rows(layer.pair, replace(read, output=gradient, bias=None), place.samples, first):
-                inputs[index] = inputs[index].with_rows(layer.inputs(x)[:, layer.stays()], x.new_empty(len(x), 0))
+                inputs[index] = inputs[index].with_rows(layer.inputs(x)[:, stays[index]], x.new_empty(len(x), 0))
                 outputs[index] = outputs[index].with_rows(g, g.new_empty(len(g), 0))
         wanted = block.wanted(batch)
         power = (-(wanted.exp() * wanted) if block.logits else wanted.square()).flatten(1) @ alive
@@ -277,8 +282,8 @@ def _random(like: Tensor, first: int) -> Tensor:
     """A random number for each entry of each sample; which one depends on the sample's number alone."""
     size = like[0].numel()
     drawn = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(like)
-    shift = ((first + torch.arange(len(like))) * (size * GOLDEN)).long()[:, None]
-    return drawn[((torch.arange(size) + shift) % size).to(like.device)].view_as(like)
+    moved = (torch.arange(size) + shifts(size, first, len(like))) % size
+    return drawn[moved.to(like.device)].view_as(like)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -264,7 +264,7 @@ def _pieces(target: Target) -> Iterator[tuple[bool, LayerCall, int, int, tuple[T
     """The calls cut into samples that are held out and that are not: which, number of all, the first's, and others."""
     for index, (call, place) in enumerate(zip(target.calls, target.places, strict=True)):
         count = len(call.input)
-        first = place.first * count // max(1, place.size)
+        first = place.start(count)
         parts = list(place.parts(count))
         sizes = [size for _, size in parts]
         others = (torch.split(each, sizes) for each in target.others(index))

@@ -1,7 +1,8 @@
 """Second moments of patches that overlap: sums of products of images with themselves, shifted."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ Term = tuple[int, tuple[Offset, tuple[Span, ...]]]
 """A sign, a shift, and from where to where along every axis."""
 
 
-def autocorrelation(images: Iterable[Tensor], offsets: Sequence[Offset], positions: Sequence[int]) -> Tensor:
+def autocorrelation(images: Sequence[Tensor], offsets: Sequence[Offset], positions: Sequence[int]) -> Tensor:
     """``sum x x^T`` over all patches x of images that are zero outside.
 
     For the entries of a patch at o + s and o + t, the sum of ``X(o + s) X(o + t)^T`` over all positions o is that of
@@ -28,25 +29,25 @@ def autocorrelation(images: Iterable[Tensor], offsets: Sequence[Offset], positio
     Returns:
         (channels * entries, channels * entries), float64.
     """
+    pairs = list(_pairs(offsets, positions, images[0].shape[2:]))
+    wanted = dict.fromkeys(key for _, _, terms in pairs for _, key in terms)
     sums: dict[tuple[Offset, tuple[Span, ...]], Tensor] = {}
-    sizes: Sequence[int] = ()
     for batch in images:
         wide = batch.to(torch.promote_types(batch.dtype, torch.float32))  # bfloat16 would lose what is multiplied
-        X, sizes = wide.movedim(1, -1).contiguous(), batch.shape[2:]
-        wanted = (key for _, _, terms in _pairs(offsets, positions, sizes) for _, key in terms)
-        for shift, box in dict.fromkeys(wanted):
+        X = wide.movedim(1, -1).contiguous()
+        for shift, box in wanted:
             moved = [(a + by, b + by) for (a, b), by in zip(box, shift, strict=True)]
             term = (_entries(X, box).T @ _entries(X, moved)).double()
             sums[shift, box] = sums[shift, box] + term if (shift, box) in sums else term
     nothing = torch.zeros_like(next(iter(sums.values())))
     xx = nothing.new_empty(len(nothing), len(offsets), len(nothing), len(offsets))
-    for i, j, terms in _pairs(offsets, positions, sizes):
+    for i, j, terms in pairs:
         block = sum((sign * sums[key] for sign, key in terms), nothing)
         xx[:, i, :, j], xx[:, j, :, i] = block, block.T
     return xx.flatten(2).flatten(0, 1)
 
 
-def sums_of_entries(images: Iterable[Tensor], offsets: Sequence[Offset], positions: Sequence[int]) -> Tensor:
+def sums_of_entries(images: Sequence[Tensor], offsets: Sequence[Offset], positions: Sequence[int]) -> Tensor:
     """``sum x`` over all patches, (channels * entries,), float64."""
     X = torch.stack([batch.double().sum(0) for batch in images]).sum(0).movedim(0, -1)[None]
     reached = [
@@ -86,5 +87,4 @@ def _span(first: int, last: int, offset: int, count: int) -> Span:
 
 
 def _term(shift: Offset, of_axes: Sequence[tuple[int, Span]]) -> Term:
-    sign = -1 if sum(sign < 0 for sign, _ in of_axes) % 2 else 1
-    return sign, (shift, tuple(span for _, span in of_axes))
+    return prod(sign for sign, _ in of_axes), (shift, tuple(span for _, span in of_axes))
