@@ -31,7 +31,7 @@ class Trained:
         inner: Producers whose channels nothing but one layer reads: what every peer can prune too.
         logits: Whether it is pruned with ``logits=True``: what was better on images for choosing settings.
         measured: Calibration samples on which budgets measure the outputs.
-        mirrored: Whether half of the calibration images are mirror images of the others, as in training.
+        mirrored: Whether calibration images are mirrored by chance, as in training.
     """
 
     model: nn.Module

@@ -65,10 +65,11 @@ def classifier(trained: Trained) -> Task:
     dense = predict(trained.model, trained.test)
 
     def calibration(samples: int, seed: int) -> list[tuple[Tensor, ...]]:
-        copies = 2 if trained.mirrored else 1
-        drawn = draw(len(trained.train), samples // copies, seed)
-        images = torch.stack([trained.train[drawn], trained.train[drawn].flip(-1)][:copies], 1).flatten(0, 1)
-        labels = trained.train_labels[drawn].repeat_interleave(copies)
+        drawn = draw(len(trained.train), samples, seed)
+        images, labels = trained.train[drawn], trained.train_labels[drawn]
+        if trained.mirrored:
+            by_chance = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
+            images[by_chance] = images[by_chance].flip(-1)
         return list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
 
     def judge(model: nn.Module) -> Judged:
