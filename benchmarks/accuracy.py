@@ -194,6 +194,8 @@ def main(
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 1000,
     seeds: Annotated[int, typer.Option(help="Calibration sets to average over.")] = 1,
     search: Annotated[int, typer.Option(help="Trials of the local search; 0 leaves the row out.")] = 0,
+    refits: Annotated[int, typer.Option(help="Groups for which budgets measure what the refit leaves.")] = 100,
+    tandem: Annotated[int, typer.Option(help="Iterations in the row that refits in tandem.")] = 10,
     tune: Annotated[bool, typer.Option("--finetune", help="Every row again after one epoch of training.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One budget, 250 samples.")] = False,
     data_root: Annotated[
@@ -215,7 +217,7 @@ def main(
         results += measure(network, ("", 1.0), "dense", lambda *_: copy.deepcopy(dense), task, 0, 1, tune)  # noqa: B023
         levels = levels_of(budgets) if budgets else LEVELS[network]
         for level in levels[:1] if quick else levels:
-            every = methods(task, level, search)
+            every = methods(task, level, search=search, refits=refits, tandem=tandem)
             wanted = {name: prune for name, prune in every.items() if re.search(method, name)}
             title = f"{network} {level[0]} {level[1]:.1%}"
             for name, prune in track(wanted.items(), title, console=Console(stderr=True), transient=True):

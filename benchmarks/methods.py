@@ -1,6 +1,7 @@
 """Every way of pruning a network to a budget that the accuracy benchmark compares."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -23,15 +24,24 @@ LEVELS: dict[str, tuple[Level, ...]] = {
     "digits_mlp": (("macs", 0.25), ("macs", 0.1), ("macs", 0.05)),
     "digits_cnn": (("macs", 0.5), ("macs", 0.25), ("macs", 0.1)),
 }
-TANDEM = 10
 SELECTORS = ("group_lasso", "backward", "backward_swap", "norm", "random")
 
 
-def methods(task: Task, level: Level, search: int) -> dict[str, Method]:
-    """Name -> (batches, seed) -> the pruned network; ``search`` trials in a row of its own, 0 = no such row."""
+def methods(task: Task, level: Level, *, search: int = 0, refits: int = 100, tandem: int = 10) -> dict[str, Method]:
+    """Name -> (batches, seed) -> the pruned network.
+
+    Args:
+        task: The network and its data.
+        level: The budget.
+        search: Trials of a local search, in a row of its own; 0 = no such row.
+        refits: Groups for which budgets measure what the refit leaves; 100 = all.
+        tandem: Iterations in the row that refits in tandem.
+    """
     kind, share = level
     graph = peers.graph_of(task)
     sizes = peers.uniform(task, graph, kind, share)
+    limits: dict[str, Any] = {kind: share}
+    budget = lnr.Budget(samples=task.measured, refits=refits, **limits)
 
     def ours(selector: str, **amount: Any) -> Method:
         return lambda batches, seed: (
@@ -48,24 +58,16 @@ def methods(task: Task, level: Level, search: int) -> dict[str, Method]:
 
         return prune
 
-    every = {
-        f"budget, {name}": ours(name, budget=budget_of(task, level)) for name in ("group_lasso", "backward", "norm")
-    }
-    every["budget, backward, tandem"] = ours("backward", budget=budget_of(task, level), tandem=TANDEM)
+    every = {f"budget, {name}": ours(name, budget=budget) for name in ("group_lasso", "backward", "norm")}
+    every["budget, backward, tandem"] = ours("backward", budget=budget, tandem=tandem)
     if search:
-        every[f"budget, backward, {search} trials"] = ours("backward", budget=budget_of(task, level, search))
+        every[f"budget, backward, {search} trials"] = ours("backward", budget=replace(budget, search=search))
     every |= {f"uniform, {name}": ours(name, keep=sizes) for name in SELECTORS}
     for criterion in peers.criteria(task):
         for sharing in ("uniform", "global"):
             for finish in peers.finishes(task):
                 every[f"peer, {sharing}, {criterion}, {finish}"] = peer(criterion, sharing, finish)
     return every
-
-
-def budget_of(task: Task, level: Level, search: int = 0) -> lnr.Budget:
-    """The library's budget."""
-    limits: dict[str, Any] = dict([level])
-    return lnr.Budget(samples=task.measured, refits=100, search=search, **limits)  # of all groups
 
 
 def is_peer(method: str) -> bool:

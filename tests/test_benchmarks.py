@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import nn
 
+import lnr_prune as lnr
 from benchmarks import peers
 from benchmarks.accuracy import Result, Row, compared, levels_of, table
 from benchmarks.accuracy_plots import plot
@@ -125,6 +128,34 @@ def test_every_method_keeps_within_the_budget() -> None:
     for name, prune in every.items():
         model = prune(task.calibration(50, 0), 0)
         assert cost.macs(model, task.example) <= 0.5 * whole, name
+
+
+def test_the_settings_of_the_budget_and_the_tandem_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def noted(*_: object, **settings: Any) -> SimpleNamespace:
+        asked.append(settings)
+        return SimpleNamespace(model=None)
+
+    every = methods(small(), ("macs", 0.5), search=4, refits=3, tandem=2)
+    monkeypatch.setattr(lnr, "prune", noted)
+    names = [name for name in every if name.startswith("budget")]
+    for name in names:
+        every[name]([], 0)
+    assert {(settings["budget"].macs, settings["budget"].refits) for settings in asked} == {(0.5, 3)}
+    assert [settings.get("tandem", 0) for settings in asked] == [2 * name.endswith("tandem") for name in names]
+    assert [settings["budget"].search for settings in asked] == [4 * name.endswith("4 trials") for name in names]
+
+
+def test_images_are_mirrored_by_chance_as_the_seed_says() -> None:
+    images, labels = torch.randn(60, 1, 8, 8), torch.zeros(60, dtype=torch.long)
+    trained = Trained(small().model, images, labels, images, labels, ("0", "3"), mirrored=True)
+    (drawn, _), (again, _), (other, _) = (classifier(trained).calibration(60, seed)[0] for seed in (0, 0, 1))
+    known = [(drawn[:, None] == side).flatten(2).all(2) for side in (images, images.flip(-1))]
+    assert (known[0] ^ known[1]).sum(0).eq(1).all()  # each image once, one way or the other
+    assert 15 < known[1].sum() < 45
+    assert torch.equal(drawn, again)
+    assert not torch.equal(drawn, other)
 
 
 def test_ahead_is_the_paired_difference_from_the_best_peer() -> None:
