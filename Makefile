@@ -37,7 +37,7 @@ package: .venv/package.stamp
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install -c constraints.txt dist/*.whl
-	cd build && wheel/bin/python -I -W error ../tests/smoke.py
+	cd build && wheel/bin/python -I -W error ../tests/helpers/smoke.py
 
 # Known vulnerabilities of the pinned versions; asks the package index's database, and fails where that has no answer.
 audit:

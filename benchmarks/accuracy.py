@@ -34,8 +34,8 @@ from benchmarks.methods import LEVELS, Level, Method, is_peer, methods
 from benchmarks.networks import load
 from benchmarks.sentences import minilm
 from benchmarks.tasks import Judged, Task, classifier, finetune
-from lnr_prune import cost
 from lnr_prune.recipes import data as datasets
+from lnr_prune.selection import cost
 
 
 @dataclass(frozen=True)

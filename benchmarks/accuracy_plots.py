@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lnr_prune.recipes.data import require
+from lnr_prune.runtime.optional import require
 
 if TYPE_CHECKING:
     from benchmarks.accuracy import Row

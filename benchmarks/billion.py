@@ -21,13 +21,14 @@ from rich.table import Table
 from torch import nn
 
 import lnr_prune as lnr
-from lnr_prune import cost
-from lnr_prune.calibration import Call
-from lnr_prune.graph import find_groups, named_tensors
-from lnr_prune.memory import memory_plan
-from lnr_prune.outputs import outputs_of
-from lnr_prune.recipes.data import import_torchvision
-from lnr_prune.selection import SELECTORS
+from lnr_prune.calibration.calls import Call
+from lnr_prune.calibration.outputs import outputs_of
+from lnr_prune.graph.groups import find_groups
+from lnr_prune.graph.module import named_tensors
+from lnr_prune.runtime.optional import import_torchvision
+from lnr_prune.selection import cost
+from lnr_prune.selection.memory import memory_plan
+from lnr_prune.selection.selectors import SELECTORS
 
 VOCABULARY = 32_000
 HEAD = 64  # channels of a head
@@ -122,10 +123,7 @@ def main(
         meter(doing)
 
     meter("graph")  # and the trial of the shrunk model
-    pruned = lnr.prune(
-        model, data, keep=keep, selector=selector, ridge=None if ridge < 0 else ridge,
-        inplace=True, low_memory=low_memory, progress=tell,
-    )  # fmt: skip
+    pruned = lnr.prune(model, data, lnr.Keep(keep), selector=selector, refit=lnr.Refit(ridge=None if ridge < 0 else ridge), into="model", run=lnr.Run(low_memory=low_memory, progress=tell))  # fmt: skip
     gc.collect()
     meter("comparison")
     largest = difference(llama(hidden, inner, layers), pruned, call)

@@ -113,7 +113,12 @@ def measure(
     for seed in method.seeds:
         begin = time.perf_counter()
         pruned = lnr.prune(
-            model, calibration, keep=keep, selector=method.selector, debias=method.refit, seed=seed, progress=False
+            model,
+            calibration,
+            lnr.Keep(keep),
+            selector=method.selector,
+            refit=lnr.Refit() if method.refit else None,
+            run=lnr.Run(progress=False),
         )
         seconds.append(time.perf_counter() - begin)
         predicted = predictions(pruned.model, mnist.test_images)

@@ -41,12 +41,12 @@ def methods(task: Task, level: Level, *, search: int = 0, refits: int = 100, tan
     graph = peers.graph_of(task)
     sizes = peers.uniform(task, graph, kind, share)
     limits: dict[str, Any] = {kind: share}
-    budget = lnr.Budget(samples=task.measured, refits=refits, **limits)
+    budget = lnr.Budget(**limits, effort=lnr.Effort(samples=task.measured, refits=refits))
 
     def ours(selector: str, **amount: Any) -> Method:
         return lambda batches, seed: (
             lnr.prune(
-                task.model, batches, selector=selector, logits=task.logits, seed=seed, progress=False, **amount
+                task.model, batches, selector=selector, run=lnr.Run(progress=False), logits=task.logits, **amount
             ).model
         )
 

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tasks import Task
-from lnr_prune.allocation import Cost, Sizes, cost_of
-from lnr_prune.calibration import calibrate, samples_in, shortened
-from lnr_prune.collapse import collapse
-from lnr_prune.graph import Graph, find_groups
-from lnr_prune.plan import make_plan
-from lnr_prune.supports import moments_of, read, refit_network
-from lnr_prune.verify import shrinkable
+from lnr_prune.calibration.calls import samples_in, shortened
+from lnr_prune.calibration.data import calibrate
+from lnr_prune.calibration.reading import moments_of, read
+from lnr_prune.collapse.collapse import collapse
+from lnr_prune.collapse.plan import make_plan
+from lnr_prune.collapse.trial import shrinkable
+from lnr_prune.graph.groups import Graph, find_groups
+from lnr_prune.refit.network import refit_network
+from lnr_prune.selection.cost_model import Cost, Sizes, cost_of
 
 TORCH_PRUNING = {
     "magnitude": "GroupMagnitudeImportance",

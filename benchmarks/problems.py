@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from benchmarks.networks import load
 from benchmarks.sentences import load_minilm, of_equal_length, read_pairs
 from lnr_prune import Block, GroupLasso
-from lnr_prune.statistics import SecondMoments
+from lnr_prune.calibration.moments import SecondMoments
 
 
 def linear_toy(d: int, h: int, rank: int) -> GroupLasso:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.tasks import Judged, Task, draw
 from lnr_prune.errors import LnrPruneError
-from lnr_prune.recipes.data import import_torchvision, require
+from lnr_prune.runtime.optional import import_torchvision, require
 
 EMBEDDINGS = 11_918_592 / 22_565_376  # their share of the parameters
 BATCH = 64

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.networks import Trained
-from lnr_prune.calibration import Call
+from lnr_prune.calibration.calls import Call
 from lnr_prune.recipes.data import batches
 
 BATCH = 125

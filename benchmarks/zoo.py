@@ -29,13 +29,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.zoo_models import SETS, Zoo
-from lnr_prune.calibration import Call, run
-from lnr_prune.collapse import collapse
-from lnr_prune.cost import parameters
-from lnr_prune.graph import ChannelGroup, along, find_groups, named_tensors
-from lnr_prune.plan import Plan, make_plan
-from lnr_prune.pruned_graph import pruned_graph
-from lnr_prune.verify import Reference, masked_weights, random_weights, shrinkable
+from lnr_prune.calibration.calls import Call, run
+from lnr_prune.collapse.collapse import collapse
+from lnr_prune.collapse.graph_module import pruned_graph
+from lnr_prune.collapse.masks import masked_weights, random_weights
+from lnr_prune.collapse.plan import Plan, make_plan
+from lnr_prune.collapse.trial import shrinkable
+from lnr_prune.collapse.verify import Reference
+from lnr_prune.graph.groups import ChannelGroup, find_groups
+from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.owners import along
+from lnr_prune.selection.cost import parameters
 
 REMOVED = 0.3
 LIMIT = 180  # seconds a model

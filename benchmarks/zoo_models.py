@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lnr_prune.calibration import Call
-from lnr_prune.recipes.data import import_torchvision
+from lnr_prune.calibration.calls import Call
+from lnr_prune.runtime.optional import import_torchvision
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Help(Directive):
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        from lnr_prune.cli import app
+        from lnr_prune.cli.main import app
 
         result = CliRunner().invoke(app, [*self.arguments, "--help"], prog_name="lnr-prune")
         return [nodes.literal_block("", result.output.strip(), language="none")]

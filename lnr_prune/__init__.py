@@ -1,7 +1,25 @@
-"""lnr-prune: make a trained PyTorch model smaller and faster by linear neural reconstruction, without retraining."""
+"""lnr-prune: make a trained PyTorch model smaller and faster by linear neural reconstruction, without retraining.
 
-from lnr_prune.allocation import Budget
-from lnr_prune.backward import Elimination, backward
+The verbs are `prune`, `sweep`, `inspect`, `load` and, of the convex problem alone, `solve`. The rooms, from the first to
+the last, each of which imports only from those before it::
+
+    lasso        the convex problem and its solvers: tensors only, no model
+    runtime      processes, work folders, safe files, progress
+    report       results as people look at them
+    graph        model -> channel groups
+    calibration  run the model on data, watch its layers, sum second moments
+    collapse     take channels out, prove it, store it
+    refit        least squares through both networks
+    selection    how many channels, and which
+"""
+
+from lnr_prune._version import __version__
+from lnr_prune.calibration.adapter import Adapter, register
+from lnr_prune.calibration.data import Batches
+from lnr_prune.calibration.watch import LayerCall
+from lnr_prune.collapse.apply import apply_plan
+from lnr_prune.collapse.files import load, load_plan, save_plan
+from lnr_prune.collapse.plan import Plan
 from lnr_prune.errors import (
     AdapterError,
     CalibrationError,
@@ -11,63 +29,83 @@ from lnr_prune.errors import (
     RankError,
     VerificationError,
 )
-from lnr_prune.files import load
+from lnr_prune.graph.groups import Consumer
 from lnr_prune.inspection import Inspection, inspect
-from lnr_prune.path import CountSearch, RegularizationPath, lam_for_count, regularization_path
-from lnr_prune.plan import Plan
-from lnr_prune.problem import Block, GroupLasso, debias
-from lnr_prune.prox import prox_group_lasso
-from lnr_prune.prune import Pruned, prune
-from lnr_prune.registry import Adapter, register
-from lnr_prune.solvers import (
-    AlternateMinimization,
-    Fista,
-    Newton,
-    ProximalGradient,
-    Solution,
-    Status,
-    solve,
-)
-from lnr_prune.swaps import exchange
-from lnr_prune.sweep import Sweep, sweep
-
-__version__ = "0.1.0"
+from lnr_prune.lasso.alternate_minimization import AlternateMinimization
+from lnr_prune.lasso.backward import Elimination, backward
+from lnr_prune.lasso.exchange import exchange
+from lnr_prune.lasso.fista import Fista
+from lnr_prune.lasso.newton import Newton
+from lnr_prune.lasso.path import CountSearch, RegularizationPath, lam_for_count, regularization_path
+from lnr_prune.lasso.problem import Block, GroupLasso, debias
+from lnr_prune.lasso.prox import prox_group_lasso
+from lnr_prune.lasso.proximal_gradient import ProximalGradient
+from lnr_prune.lasso.solution import Solution, Status
+from lnr_prune.lasso.solve import solve
+from lnr_prune.prune import prune
+from lnr_prune.pruned import Pruned
+from lnr_prune.refit.refit import Refit
+from lnr_prune.report.frontier import Sweep
+from lnr_prune.report.plots import plot_convergence
+from lnr_prune.runtime.run import Run
+from lnr_prune.selection.amount import Keep, Penalty
+from lnr_prune.selection.budget import Budget, Effort, Grid
+from lnr_prune.selection.selectors import Backward, Lasso, Norm, Random
+from lnr_prune.sweep import sweep
 
 __all__ = [
     "Adapter",
     "AdapterError",
     "AlternateMinimization",
+    "Backward",
+    "Batches",
     "Block",
     "Budget",
     "CalibrationError",
+    "Consumer",
     "CountSearch",
+    "Effort",
     "Elimination",
     "Fista",
     "GraphError",
+    "Grid",
     "GroupLasso",
     "Inspection",
+    "Keep",
+    "Lasso",
+    "LayerCall",
     "LnrPruneError",
     "Newton",
+    "Norm",
+    "Penalty",
     "Plan",
     "PlanError",
     "ProximalGradient",
     "Pruned",
+    "Random",
     "RankError",
+    "Refit",
     "RegularizationPath",
+    "Run",
     "Solution",
     "Status",
     "Sweep",
     "VerificationError",
+    "__version__",
+    "apply_plan",
     "backward",
     "debias",
     "exchange",
     "inspect",
     "lam_for_count",
     "load",
+    "load_plan",
+    "plot_convergence",
     "prox_group_lasso",
     "prune",
     "register",
     "regularization_path",
+    "save_plan",
     "solve",
     "sweep",
 ]

@@ -12,10 +12,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lnr_prune import drawing, page
-from lnr_prune.calibration import Inputs, calibrate, samples_in, short_example
-from lnr_prune.graph import ChannelGroup, find_groups, layer_name, named_tensors
-from lnr_prune.verify import shrinkable
+from lnr_prune.calibration.calls import samples_in
+from lnr_prune.calibration.data import Batches, calibrate, short_example
+from lnr_prune.collapse.trial import shrinkable
+from lnr_prune.graph import drawing
+from lnr_prune.graph.groups import ChannelGroup, find_groups, layer_name
+from lnr_prune.graph.module import named_tensors
+from lnr_prune.report.html import embedded, left_whole, table, who
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class GroupCost:
     """One channel group, and what a channel of it costs.
 
     Attributes:
-        name: Name of the group, that of a producer: the name that ``keep={...}`` takes.
+        name: Name of the group, that of a producer: the name that ``Keep({...})`` takes.
         size: Number of channels.
         producers: Layers whose rows or filters are the channels.
         consumers: Layers that read them, in training only too.
@@ -79,8 +82,19 @@ class Inspection:
         """
         return drawing.draw(self.to_dot(), path)
 
+    def section(self) -> str:
+        """The channel groups, as a part of a web page."""
+        columns = [("layers whose channels they are", "wide", "")]
+        columns += [(name, "number", name) for name in ("channels", "parameters each", "MACs each")]
+        rows = [
+            [who(group.producers, group.consumers), f"{group.size:,}", f"{group.parameters:,}", f"{group.macs:,}"]
+            for group in self.groups
+        ]
+        lead = f"<p>{len(self.groups)} groups hold {self.reachable:.1%} of the parameters.</p>"
+        return f"<h2>Channel groups</h2>{lead}{table(columns, rows)}{left_whole(self.frozen)}"
+
     def _repr_html_(self) -> str:
-        return page.embedded(page.inspection(self))
+        return embedded(self.section())
 
     def __rich__(self) -> Table:
         table = Table(title="channel groups", caption=f"{self.reachable:.1%} of the parameters are in groups")
@@ -101,13 +115,13 @@ class Inspection:
         return text.getvalue()
 
 
-def inspect(model: nn.Module, example: Any, *, inputs: Inputs | None = None) -> Inspection:
+def inspect(model: nn.Module, example: Any) -> Inspection:
     """The channel groups of a model: what `lnr_prune.prune` can remove, what it costs, what is frozen and why.
 
     Args:
         model: The model; it is left as it is.
         example: A batch, in any form that `lnr_prune.prune` takes.
-        inputs: Turns a batch of any other form into ``(args, kwargs)`` of the model.
+        inputs: GroupPasses a batch of any other form into ``(args, kwargs)`` of the model.
 
     Returns:
         An `Inspection`, which prints as a table.
@@ -125,7 +139,7 @@ def inspect(model: nn.Module, example: Any, *, inputs: Inputs | None = None) -> 
         >>> dict(found.frozen)
         {'2': 'output of the model'}
     """
-    call = short_example(model, calibrate(model, [example], inputs))
+    call = short_example(model, calibrate(model, example if isinstance(example, Batches) else [example]))
     graph = find_groups(model, *call)
     groups, fixed = shrinkable(model, graph.groups, call)
     tensors = named_tensors(model)

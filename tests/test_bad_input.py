@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import lnr_prune as lnr
 from lnr_prune.errors import CalibrationError, GraphError, PlanError
-from tests.models import cnn, mlp, randomised
-from tests.untouched import Untouched
+from tests.helpers.models import cnn, mlp, randomised
+from tests.helpers.untouched import Untouched
 
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(12, 2, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -144,7 +144,7 @@ def pruning(
 
 def saved(model: nn.Module, folder: Path) -> Path:
     path = folder / "saved.safetensors"
-    lnr.prune(model, X, keep=0.5).save(path)
+    lnr.prune(model, X, lnr.Keep(0.5)).save(path)
     return path
 
 
@@ -273,23 +273,23 @@ BUDGETS = [
     Case("budget NaN", lambda *_: lnr.Budget(params=NAN), ValueError, "params must be a fraction"),
     Case("budget a text", lambda *_: lnr.Budget(size="a"), TypeError, "size must be a number.*'a'"),  # type: ignore[arg-type]
     Case("budget True", lambda *_: lnr.Budget(params=True), TypeError, "params must be a number"),
-    Case("budget round_to 0", lambda *_: lnr.Budget(params=0.5, round_to=0), ValueError, "round_to must be at least 1"),
-    Case("budget round_to 1.5", lambda *_: lnr.Budget(params=0.5, round_to=1.5), TypeError, "round_to must be an int"),  # type: ignore[arg-type]
-    Case("budget leave a number", lambda *_: lnr.Budget(params=0.5, leave=3), TypeError, "names of layers, got 3"),  # type: ignore[arg-type]
+    Case("budget round_to 0", lambda *_: lnr.Budget(params=0.5, grid=lnr.Grid(round_to=0)), ValueError, "round_to must be at least 1"),
+    Case("budget round_to 1.5", lambda *_: lnr.Budget(params=0.5, grid=lnr.Grid(round_to=1.5)), TypeError, "round_to must be an int"),  # type: ignore[arg-type]
+    Case("budget leave a number", lambda *_: lnr.Budget(params=0.5, grid=lnr.Grid(leave=3)), TypeError, "names of layers, got 3"),  # type: ignore[arg-type]
     pruning("budget a number", error=TypeError, message=r"such as Budget\(macs=0.5\), got 0.5", budget=0.5),
     pruning("budget a dict", error=TypeError, message="budget must be a Budget", budget={"macs": 0.5}),
     pruning("budget a dict for a graph", error=TypeError, message="budget must be a Budget", budget={"macs": 0.5},
             as_graph=True),
     pruning("a search without a refit", error=ValueError, message=r"budget.search refits .* debias=False",
-            budget=lnr.Budget(macs=0.5, search=2), debias=False),
+            budget=lnr.Budget(macs=0.5, effort=lnr.Effort(search=2)), debias=False),
     pruning("budget out of reach", error=ValueError, message="out of reach: the smallest.*params 4.8%.*Raise the limit",
             budget=lnr.Budget(params=1e-9)),
     pruning("budget against its minimum", error=ValueError, message="asked for 0.1. Raise the limit, or lower minimum",
-            budget=lnr.Budget(macs=0.1, minimum=12)),
+            budget=lnr.Budget(macs=0.1, grid=lnr.Grid(minimum=12))),
     pruning("budget leaves an unknown layer", error=ValueError, message="budget.leave names 'x', which is no prunable",
-            budget=lnr.Budget(params=0.5, leave=("x",))),
+            budget=lnr.Budget(params=0.5, grid=lnr.Grid(leave=("x",)))),
     pruning("budget leaves everything", error=ValueError, message="names every channel group: nothing is left",
-            budget=lnr.Budget(params=0.5, leave=("0", "2"))),
+            budget=lnr.Budget(params=0.5, grid=lnr.Grid(leave=("0", "2")))),
     pruning("budget of latency for a graph", error=ValueError, message="cannot be had with as_graph=True",
             budget=lnr.Budget(latency=0.5), as_graph=True),
     pruning("budget of a tiny error", budget=lnr.Budget(error=1e-30)),
@@ -299,15 +299,15 @@ OTHERS = [
     Case("inspect: no model", lambda of, _: lnr.inspect(of, X), TypeError, "got NoneType", lambda: None),
     Case("inspect: no example", lambda of, _: lnr.inspect(of, None), CalibrationError, "a batch is a NoneType"),
     Case("inspect: a wrong shape", lambda of, _: lnr.inspect(of, X[:, :3]), CalibrationError, r"\(40, 3\).*layer '0'"),
-    Case("save: a folder", lambda of, f: lnr.prune(of, X, keep=4).save(f), IsADirectoryError, "name a file in it"),
-    Case("save: no such folder", lambda of, f: lnr.prune(of, X, keep=4).save(f / "a" / "b"), FileNotFoundError,
+    Case("save: a folder", lambda of, f: lnr.prune(of, X, lnr.Keep(4)).save(f), IsADirectoryError, "name a file in it"),
+    Case("save: no such folder", lambda of, f: lnr.prune(of, X, lnr.Keep(4)).save(f / "a" / "b"), FileNotFoundError,
          "its folder does not exist; make it first: .*b"),
-    Case("save: not writable", lambda of, _: lnr.prune(of, X, keep=4).save("/proc/pruned"), OSError, "/proc"),
-    Case("save: no path", lambda of, _: lnr.prune(of, X, keep=4).save(None), TypeError, "not NoneType"),  # type: ignore[arg-type]
-    Case("plan: no such folder", lambda of, f: lnr.prune(of, X, keep=4).plan.save(f / "a" / "b"), FileNotFoundError,
+    Case("save: not writable", lambda of, _: lnr.prune(of, X, lnr.Keep(4)).save("/proc/pruned"), OSError, "/proc"),
+    Case("save: no path", lambda of, _: lnr.prune(of, X, lnr.Keep(4)).save(None), TypeError, "not NoneType"),  # type: ignore[arg-type]
+    Case("plan: no such folder", lambda of, f: lnr.save_plan(f / "a" / "b", lnr.prune(of, X, lnr.Keep(4)).plan), FileNotFoundError,
          "make it first"),
-    Case("apply: no model", lambda of, _: lnr.prune(of, X, keep=4).plan.apply(None), TypeError, "got NoneType"),  # type: ignore[arg-type]
-    Case("apply: another model", lambda of, _: lnr.prune(of, X, keep=4).plan.apply(OTHER), PlanError,
+    Case("apply: no model", lambda of, _: lnr.apply_plan(lnr.prune(of, X, lnr.Keep(4)).plan, None), TypeError, "got NoneType"),  # type: ignore[arg-type]
+    Case("apply: another model", lambda of, _: lnr.apply_plan(lnr.prune(of, X, lnr.Keep(4)).plan, OTHER), PlanError,
          "not of the architecture.*Give a new instance"),
     Case("load: a number", lambda of, _: lnr.load(3, of), TypeError, "not int"),  # type: ignore[arg-type]
     Case("load: nothing", lambda of, f: lnr.load(f / "none", of), OSError, "none"),

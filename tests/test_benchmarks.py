@@ -22,8 +22,8 @@ from benchmarks.methods import methods
 from benchmarks.networks import Trained
 from benchmarks.sentences import of_equal_length, spearman_terms
 from benchmarks.tasks import Task, classifier, finetune
-from lnr_prune import cost
-from lnr_prune.calibration import run
+from lnr_prune.calibration.calls import run
+from lnr_prune.selection import cost
 
 
 def small(width: int = 12) -> Task:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lnr_prune as lnr
-from tests import held, models, patterns
-from tests.models import randomised
+from tests.helpers import held, models, patterns
+from tests.helpers.models import randomised
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "residual": (models.Residual, torch.randn(4, 3, 8, 8)),
@@ -23,7 +23,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 def pruned(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
     name, as_graph = request.param
     make, x = CASES[name]
-    return lnr.prune(randomised(make()), [x], keep=0.5, as_graph=as_graph).model, x
+    return lnr.prune(randomised(make()), [x], lnr.Keep(0.5), into="graph" if as_graph else "copy").model, x
 
 
 def test_torch_export(pruned: tuple[nn.Module, Tensor]) -> None:
@@ -66,7 +66,7 @@ def test_training_copies_and_flags(name: str) -> None:
     frozen = next(iter(dict(model.named_parameters())))
     model.get_parameter(frozen).requires_grad_(False)
     flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-    small = lnr.prune(model, [x], keep=0.5).model
+    small = lnr.prune(model, [x], lnr.Keep(0.5)).model
     assert type(small) is type(model)
     assert {key: parameter.requires_grad for key, parameter in small.named_parameters()} == flags
     twin = copy.deepcopy(small)

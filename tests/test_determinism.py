@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lnr_prune as lnr
-from tests.models import randomised
+from tests.helpers.models import randomised
 
 IMAGES = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 BUDGET = lnr.Budget(macs=0.5)
@@ -44,14 +44,14 @@ def distance(one: lnr.Pruned, other: lnr.Pruned) -> float:
 @pytest.mark.parametrize("options", AMOUNTS, ids=lambda options: "-".join(map(str, options.values())))
 def test_the_same_seed_gives_the_same_bits(options: dict[str, Any]) -> None:
     model = net()
-    one, other = (lnr.prune(model, IMAGES.split(16), seed=3, **options) for _ in range(2))
+    one, other = (lnr.prune(model, IMAGES.split(16), **options) for _ in range(2))
     assert one.plan == other.plan
     for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_another_seed_draws_other_channels() -> None:
-    one, other = (lnr.prune(net(), IMAGES, keep=0.5, selector="random", seed=seed) for seed in (0, 1))
+    one, other = (lnr.prune(net(), IMAGES, lnr.Keep(0.5), selector=lnr.Random(seed)) for seed in (0, 1))
     assert one.plan != other.plan
 
 
@@ -66,7 +66,7 @@ def test_threads_and_batch_sizes_change_rounding_alone(dtype: torch.dtype, limit
     for count, sizes in ((1, [64]), (2, [64]), (1, [32, 32]), (2, [7] * 9 + [1]), (1, [1] * 64)):
         torch.set_num_threads(count)
         data = [batch.to(dtype) for batch in batched(sizes)]
-        found.append(lnr.prune(model, data, keep=0.5))
+        found.append(lnr.prune(model, data, lnr.Keep(0.5)))
     for other in found[1:]:
         assert other.plan == found[0].plan
         assert distance(found[0], other) < limit

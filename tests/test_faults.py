@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import lnr_prune as lnr
-from lnr_prune import files
 from lnr_prune.errors import CalibrationError, GraphError, LnrPruneError
-from tests.models import randomised
-from tests.untouched import Untouched
+from tests.helpers.models import randomised
+from tests.helpers.untouched import Untouched
 
 IMAGES = torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
@@ -95,16 +94,16 @@ def test_an_exception_at_any_batch(inplace: bool, model: nn.Module, untouched: U
     assert last > 8  # at least two passes
     for at in range(1, last + 1):
         with pytest.raises(FaultError):
-            lnr.prune(model, Breaking(at, FaultError()), keep=0.5, inplace=inplace)
+            lnr.prune(model, Breaking(at, FaultError()), lnr.Keep(0.5), into="model" if inplace else "copy")
         untouched.check()
 
 
 @pytest.mark.parametrize("error", [FaultError(), OUT_OF_MEMORY, MemoryError(), KeyboardInterrupt()])
 def test_an_exception_in_the_middle_of_a_search(error: BaseException, model: nn.Module, untouched: Untouched) -> None:
-    budget = lnr.Budget(params=0.5, search=2)
+    budget = lnr.Budget(params=0.5, effort=lnr.Effort(search=2))
     for at in (2, 6, batches_read(budget=budget)):
         with pytest.raises(type(error)):
-            lnr.prune(model, Breaking(at, error), budget=budget)
+            lnr.prune(model, Breaking(at, error), budget)
         untouched.check()
 
 
@@ -118,8 +117,8 @@ STEPS = [
     "lnr_prune.problem.GroupLasso.error",
     "lnr_prune.target.ridge_regression",
     "lnr_prune.target._moments",
-    "lnr_prune.registry.Pair.write",
-    "lnr_prune.registry.Pair.inputs",
+    "lnr_prune.registry.AdaptedLayer.write",
+    "lnr_prune.registry.AdaptedLayer.inputs",
     "lnr_prune.prune.make_plan",
     "lnr_prune.prune.fingerprint",
     "lnr_prune.prune.output_error",
@@ -155,7 +154,7 @@ def test_an_exception_in_any_step(
         with monkeypatch.context() as patch:
             break_at(step, error, patch)
             with pytest.raises((type(error), CalibrationError, GraphError)):
-                lnr.prune(model, IMAGES.split(4), keep=0.5, inplace=inplace)
+                lnr.prune(model, IMAGES.split(4), lnr.Keep(0.5), into="model" if inplace else "copy")
         untouched.check()
 
 
@@ -167,7 +166,7 @@ def test_out_of_memory_in_a_layer_says_what_to_do(
         with monkeypatch.context() as patch:
             patch.setattr(nn.Conv2d, "forward", failing(at, OUT_OF_MEMORY, nn.Conv2d.forward))
             try:
-                lnr.prune(model, IMAGES.split(4), keep=0.5)
+                lnr.prune(model, IMAGES.split(4), lnr.Keep(0.5))
             except LnrPruneError as error:
                 errors.add((type(error), str(error).rpartition(": ")[2]))
         untouched.check()
@@ -180,7 +179,7 @@ WRITES = ["save_file", "os.fsync", "os.chmod", "os.replace"]
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("write", WRITES)
 def test_an_exception_in_a_write(write: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pruned = lnr.prune(net(), IMAGES, keep=0.5)
+    pruned = lnr.prune(net(), IMAGES, lnr.Keep(0.5))
     path = tmp_path / "pruned.safetensors"
     if existing:
         path.write_bytes(b"as it was")
@@ -201,10 +200,10 @@ def test_an_exception_in_a_write(write: str, existing: bool, tmp_path: Path, mon
 def test_an_exception_while_a_file_is_loaded(
     step: str, inplace: bool, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lnr.prune(model, IMAGES, keep=0.5).save(tmp_path / "pruned.safetensors")
+    lnr.prune(model, IMAGES, lnr.Keep(0.5)).save(tmp_path / "pruned.safetensors")
     before = Untouched(model, tmp_path)
     with monkeypatch.context() as patch:
         break_at(step, FaultError(), patch)
         with pytest.raises(FaultError):
-            lnr.load(tmp_path / "pruned.safetensors", model, inplace=inplace)
+            lnr.load(tmp_path / "pruned.safetensors", model, into="model" if inplace else "copy")
     before.check()

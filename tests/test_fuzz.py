@@ -15,15 +15,17 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import lnr_prune as lnr
-from lnr_prune import cost
-from lnr_prune.allocation import cost_of
-from lnr_prune.collapse import collapse
+from lnr_prune.collapse.collapse import collapse
+from lnr_prune.collapse.masks import masked_weights
+from lnr_prune.collapse.plan import make_plan
+from lnr_prune.collapse.trial import shrinkable
+from lnr_prune.collapse.verify import Reference
 from lnr_prune.errors import LnrPruneError
-from lnr_prune.graph import find_groups, named_tensors
-from lnr_prune.plan import make_plan
-from lnr_prune.random_networks import PATTERNS, random_network
-from lnr_prune.testing import networks
-from lnr_prune.verify import Reference, masked_weights, shrinkable
+from lnr_prune.graph.groups import find_groups
+from lnr_prune.graph.module import named_tensors
+from lnr_prune.selection import cost
+from lnr_prune.selection.cost_model import cost_of
+from lnr_prune.testing.networks import PATTERNS, networks, random_network
 
 COUNT = int(os.environ.get("LNR_PRUNE_FUZZ", "40"))
 FIRST = int(os.environ.get("LNR_PRUNE_FUZZ_FROM", "0"))
@@ -81,10 +83,15 @@ def test_random_budgets(seed: int) -> None:
     kind, share = ("params", "macs", "size")[seed % 3], (0.8, 0.6, 0.4, 0.2)[seed % 4]
     limit: dict[str, Any] = {kind: share}
     batches = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
-    budget = lnr.Budget(**limit, samples=len(x), refits=seed % 5, search=seed % 2)
+    budget = lnr.Budget(**limit, effort=lnr.Effort(samples=len(x), refits=seed % 5, search=seed % 2))
     try:
         report = lnr.prune(
-            model, list(batches), budget=budget, selector="backward", tandem=seed % 3, progress=False
+            model,
+            list(batches),
+            budget,
+            selector="backward",
+            refit=lnr.Refit(window=2 if seed % 3 else 1),
+            run=lnr.Run(progress=False),
         ).report
     except ValueError as error:
         if "out of reach" not in str(error):

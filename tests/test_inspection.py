@@ -3,9 +3,9 @@
 import torch
 
 import lnr_prune as lnr
-from lnr_prune.graph import named_tensors
-from tests.models import FixedView, Residual, cnn, randomised
-from tests.patterns import Gated, PackedAttention
+from lnr_prune.graph.module import named_tensors
+from tests.helpers.models import FixedView, Residual, cnn, randomised
+from tests.helpers.patterns import Gated, PackedAttention
 
 
 def test_the_cost_of_a_channel_is_what_leaves_with_it() -> None:
@@ -15,7 +15,7 @@ def test_the_cost_of_a_channel_is_what_leaves_with_it() -> None:
         (PackedAttention(), torch.randn(4, 5, 12)),
     ):
         for group in lnr.inspect(model, x).groups:
-            pruned = lnr.prune(model, [x], keep={group.name: group.size - 1}, selector="random", debias=False)
+            pruned = lnr.prune(model, [x], lnr.Keep({group.name: group.size - 1}), selector="random", refit=None)
             removed = pruned.report.params_before - pruned.report.params_after
             assert removed == group.parameters
             assert pruned.report.macs_before - pruned.report.macs_after == group.macs

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lnr_prune as lnr
-from lnr_prune.graph import named_tensors
-from lnr_prune.recipes.data import import_torchvision
-from tests import held, models, patterns
-from tests.models import randomised
+from lnr_prune.graph.module import named_tensors
+from lnr_prune.runtime.optional import import_torchvision
+from tests.helpers import held, models, patterns
+from tests.helpers.models import randomised
 
 
 def drawn(*shape: int) -> Tensor:
@@ -39,7 +39,7 @@ def package(name: str) -> ModuleType:
 
 def small_cnn() -> nn.Module:
     torch.manual_seed(0)
-    return lnr.prune(randomised(models.cnn()), [X], keep=0.5).model
+    return lnr.prune(randomised(models.cnn()), [X], lnr.Keep(0.5)).model
 
 
 def loss_of(model: nn.Module) -> float:
@@ -106,7 +106,7 @@ def outputs(model: nn.Module, inputs: Any) -> Tensor:
 @pytest.mark.parametrize("name", ZOO)
 def test_models_of_the_zoos_survive_a_file(name: str, tmp_path: Path) -> None:
     model, inputs = ZOO[name]()
-    pruned = lnr.prune(model, [inputs], keep=0.5, selector="norm", debias=False)  # files are the matter here
+    pruned = lnr.prune(model, [inputs], lnr.Keep(0.5), selector="norm", refit=None)  # files are the matter here
     assert pruned.plan
     pruned.save(tmp_path / "m.safetensors")
     other, _ = ZOO[name]()
@@ -114,8 +114,8 @@ def test_models_of_the_zoos_survive_a_file(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(loaded, inputs), outputs(pruned.model, inputs), rtol=0, atol=0)
     torch.save(pruned.model.state_dict(), tmp_path / "m.pt")
     loaded.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True))
-    pruned.plan.save(tmp_path / "plan.json")
-    applied = lnr.Plan.load(tmp_path / "plan.json").apply(other, example=inputs)
+    lnr.save_plan(tmp_path / "plan.json", pruned.plan)
+    applied = lnr.apply_plan(lnr.load_plan(tmp_path / "plan.json"), other, example=inputs)
     assert repr(applied) == repr(pruned.model)
 
 
@@ -136,8 +136,8 @@ def test_a_plain_loop_lowers_the_loss() -> None:
 
 
 def test_what_was_pruned_can_be_pruned_again() -> None:
-    once = lnr.prune(randomised(models.cnn()), [X], keep=0.75).model
-    twice = lnr.prune(once, [X], keep=0.5)
+    once = lnr.prune(randomised(models.cnn()), [X], lnr.Keep(0.75)).model
+    twice = lnr.prune(once, [X], lnr.Keep(0.5))
     assert twice.report.params_after < twice.report.params_before
 
 
@@ -172,7 +172,7 @@ def test_the_hugging_face_trainer_trains_a_pruned_model(tmp_path: Path) -> None:
     package("accelerate")
     transformers = package("transformers")
     model, inputs = ZOO["bert"]()
-    model = lnr.prune(model, [inputs], keep=0.5).model
+    model = lnr.prune(model, [inputs], lnr.Keep(0.5)).model
     tokens = torch.randint(3, 98, (64, 9))
     data = [{"input_ids": row, "labels": (row[0] > 50).long()} for row in tokens]
 
@@ -209,8 +209,8 @@ def test_a_bfloat16_model_is_pruned_as_well_as_a_float32_one(name: str) -> None:
     """To bfloat16's 8 bits, and where activations vary as much as they are large; noise is noise otherwise."""
     make, x = PRECISION[name]
     model = randomised(make()).bfloat16()
-    pruned = lnr.prune(model, [x.bfloat16()], keep=0.75)
-    single = lnr.prune(model.float(), [x.bfloat16().float()], keep=0.75)
+    pruned = lnr.prune(model, [x.bfloat16()], lnr.Keep(0.75))
+    single = lnr.prune(model.float(), [x.bfloat16().float()], lnr.Keep(0.75))
     assert {tensor.dtype for tensor in pruned.model.parameters()} == {torch.bfloat16}
     assert [group.kept for group in pruned.report.groups] == [group.kept for group in single.report.groups]
     assert pruned.report.error < 1.5 * single.report.error + 1e-3
@@ -220,9 +220,9 @@ def test_a_bfloat16_model_is_pruned_as_well_as_a_float32_one(name: str) -> None:
 def test_calibration_under_autocast(name: str) -> None:
     make, x = PRECISION[name]
     model = randomised(make())
-    single = lnr.prune(model, [x], keep=0.75)
+    single = lnr.prune(model, [x], lnr.Keep(0.75))
     with torch.autocast("cpu", torch.bfloat16):
-        pruned = lnr.prune(model, [x], keep=0.75)
+        pruned = lnr.prune(model, [x], lnr.Keep(0.75))
         assert pruned.model(x).dtype == model(x).dtype
     assert {tensor.dtype for tensor in pruned.model.parameters()} == {torch.float32}
     assert [group.kept for group in pruned.report.groups] == [group.kept for group in single.report.groups]
@@ -240,7 +240,7 @@ def test_the_refit_sees_what_autocast_makes_of_the_network() -> None:
 
     model = nn.Sequential(nn.Linear(8, 32), Seen(), nn.Linear(32, 4))
     with torch.autocast("cpu", torch.bfloat16):
-        lnr.prune(model, [torch.randn(64, 8)], keep=0.5)
+        lnr.prune(model, [torch.randn(64, 8)], lnr.Keep(0.5))
     # in the checks of the result everything is float64, which autocast leaves alone
     assert set(seen) == {torch.bfloat16, torch.float64}
     assert seen.count(torch.bfloat16) > 3
@@ -252,10 +252,10 @@ def test_the_refit_sees_what_autocast_makes_of_the_network() -> None:
 def test_a_dispatched_model_is_pruned_with_its_hooks(tmp_path: Path) -> None:
     accelerate = package("accelerate")
     model, inputs = ZOO["bert"]()
-    plain = lnr.prune(model, [inputs], keep=0.5).model
+    plain = lnr.prune(model, [inputs], lnr.Keep(0.5)).model
     dispatched = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
     accelerate.hooks.add_hook_to_module(dispatched.bert, accelerate.hooks.AlignDevicesHook("cpu"))
-    pruned = lnr.prune(dispatched, [inputs], keep=0.5)
+    pruned = lnr.prune(dispatched, [inputs], lnr.Keep(0.5))
     torch.testing.assert_close(outputs(pruned.model, inputs), outputs(plain, inputs), rtol=0, atol=0)
     own = {id(tensor) for tensor in named_tensors(dispatched).values()}
     assert hasattr(pruned.model.get_submodule("bert"), "_hf_hook")
@@ -271,7 +271,7 @@ def test_an_offloaded_model_is_refused_by_name() -> None:
     model, inputs = ZOO["bert"]()
     offloaded = accelerate.cpu_offload(model, torch.device("cpu"))
     with pytest.raises(lnr.LnrPruneError, match="meta"):
-        lnr.prune(offloaded, [inputs], keep=0.5)
+        lnr.prune(offloaded, [inputs], lnr.Keep(0.5))
 
 
 def test_a_pruned_model_compiles_with_inductor() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import lnr_prune as lnr
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
-from lnr_prune.graph import named_tensors
-from tests.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
+from lnr_prune.graph.module import named_tensors
+from tests.helpers.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
 
 IMAGES = torch.randn(40, 2, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -40,7 +40,9 @@ def equals_masked(model: nn.Module, pruned: lnr.Pruned, x: Tensor) -> bool:
 @pytest.mark.parametrize("selector", ["group_lasso", "norm", "random"])
 def test_every_selector_and_form_gives_the_masked_model(selector: str, debias: bool, bias: bool) -> None:
     model = randomised(cnn())
-    pruned = lnr.prune(model, IMAGES.split(16), keep=0.5, selector=selector, debias=debias, bias=bias)
+    pruned = lnr.prune(
+        model, IMAGES.split(16), lnr.Keep(0.5), selector=selector, refit=lnr.Refit() if debias else None, bias=bias
+    )
     assert rows(pruned) == {"0": (6, 3), "3": (8, 4), "6": (6, 3), "10": (10, 5)}
     assert type(pruned.model) is nn.Sequential
     assert equals_masked(model, pruned, IMAGES)
@@ -50,9 +52,9 @@ def test_every_selector_and_form_gives_the_masked_model(selector: str, debias: b
 
 def test_without_bias_the_consumers_keep_theirs() -> None:
     model = mlp(8, 16, 4)
-    pruned = lnr.prune(model, torch.randn(100, 8), keep=6, bias=False)
+    pruned = lnr.prune(model, torch.randn(100, 8), lnr.Keep(6), bias=False)
     assert torch.equal(pruned.model.get_parameter("2.bias"), model.get_parameter("2.bias"))
-    pruned = lnr.prune(model, torch.randn(100, 8), keep=6)
+    pruned = lnr.prune(model, torch.randn(100, 8), lnr.Keep(6))
     assert not torch.equal(pruned.model.get_parameter("2.bias"), model.get_parameter("2.bias"))
 
 
@@ -80,7 +82,7 @@ def test_how_much_is_kept(argument: dict[str, Any], expected: dict[str, int]) ->
 
 
 def test_a_matrix_that_comes_out_zero_keeps_one_channel_and_says_so() -> None:
-    pruned = lnr.prune(mlp(8, 16, 4), torch.randn(100, 8), lam_ratio=1.5)
+    pruned = lnr.prune(mlp(8, 16, 4), torch.randn(100, 8), lnr.Penalty(ratio=1.5))
     (row,) = pruned.report.groups
     assert (row.kept, row.gap) == (1, 0.0)
     assert "keeps nothing: one channel was kept" in row.note
@@ -145,7 +147,7 @@ def test_the_users_model_is_untouched_unless_asked_and_whenever_something_fails(
     model[3].eval()
     before = Snapshot(model)
     with pytest.raises(CalibrationError):
-        lnr.prune(model, [IMAGES, IMAGES * float("nan")], keep=0.5, inplace=inplace)
+        lnr.prune(model, [IMAGES, IMAGES * float("nan")], lnr.Keep(0.5), into="model" if inplace else "copy")
     before.check()
 
     def fails(self: Any, pruned: nn.Module, calls: list[int] = []) -> None:  # noqa: B006
@@ -156,9 +158,9 @@ def test_the_users_model_is_untouched_unless_asked_and_whenever_something_fails(
     with monkeypatch.context() as patch:
         patch.setattr("lnr_prune.verify.Reference.check", fails)
         with pytest.raises(VerificationError, match="on purpose"):
-            lnr.prune(model, [IMAGES], keep=0.5, inplace=inplace)
+            lnr.prune(model, [IMAGES], lnr.Keep(0.5), into="model" if inplace else "copy")
     before.check()
-    pruned = lnr.prune(model, [IMAGES], keep=0.5, inplace=inplace)
+    pruned = lnr.prune(model, [IMAGES], lnr.Keep(0.5), into="model" if inplace else "copy")
     assert (pruned.model is model) == inplace
     assert [module.training for module in pruned.model.modules()] == before.modes
     if not inplace:
@@ -168,9 +170,9 @@ def test_the_users_model_is_untouched_unless_asked_and_whenever_something_fails(
 def test_the_reference_model_is_refused_as_a_copy_and_pruned_in_place() -> None:
     model, x = ReferenceLeNet5().eval(), torch.randn(30, 1, 28, 28)
     with pytest.raises(GraphError, match="inplace=True"):
-        lnr.prune(model, [x], keep=0.5)
+        lnr.prune(model, [x], lnr.Keep(0.5))
     original = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
-    pruned = lnr.prune(model, [(x, torch.zeros(30))], keep=0.5, inplace=True)
+    pruned = lnr.prune(model, [(x, torch.zeros(30))], lnr.Keep(0.5), into="model")
     assert pruned.model is model
     assert [tuple(p.shape) for name, p in model.named_parameters() if "weight" in name] == [
         (3, 1, 5, 5),
@@ -193,23 +195,23 @@ def test_a_forward_that_names_positions_is_found_out() -> None:
             x = self.a(x).relu()
             return self.c(self.b(torch.cat([x[:, 3:], x[:, :3]], 1)).relu())
 
-    pruned = lnr.prune(Rotates(), torch.randn(30, 4), keep=0.5)
+    pruned = lnr.prune(Rotates(), torch.randn(30, 4), lnr.Keep(0.5))
     assert rows(pruned) == {"b": (8, 4)}
     assert "positions are fixed" in pruned.report.frozen["a"]
 
 
 def test_a_forward_with_fixed_sizes_is_pruned_where_it_can_be() -> None:
-    pruned = lnr.prune(FixedView(), torch.randn(30, 1, 8, 8), keep=0.5)
+    pruned = lnr.prune(FixedView(), torch.randn(30, 1, 8, 8), lnr.Keep(0.5))
     assert rows(pruned) == {"conv1": (6, 3)}
     assert "fixed in the model's forward" in pruned.report.frozen["conv2"]
     with pytest.raises(ValueError, match=r"'conv2', which is no prunable producer \(its sizes or positions are fixed"):
-        lnr.prune(FixedView(), torch.randn(30, 1, 8, 8), keep={"conv2": 2})
+        lnr.prune(FixedView(), torch.randn(30, 1, 8, 8), lnr.Keep({"conv2": 2}))
 
 
 @pytest.mark.parametrize(("model", "shape"), [(Residual(), (30, 3, 8, 8)), (Functional(), (30, 5))])
 def test_joint_groups_concatenations_and_shared_weights(model: nn.Module, shape: tuple[int, ...]) -> None:
     model, x = randomised(model), torch.randn(*shape)
-    pruned = lnr.prune(model, [x], keep=0.5)
+    pruned = lnr.prune(model, [x], lnr.Keep(0.5))
     assert all(group.kept == group.size // 2 for group in pruned.report.groups)
     assert equals_masked(model, pruned, x)
 
@@ -228,7 +230,7 @@ def test_pruned_equals_masked_on_random_networks(sizes: list[int], keep: float, 
         layers += [nn.Conv2d(c, k, 3, padding=1), nn.BatchNorm2d(k) if norm else nn.Identity(), nn.LeakyReLU()]
     model = randomised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(sizes[-1] * 16, 3)).double(), seed)
     x = torch.randn(8, sizes[0], 4, 4, dtype=torch.float64)
-    pruned = lnr.prune(model, [x], keep=keep, ridge=1e-8)
+    pruned = lnr.prune(model, [x], lnr.Keep(keep), refit=lnr.Refit(ridge=1e-8))
     masked = torch.func.functional_call(model, dict(pruned.masked), (x,))
     torch.testing.assert_close(pruned.model(x), masked, rtol=1e-9, atol=1e-9)
 
@@ -240,7 +242,7 @@ def test_channels_that_are_combinations_of_others_cost_nothing() -> None:
         for rows in (model.get_parameter("0.weight"), model.get_parameter("0.bias")):
             rows.copy_(torch.cat([rows[:3], 2 * rows[:3], 0.5 * rows[:3]]))  # copies, up to scale
     x = torch.randn(100, 6, dtype=torch.float64)
-    pruned = lnr.prune(model, [x], keep=3)
+    pruned = lnr.prune(model, [x], lnr.Keep(3))
     torch.testing.assert_close(pruned.model(x), model(x), rtol=1e-8, atol=1e-8)
 
 
@@ -248,7 +250,9 @@ def test_later_layers_aim_from_the_pruned_inputs_at_the_original_outputs() -> No
     torch.manual_seed(0)
     model, x = mlp(8, 20, 20, 4).double(), torch.randn(300, 8, dtype=torch.float64)
     model.requires_grad_(False)
-    pruned = cast(nn.Sequential, lnr.prune(model, [x], keep={"0": 4}, ridge=0.0).model)  # the last layer loses nothing
+    pruned = cast(
+        nn.Sequential, lnr.prune(model, [x], lnr.Keep({"0": 4}), refit=lnr.Refit(ridge=0.0)).model
+    )  # the last layer loses nothing
     hidden = torch.cat([pruned[:4](x), torch.ones(300, 1)], 1)
     residual = model(x) - pruned(x)
     assert float(residual.abs().mean()) > 1e-3
@@ -260,7 +264,7 @@ def test_debias_and_lasso_lower_the_error() -> None:
     model, x = mlp(8, 40, 6), torch.randn(500, 8)
 
     def error(**options: Any) -> float:
-        return distance(lnr.prune(model, [x], keep=10, **options).model, model, x)
+        return distance(lnr.prune(model, [x], lnr.Keep(10), **options).model, model, x)
 
     assert error() < error(selector="random") < error(selector="random", debias=False)
     assert error() < error(debias=False)
@@ -270,7 +274,7 @@ def test_debias_and_lasso_lower_the_error() -> None:
 def test_the_report_tells_the_error_of_each_group() -> None:
     torch.manual_seed(0)
     model, x = mlp(8, 40, 6).double(), torch.randn(500, 8, dtype=torch.float64)
-    pruned = lnr.prune(model, [x], keep=10)
+    pruned = lnr.prune(model, [x], lnr.Keep(10))
     (row,) = pruned.report.groups
     assert row.error == pytest.approx(distance(pruned.model, model, x), rel=1e-9)
     assert row.gap is not None
@@ -281,22 +285,22 @@ def test_the_report_tells_the_error_of_each_group() -> None:
 
 def test_nothing_to_prune_is_an_error_that_says_why() -> None:
     with pytest.raises(GraphError, match=r"Sequential has no channel that can be pruned\. 0: output of the model"):
-        lnr.prune(mlp(4, 3), torch.randn(10, 4), keep=0.5)
+        lnr.prune(mlp(4, 3), torch.randn(10, 4), lnr.Keep(0.5))
     with pytest.raises(GraphError, match="It has no layers"):
-        lnr.prune(nn.ReLU(), torch.randn(10, 4), keep=0.5)
+        lnr.prune(nn.ReLU(), torch.randn(10, 4), lnr.Keep(0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model, x = mlp(8, 16, 4).to(dtype), torch.randn(100, 8).to(dtype)
-    pruned = lnr.prune(model, [x], keep=8)
+    pruned = lnr.prune(model, [x], lnr.Keep(8))
     assert {p.dtype for p in pruned.model.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_deterministic_for_a_fixed_seed(seed: int) -> None:
     model = randomised(cnn())
-    first, second = (lnr.prune(model, [IMAGES], keep=0.5, selector="random", seed=seed) for _ in range(2))
+    first, second = (lnr.prune(model, [IMAGES], lnr.Keep(0.5), selector=lnr.Random(seed)) for _ in range(2))
     assert first.plan == second.plan
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -304,8 +308,8 @@ def test_deterministic_for_a_fixed_seed(seed: int) -> None:
 
 def test_pruning_again_and_training_go_on() -> None:
     model = randomised(cnn())
-    once = lnr.prune(model, [IMAGES], keep=0.5)
-    twice = lnr.prune(once.model, [IMAGES], keep=0.5)
+    once = lnr.prune(model, [IMAGES], lnr.Keep(0.5))
+    twice = lnr.prune(once.model, [IMAGES], lnr.Keep(0.5))
     assert {kept for _, kept in rows(twice).values()} == {2}
     twice.model.train()(IMAGES).sum().backward()
     assert all(p.grad is not None for p in twice.model.parameters())
@@ -315,13 +319,13 @@ def test_pruning_again_and_training_go_on() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu() -> None:
     model = randomised(cnn()).cuda()
-    pruned = lnr.prune(model, IMAGES.split(16), keep=0.5)
+    pruned = lnr.prune(model, IMAGES.split(16), lnr.Keep(0.5))
     assert {p.device.type for p in pruned.model.parameters()} == {"cuda"}
 
 
 def test_too_few_samples_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     model = mlp(8, 40, 6, 3)
-    report = lnr.prune(model, torch.randn(20, 8), keep={"0": 20}).report
+    report = lnr.prune(model, torch.randn(20, 8), lnr.Keep({"0": 20})).report
     assert [(layer.name, layer.samples, layer.columns) for layer in report.layers] == [("2", 20, 21), ("4", 20, 7)]
     assert (
         "1 of 2 layers were fitted to fewer than two samples a column ('2' to 20 samples of 21 columns)" in caplog.text
@@ -355,7 +359,7 @@ class Caching(nn.Module):
 @pytest.mark.parametrize("as_graph", [False, True])
 def test_a_cache_among_the_outputs_shrinks_along(as_graph: bool) -> None:
     model = Caching()
-    pruned = lnr.prune(model, torch.randn(50, 4), keep=0.5, as_graph=as_graph)
+    pruned = lnr.prune(model, torch.randn(50, 4), lnr.Keep(0.5), into="graph" if as_graph else "copy")
     assert rows(pruned) == {"up": (8, 4)}
     cache = pruned.model(torch.randn(3, 4))["cache"]
     assert cache is None if as_graph else cache.entries[0].shape == (3, 4)
@@ -366,7 +370,7 @@ def test_logits_are_fitted_to_their_probabilities() -> None:
     torch.manual_seed(0)
     model, x = mlp(6, 24, 24, 4).requires_grad_(False), 2 * torch.randn(1200, 6)
     model.get_parameter("4.weight").mul_(8)
-    plain, fitted = (lnr.prune(model, x[:900].split(150), keep=0.25, logits=logits) for logits in (False, True))
+    plain, fitted = (lnr.prune(model, x[:900].split(150), lnr.Keep(0.25), logits=logits) for logits in (False, True))
 
     def kl(pruned: nn.Module) -> float:
         p, q = model(x[900:]).log_softmax(1), pruned(x[900:]).log_softmax(1)
@@ -374,12 +378,12 @@ def test_logits_are_fitted_to_their_probabilities() -> None:
 
     assert kl(fitted.model) < 0.98 * kl(plain.model)
     with pytest.raises(ValueError, match=r"one tensor \(samples, classes\), got \(2, 3, 4\)"):
-        lnr.prune(model, [torch.randn(2, 3, 6)], keep=0.5, logits=True)
+        lnr.prune(model, [torch.randn(2, 3, 6)], lnr.Keep(0.5), logits=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_parameters_are_stored_densely_and_alone(dtype: torch.dtype) -> None:
-    pruned = lnr.prune(mlp(6, 24, 1).to(dtype), [torch.randn(60, 6, dtype=dtype)], keep=0.5)
+    pruned = lnr.prune(mlp(6, 24, 1).to(dtype), [torch.randn(60, 6, dtype=dtype)], lnr.Keep(0.5))
     for parameter in pruned.model.parameters():
         assert parameter.stride() == torch.empty(parameter.shape).stride()
         assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()

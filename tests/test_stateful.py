@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import lnr_prune as lnr
 from lnr_prune.errors import GraphError, PlanError
-from lnr_prune.testing import networks
-from tests.untouched import Untouched
+from lnr_prune.testing.networks import networks
+from tests.helpers.untouched import Untouched
 
 COUNT = int(os.environ.get("LNR_PRUNE_STATEFUL", "4"))
 
@@ -69,7 +69,7 @@ class Verbs(RuleBasedStateMachine):
         assert self.pruned
         self.pruned.save(self.path)
         assert sorted(os.listdir(self.folder.name)) == [self.path.name]
-        assert lnr.Plan.load(self.path) == self.pruned.plan
+        assert lnr.load_plan(self.path) == self.pruned.plan
         self.stored, self.stored_from = self.pruned, self.pruned_from
 
     @precondition(lambda self: self.path.exists())
@@ -87,7 +87,7 @@ class Verbs(RuleBasedStateMachine):
     def apply(self) -> None:
         assert self.pruned
         assert self.pruned_from
-        applied = self.pruned.plan.apply(self.pruned_from, example=self.data[:2])
+        applied = lnr.apply_plan(self.pruned.plan, self.pruned_from, example=self.data[:2])
         shapes = {name: value.shape for name, value in self.pruned.model.state_dict().items()}
         assert {name: value.shape for name, value in applied.state_dict().items()} == shapes
 
@@ -96,7 +96,7 @@ class Verbs(RuleBasedStateMachine):
     def apply_to_another_model(self) -> None:
         assert self.pruned
         try:
-            self.pruned.plan.apply(self.pruned.model)
+            lnr.apply_plan(self.pruned.plan, self.pruned.model)
         except PlanError:
             return
         raise AssertionError("a plan was applied to the model that it had been applied to")
@@ -104,7 +104,7 @@ class Verbs(RuleBasedStateMachine):
     @rule(value=st.sampled_from([float("nan"), float("inf")]))
     def prune_on_bad_data(self, value: float) -> None:
         try:
-            lnr.prune(self.model, [self.data, torch.full_like(self.data, value)], keep=0.5)
+            lnr.prune(self.model, [self.data, torch.full_like(self.data, value)], lnr.Keep(0.5))
         except lnr.LnrPruneError:
             return
         raise AssertionError("data that is not finite was taken")

@@ -11,12 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lnr_prune as lnr
-from lnr_prune.graph import named_tensors
-from lnr_prune.report import Report
-from lnr_prune.sweep import Amounts, Sweep, SweepPoint
+from lnr_prune.graph.module import named_tensors
+from lnr_prune.report.frontier import Sweep, SweepPoint
+from lnr_prune.report.report import Report
+from lnr_prune.sweep import Amounts
 
 REPORT = Report((), (), 0.0, {}, 1000, 1000, 1000, 1000)
-BUDGETS: list[Amounts] = [lnr.Budget(params=0.7), {"keep": 0.5}, lnr.Budget(macs=0.6, minimum=2, leave=("0",))]
+BUDGETS: list[Amounts] = [
+    lnr.Budget(params=0.7),
+    {"keep": 0.5},
+    lnr.Budget(macs=0.6, grid=lnr.Grid(minimum=2, leave=("0",))),
+]
 
 
 def _problem() -> tuple[torch.nn.Module, list[torch.Tensor]]:
@@ -66,11 +71,11 @@ def test_every_budget_is_pruned_once_and_the_model_is_left_alone() -> None:
 
 def test_logits_are_compared_as_in_the_reports() -> None:
     model, data = _problem()
-    swept = lnr.sweep(model, data, [{"keep": 0.5}], logits=True)
+    swept = lnr.sweep(model, data, [lnr.Keep(0.5)], logits=True)
     assert swept.points[0].value == pytest.approx(swept.points[0].report.error)
-    assert swept.points[0].value != pytest.approx(lnr.sweep(model, data, [{"keep": 0.5}]).points[0].value)
+    assert swept.points[0].value != pytest.approx(lnr.sweep(model, data, [lnr.Keep(0.5)]).points[0].value)
     with pytest.raises(ValueError, match=r"one tensor \(samples, classes\), got \(6,\)"):
-        lnr.sweep(torch.nn.Sequential(model, torch.nn.Flatten(0)), torch.randn(2, 6), [{"keep": 0.5}], logits=True)
+        lnr.sweep(torch.nn.Sequential(model, torch.nn.Flatten(0)), torch.randn(2, 6), [lnr.Keep(0.5)], logits=True)
 
 
 def test_retraining_follows_the_seed_and_is_what_counts() -> None:
@@ -98,7 +103,7 @@ def test_retraining_follows_the_seed_and_is_what_counts() -> None:
 def test_a_retrained_model_that_is_returned_takes_the_place() -> None:
     model, data = _problem()
     zero = torch.nn.Sequential(torch.nn.Linear(6, 3))
-    swept = lnr.sweep(model, data, [{"keep": 4}], retrain=lambda pruned: zero)
+    swept = lnr.sweep(model, data, [lnr.Keep(4)], retrain=lambda pruned: zero)
     assert swept.points[0].model is zero
 
 
@@ -108,17 +113,17 @@ def test_the_users_measure() -> None:
     def accuracy(of: torch.nn.Module) -> float:
         return float(sum(p.numel() for p in of.parameters()))
 
-    swept = lnr.sweep(model, iter(data), [{"keep": 4}, {"keep": 6}, {"keep": 5}], evaluate=accuracy, cost="macs")
+    swept = lnr.sweep(model, iter(data), [lnr.Keep(4), lnr.Keep(6), lnr.Keep(5)], evaluate=accuracy, cost="macs")
     assert swept.measure == "accuracy"
     assert swept.dense == accuracy(model)
     assert [point.amount for point in swept.pareto] == ["keep=4", "keep=5", "keep=6"]
-    less = lnr.sweep(model, data, [{"keep": 4}, {"keep": 6}], evaluate=accuracy, maximize=False)
+    less = lnr.sweep(model, data, [lnr.Keep(4), lnr.Keep(6)], evaluate=accuracy, maximize=False)
     assert [point.amount for point in less.pareto] == ["keep=4"]
 
 
 def test_it_prints_and_is_plain_data() -> None:
     model, data = _problem()
-    swept = lnr.sweep(model, data, [{"keep": 4}], retrain=lambda pruned: pruned)
+    swept = lnr.sweep(model, data, [lnr.Keep(4)], retrain=lambda pruned: pruned)
     text = str(swept)
     assert "keep=4" in text
     assert "retrained" in text

@@ -5,7 +5,7 @@ from lnr_adapters.columns import Columns
 from lnr_adapters.columns_bias import ColumnsBias
 from lnr_adapters.conv_filters import ConvFilters
 from lnr_adapters.fc_after_conv import FcAfterConv
-from lnr_prune.registry import register
+from lnr_prune.calibration.adapter import register
 
 __all__ = ["Attention", "Columns", "ColumnsBias", "ConvFilters", "FcAfterConv"]
 

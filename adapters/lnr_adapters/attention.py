@@ -2,7 +2,7 @@
 
 from lnr_adapters.columns import one_column_each
 from lnr_adapters.columns_bias import ColumnsBias
-from lnr_prune.graph import Consumer
+from lnr_prune.graph.groups import Consumer
 
 
 class Attention(ColumnsBias):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lnr_prune.graph import Consumer
-from lnr_prune.layer_calls import LayerCall
+from lnr_prune.calibration.watch import LayerCall
+from lnr_prune.graph.groups import Consumer
 
 
 class Columns:

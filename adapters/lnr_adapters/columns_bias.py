@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lnr_adapters.columns import Columns, one_column_each
-from lnr_prune.graph import Consumer
-from lnr_prune.layer_calls import LayerCall
+from lnr_prune.calibration.watch import LayerCall
+from lnr_prune.graph.groups import Consumer
 
 
 class ColumnsBias(Columns):

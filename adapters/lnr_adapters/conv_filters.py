@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from lnr_adapters.autocorrelation import autocorrelation, sums_of_entries
 from lnr_adapters.columns_bias import ColumnsBias
-from lnr_prune.graph import Consumer
-from lnr_prune.layer_calls import LayerCall
+from lnr_prune.calibration.watch import LayerCall
+from lnr_prune.graph.groups import Consumer
 
 
 class ConvFilters(ColumnsBias):

@@ -13,7 +13,7 @@ import torch
 from torch.func import functional_call
 
 import lnr_prune as lnr
-from lnr_prune.recipes import data as digits
+from lnr_prune.recipes import data as datasets
 from lnr_prune.recipes import lenet5, toy
 
 # %%
@@ -73,7 +73,7 @@ for run in toy.time_solvers(problem):
 # -------
 # Caffe's variant, 431,080 parameters, nearly all of them in fc1. Ten epochs take a few seconds.
 
-data = digits.load("digits")
+data = datasets.load("digits")
 model = lenet5.initialised(seed=0)
 optimizer = lenet5.adam(model)
 for epoch in range(10):
@@ -91,7 +91,7 @@ calibration = data.train_images.split(250)
 # ``0.01 d`` here.
 
 penalty = {"lam": {"fc1": 0.01 * 500}}
-shrunk = lnr.prune(model, calibration, bias=False, debias=False, **penalty)
+shrunk = lnr.prune(model, calibration, refit=None, bias=False, **penalty)
 pruned = lnr.prune(model, calibration, bias=False, **penalty)
 group = pruned.report.groups[-1]
 print(f"fc2 reads {group.kept} of {group.size} columns")
@@ -114,7 +114,7 @@ print(f"parameters {pruned.report.params_after / pruned.report.params_before:.2%
 # %%
 # With the bias free (a constant input 1 that is not penalised) fewer columns do the same work:
 
-pruned = lnr.prune(model, calibration, lam={"fc1": 0.01 * 501})
+pruned = lnr.prune(model, calibration, lnr.Penalty({"fc1": 0.01 * 501}))
 print(f"fc2 reads {pruned.report.groups[-1].kept} columns, accuracy {lenet5.accuracy(pruned.model, data):.4f}")
 
 # %%
@@ -123,7 +123,7 @@ print(f"fc2 reads {pruned.report.groups[-1].kept} columns, accuracy {lenet5.accu
 # fc2 is a hundredth of the network. ``lam_ratio`` penalises every layer by a fraction of the penalty that removes
 # everything from it: filters of conv1 and conv2 go together with the kernels and columns that read them.
 
-pruned = lnr.prune(model, calibration, lam_ratio=0.1)
+pruned = lnr.prune(model, calibration, lnr.Penalty(ratio=0.1))
 print(f"accuracy {lenet5.accuracy(pruned.model, data):.4f}")
 pruned.report
 
@@ -143,7 +143,7 @@ def one_epoch(of):
 
 
 ratios = [0.03, 0.1, 0.3, 0.6]
-swept = lnr.sweep(model, calibration, [{"lam_ratio": r} for r in ratios], evaluate=accuracy, retrain=one_epoch)
+swept = lnr.sweep(model, calibration, [lnr.Penalty(ratio=r) for r in ratios], evaluate=accuracy, retrain=one_epoch)
 print(swept)
 frontier = swept.plot()
 
@@ -154,5 +154,5 @@ frontier = swept.plot()
 # elimination chooses the channels; :doc:`/choosing` says when to use what.
 
 for share in (0.1, 0.03):
-    pruned = lnr.prune(model, calibration, budget=lnr.Budget(params=share), selector="backward")
+    pruned = lnr.prune(model, calibration, lnr.Budget(params=share), selector="backward")
     print(f"{share:.0%} of the parameters: accuracy {accuracy(pruned.model):.4f}")

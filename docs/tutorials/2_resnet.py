@@ -14,20 +14,21 @@ from torch import nn
 from torch.nn import functional as F
 
 import lnr_prune as lnr
-from lnr_prune.recipes import data as digits
+from lnr_prune.recipes import data as datasets
+from lnr_prune.runtime import optional
 
 # %%
 # A trained model
 # ---------------
 # `import_torchvision` is ``import torchvision``, and also works where torchvision's build does not fit torch's.
 
-torchvision = digits.import_torchvision()
+torchvision = optional.import_torchvision()
 torch.manual_seed(0)
 model = torchvision.models.resnet18(num_classes=10)
 model.layer3 = model.layer4 = nn.Identity()
 model.fc = nn.Linear(128, 10)
 
-data = digits.load("digits")
+data = datasets.load("digits")
 images, test = (part.expand(-1, 3, -1, -1) for part in (data.train_images, data.test_images))  # grey -> RGB
 optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 for _ in range(6):
@@ -61,7 +62,7 @@ lnr.inspect(model, images[:2])
 # ``(image, label)`` pairs does as well: labels are ignored.
 
 calibration = images[:512].split(64)
-pruned = lnr.prune(model, calibration, budget=lnr.Budget(macs=0.5))
+pruned = lnr.prune(model, calibration, lnr.Budget(macs=0.5))
 print(f"accuracy {accuracy(model):.4f} -> {accuracy(pruned.model):.4f}")
 
 # %%
@@ -101,6 +102,6 @@ print(f"accuracy after one epoch {accuracy(small.eval()):.4f}")
 # together must all hold; ``Budget(error=0.01)`` prunes as much as one percent of squared error at the outputs
 # allows. ``round_to=8`` keeps multiples of eight channels, which accelerators like.
 
-pruned = lnr.prune(model, calibration, budget=lnr.Budget(macs=0.6, round_to=8))
+pruned = lnr.prune(model, calibration, lnr.Budget(macs=0.6, grid=lnr.Grid(round_to=8)))
 print({group.name: group.kept for group in pruned.report.groups})
 print(f"accuracy {accuracy(pruned.model):.4f}")

@@ -103,7 +103,7 @@ print(pruned.model.blocks[0])
 # The names of `inspect` say how much of which group is kept; groups that are not named stay whole.
 
 heads = {group.name: 6 for group in found.groups if "attention" in group.name}
-pruned = lnr.prune(model, calibration, keep=heads, selector="backward")
+pruned = lnr.prune(model, calibration, lnr.Keep(heads), selector="backward")
 print(f"six heads each: {accuracy(pruned.model):.2%}")
 
 # %%

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 import lnr_prune as lnr
-from lnr_prune.registry import adapters, unregister
-from lnr_prune.testing import check_adapter
+from lnr_prune.calibration.adapter import adapters, unregister
+from lnr_prune.testing.adapters import check_adapter
 
 ours = adapters()["columns_bias"]
 
@@ -97,7 +97,7 @@ except lnr.AdapterError as error:
 
 unregister("forgetful")
 lnr.register(doubled)
-pruned = lnr.prune(model, [torch.randn(512, 8)], keep=0.5)
+pruned = lnr.prune(model, [torch.randn(512, 8)], lnr.Keep(0.5))
 print(pruned.model)
 
 # %%

@@ -26,7 +26,7 @@ def network():
 
 torch.manual_seed(0)
 model, x = network(), torch.randn(256, 1, 12, 12)
-pruned = lnr.prune(model, x.split(64), keep=0.5)
+pruned = lnr.prune(model, x.split(64), lnr.Keep(0.5))
 folder = Path(tempfile.mkdtemp())
 
 # %%
@@ -63,17 +63,17 @@ print(loaded.load_state_dict(torch.load(folder / "small.pt", weights_only=True))
 # The plan alone is a small JSON file: which channels of which group stay. It can be printed, compared, and
 # applied to another checkpoint of the architecture, whose weights are then cut but not refitted.
 
-pruned.plan.save(folder / "plan.json")
-plan = lnr.Plan.load(folder / "plan.json")
+lnr.save_plan(folder / "plan.json", pruned.plan)
+plan = lnr.load_plan(folder / "plan.json")
 print(plan)
 
 # %%
-backward = lnr.prune(model, x.split(64), keep=0.5, selector="backward")
+backward = lnr.prune(model, x.split(64), lnr.Keep(0.5), selector="backward")
 print(plan.diff(backward.plan))
 
 # %%
 other = network()
-print(plan.apply(other, example=x[:2])[0])
+print(lnr.apply_plan(plan, other, example=x[:2])[0])
 
 # %%
 # torch.export

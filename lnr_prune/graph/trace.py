@@ -1,19 +1,16 @@
 """From an nn.Module to a torch.fx graph of ATen operations whose parameters have names."""
 
-import copy
-import functools
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
 
 from lnr_prune.errors import GraphError, ran_out_of_memory
+from lnr_prune.graph.module import _returning_no_caches, in_mode, named_tensors, unfused_attention
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 """What sizes that depend on the input are in a graph."""
@@ -123,33 +120,6 @@ def _with_known_sizes(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def without_caches(outputs: Any) -> Any:
-    """A forward pass's outputs with None for key-value caches, which follow the layers that fill them."""
-
-    def is_cache(value: Any) -> bool:
-        return callable(getattr(value, "get_seq_length", None)) and callable(getattr(value, "update", None))
-
-    return tree_map(lambda value: None if is_cache(value) else value, outputs, is_leaf=is_cache)
-
-
-@contextmanager
-def _returning_no_caches(model: nn.Module) -> Iterator[None]:
-    """Lets the model's forward return None for key-value caches: torch.export does not know their type."""
-    forward, own = model.forward, vars(model).get("forward")
-
-    @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return without_caches(forward(*args, **kwargs))
-
-    model.forward = wrapped
-    try:
-        yield
-    finally:
-        del model.forward
-        if own is not None:
-            model.forward = own
-
-
 def _hides_something(node: fx.Node) -> bool:
     """Whether a node runs a region of its own, or writes to a tensor through a view of it."""
     if node.op != "call_function":
@@ -161,57 +131,3 @@ def _hides_something(node: fx.Node) -> bool:
         return False
     written = node.all_input_nodes[0]
     return getattr(written.target, "is_view", False) or any(user > node for user in written.users)
-
-
-@contextmanager
-def unfused_attention() -> Iterator[None]:
-    """Keeps nn.MultiheadAttention from its fused path, where no layer can be seen."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under every one of its names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Puts every submodule into training or evaluation mode, and back into its own mode afterwards.
-
-    What forwards leave in the submodules' attributes is forgotten: caches hold values of the weights, sizes and
-    dtypes that they were made with.
-    """
-    attributes = [vars(module) for module in model.modules()]
-    holders: list[Any] = [value for each in attributes for value in each.values() if type(value) in (dict, list)]
-    saved = [(holder, copy.copy(holder)) for holder in (*attributes, *holders)]
-    for module in model.modules():
-        module.training = training
-    try:
-        yield
-    finally:
-        for holder, before in saved:
-            _put_back(holder, before)
-
-
-def _put_back(holder: Any, before: Any) -> None:
-    """Makes a dict or list what it was; it is not touched if it still is, as someone may be iterating over it."""
-    if isinstance(holder, list):
-        if len(holder) != len(before) or any(a is not b for a, b in zip(holder, before, strict=True)):
-            holder[:] = before
-        return
-    for name in holder.keys() - before.keys():
-        del holder[name]
-    holder.update({name: value for name, value in before.items() if name not in holder or holder[name] is not value})
-
-
-def evaluating(model: nn.Module) -> AbstractContextManager[None]:
-    """Puts every submodule into evaluation mode, and back into its own mode afterwards."""
-    return in_mode(model, False)

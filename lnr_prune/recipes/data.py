@@ -6,15 +6,12 @@ the library itself never needs them.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,12 +19,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from lnr_prune.errors import LnrPruneError
+from lnr_prune.runtime.optional import import_torchvision, require
 
 DATA_ENVIRONMENT = "LNR_PRUNE_DATA"
+
+
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion": "FashionMNIST"}
+
+
 NAMES = ("digits", *TORCHVISION_NAMES)
+
+
 # Mean and standard deviation of the training pixels, as published: trained weights expect these very numbers.
 NORMALISATION = {"mnist": (0.1307, 0.3081), "fashion": (0.2860, 0.3530)}
+
+
 DIGITS_TEST_SIZE = 360
 
 
@@ -71,21 +77,6 @@ def batches(images: Tensor, labels: Tensor, size: int, seed: int) -> Iterator[tu
         yield images[index], labels[index]
 
 
-def require(module: str) -> ModuleType:
-    """Imports a module of the ``recipes`` extra.
-
-    Raises:
-        LnrPruneError: If it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        raise LnrPruneError(
-            f"this recipe needs {package}, which is not installed: run pip install 'lnr-prune[recipes]'."
-        ) from error
-
-
 def _load_digits() -> Data:
     pixels, labels = require("sklearn.datasets").load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
@@ -126,27 +117,3 @@ def _open_torchvision(dataset: str, root: Path) -> tuple[Any, Any]:
                 f"could not read {dataset}: expected {raw} to hold its four .gz files, and torchvision could not "
                 f"download them ({error}). Put them there, or use --data digits."
             ) from error
-
-
-def import_torchvision() -> ModuleType:
-    """torchvision, also where a build of it for CUDA lies beside a CPU-only torch."""
-    try:
-        return require("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        _declare_torchvision_operators()
-        return require("torchvision")
-
-
-@functools.cache  # the declarations live as long as the object that made them
-def _declare_torchvision_operators() -> torch.library.Library:
-    """Let a torchvision built for CUDA be imported beside a CPU-only torch.
-
-    Its compiled operators fail to load there, and the import then stops at the fake kernels of two of them,
-    "operator torchvision::nms does not exist". Declaring the two schemas is enough: data sets call neither.
-    """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library

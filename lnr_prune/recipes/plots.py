@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lnr_prune.recipes.data import require
+from lnr_prune.runtime.optional import require
 
 FLOOR = 1e-12  # the reference's: keeps the logarithm of an exact optimum finite
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from lnr_prune.recipes.toy import Run
+from lnr_prune.selection.amount import Penalty
 
-Penalty = dict[str, Any]
 """The keyword argument of `prune` that decides how much is kept."""
 
 

@@ -18,15 +18,19 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lnr_prune.errors import LnrPruneError
-from lnr_prune.prune import Pruned, prune
+from lnr_prune.prune import prune
+from lnr_prune.pruned import Pruned
 from lnr_prune.recipes import data as datasets
 from lnr_prune.recipes import plots, toy
 from lnr_prune.recipes.data import Data
 from lnr_prune.recipes.lenet5 import LeNet5, accuracy, adam, initialised, load_weights, mass_distribution, train_epoch
-from lnr_prune.recipes.results import Compression, Penalty, Point, solver_table, summary, sweep_table
+from lnr_prune.recipes.results import Compression, Point, solver_table, summary, sweep_table
 from lnr_prune.recipes.settings import Settings
+from lnr_prune.runtime.run import Run
+from lnr_prune.selection.amount import Penalty
 
 CALIBRATION_BATCH = 250
+QUIETLY = Run(progress=False)
 LAM_EXPONENTS = (-4.0, -1.0)  # the reference's sweep of fc2
 LAM_RATIO_EXPONENTS = (-3.0, 0.0)  # at 10**0 = 1 lambda_max is reached: nothing is kept
 
@@ -123,17 +127,17 @@ def _compressions(
     """fc2 without and with its bias, then everything; and the last of these."""
     columns, lam = model.fc2.in_features, settings.lam
     cases: list[tuple[str, bool, Penalty]] = [
-        ("fc2 no bias", False, {"lam": {"fc1": lam * columns}}),
-        ("fc2 with bias", True, {"lam": {"fc1": lam * (columns + 1)}}),
-        ("whole network", True, {"lam_ratio": settings.lam_ratio}),
+        ("fc2 no bias", False, Penalty({"fc1": lam * columns})),
+        ("fc2 with bias", True, Penalty({"fc1": lam * (columns + 1)})),
+        ("whole network", True, Penalty(ratio=settings.lam_ratio)),
     ]
     console.print(
         f"Reference's lam {lam:g}: lam {lam * columns:g} here for {columns} columns, {lam:g} more with the bias"
     )
     compressions = []
     for name, bias, penalty in cases:
-        sparse = prune(model, calibration, bias=bias, debias=False, progress=False, **penalty)
-        pruned = prune(model, calibration, bias=bias, progress=False, **penalty)
+        sparse = prune(model, calibration, penalty, bias=bias, refit=None, run=QUIETLY)
+        pruned = prune(model, calibration, penalty, bias=bias, run=QUIETLY)
         report = pruned.report
 
         def masked(x: Tensor, tensors: Mapping[str, Tensor] = sparse.masked) -> Tensor:
@@ -176,24 +180,24 @@ def _sweeps(
     advance: Advance,
 ) -> dict[str, list[Point]]:
     columns, count = model.fc2.in_features + 1, settings.numbers["sweep"]
-    reach_zero: Penalty = {"lam_ratio": {"fc1": 1.0}}  # the reference's range ends before some models do
-    penalties: dict[str, list[Penalty]] = {
-        "fc2": [{"lam": {"fc1": lam * columns}} for lam in _spaced(*LAM_EXPONENTS, count)] + [reach_zero],
-        "whole network": [{"lam_ratio": ratio} for ratio in _spaced(*LAM_RATIO_EXPONENTS, count)],
+    reach_zero = 0.0, Penalty(ratio={"fc1": 1.0})  # the reference's range ends before some models do
+    penalties: dict[str, list[tuple[float, Penalty]]] = {
+        "fc2": [(lam, Penalty({"fc1": lam * columns})) for lam in _spaced(*LAM_EXPONENTS, count)] + [reach_zero],
+        "whole network": [(ratio, Penalty(ratio=ratio)) for ratio in _spaced(*LAM_RATIO_EXPONENTS, count)],
     }
     sweeps: dict[str, list[Point]] = {}
     for title, cases in penalties.items():
         sweeps[title] = []
-        for penalty in cases:
+        for number, penalty in cases:
             if sweeps[title] and sweeps[title][-1].all_zero:
                 break
-            pruned = prune(model, calibration, progress=False, **penalty)
+            pruned = prune(model, calibration, penalty, run=QUIETLY)
             before, retrained = accuracy(pruned.model, data), None
             if settings.retrain:
                 train_epoch(pruned.model, adam(pruned.model), data, settings.numbers["batch_size"], settings.seed)
                 retrained = accuracy(pruned.model, data)
             done = [group for group in pruned.report.groups if group.lam is not None]
-            lam = (done[0].lam or 0.0) / columns if title == "fc2" else penalty["lam_ratio"]
+            lam = (done[0].lam or 0.0) / columns if title == "fc2" else number
             rate = pruned.report.params_after / pruned.report.params_before
             all_zero = any("keeps nothing" in group.note for group in done)
             sweeps[title].append(Point(lam, _widths(pruned), rate, before, retrained, all_zero))

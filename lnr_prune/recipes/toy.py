@@ -5,8 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lnr_prune.problem import Block, GroupLasso
-from lnr_prune.solvers import AlternateMinimization, Fista, Newton, ProximalGradient, Solution, Solver, solve
+from lnr_prune.lasso.alternate_minimization import AlternateMinimization
+from lnr_prune.lasso.fista import Fista
+from lnr_prune.lasso.newton import Newton
+from lnr_prune.lasso.problem import Block, GroupLasso
+from lnr_prune.lasso.proximal_gradient import ProximalGradient
+from lnr_prune.lasso.solution import Solution
+from lnr_prune.lasso.solve import Solver, solve
 
 LAM = 0.1
 MOMENTA = (1.0, 5.0, 50.0, 250.0)

@@ -1,0 +1,106 @@
+"""Calls of the model: one batch, one forward pass."""
+
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lnr_prune.errors import CalibrationError, LnrPruneError, ran_out_of_memory
+from lnr_prune.graph.module import evaluating, unfused_attention, without_caches
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one forward pass."""
+
+
+Inputs = Callable[[Any], Call]
+
+
+def check_model(model: object) -> None:
+    """Refuses what is no model.
+
+    Raises:
+        TypeError: If it is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        made = "a class: make an instance of it" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model must be a torch.nn.Module, got {made}")
+
+
+def _checked(call: Any) -> Call:
+    """What ``inputs`` returned."""
+    if isinstance(call, tuple | list) and len(call) == 2:
+        args, kwargs = call
+        if isinstance(args, tuple | list) and isinstance(kwargs, Mapping):
+            return tuple(args), dict(kwargs)
+    got = f"a tuple of {len(call)}" if isinstance(call, tuple) else type(call).__name__
+    raise CalibrationError(
+        f"inputs() returned {got}, expected (args, kwargs): a tuple of forward's positional arguments and a dict of "
+        "its keyword arguments, such as (batch['x'],), {}"
+    )
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.layout != torch.strided or (leaf.is_meta and device.type != "meta"):
+        kind = "a meta tensor, which has no values" if leaf.is_meta else f"a tensor of layout {leaf.layout}"
+        raise CalibrationError(f"a batch holds {kind}, expected dense values: make it dense (x.to_dense()) or real")
+    return leaf.to(device)
+
+
+def samples_in(batch: Any) -> int:
+    """Number of samples in a batch or call: length of the first tensor's first axis; 1 for a batch without one."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+def shortened(call: Call, size: int = 2) -> Call:
+    """The call with its batch cut to ``size`` samples, where all tensors share a longer first axis."""
+    leading = {leaf.shape[:1] for leaf in tree_leaves(call) if isinstance(leaf, Tensor)}
+    if len(leading) != 1 or next(iter(leading), ()) == () or next(iter(leading))[0] <= size:
+        return call
+    cut: Call = tree_map(lambda leaf: leaf[:size] if isinstance(leaf, Tensor) else leaf, call)
+    return cut
+
+
+def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """``model(*args, **kwargs)`` without gradients, with some of its tensors replaced for this call.
+
+    Key-value caches among the outputs are left out: they follow the layers that fill them.
+
+    Raises:
+        CalibrationError: If the model does not accept the call; the message names the layer that failed.
+    """
+    args, kwargs = call
+    try:
+        with torch.no_grad(), evaluating(model), unfused_attention():
+            return without_caches(functional_call(model, dict(weights or {}), args, kwargs))
+    except LnrPruneError:
+        raise
+    except Exception as error:  # a forward raises what it likes
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+        inputs = f"inputs of shape {', '.join(map(str, shapes))}" if shapes else "a call without tensors"
+        if ran_out_of_memory(error):
+            raise CalibrationError(
+                f"{type(model).__name__} ran out of memory on {inputs}, {_failing_layer(model, error)}: "
+                "give smaller batches"
+            ) from error
+        raise CalibrationError(
+            f"{type(model).__name__} does not accept {inputs}: "
+            f"{_failing_layer(model, error)}: {type(error).__name__}: {error}. Give batches as the model's forward "
+            "takes them, or lnr_prune.Batches(data, inputs)"
+        ) from error
+
+
+def _failing_layer(model: nn.Module, error: BaseException) -> str:
+    """The innermost layer on the error's traceback."""
+    names = {id(module): name for name, module in model.named_modules()}
+    path = [
+        names[id(frame.f_locals["self"])]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if id(frame.f_locals.get("self")) in names
+    ]
+    return f"in layer {path[-1]!r}" if path and path[-1] else "in its forward"

@@ -1,0 +1,125 @@
+"""One pass over the calibration data: the second moments of every layer's inputs."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lnr_prune.calibration.calls import Call, samples_in
+from lnr_prune.calibration.data import Calibration
+from lnr_prune.calibration.moments import SecondMoments
+from lnr_prune.calibration.rows import Reader, all_products, rows, rows_of_sample
+from lnr_prune.calibration.watch import LayerCall, watch
+from lnr_prune.errors import CalibrationError
+from lnr_prune.graph.module import named_tensors
+from lnr_prune.runtime.work import Work
+
+
+def gather(
+    model: nn.Module,
+    readers: Mapping[str, Reader],
+    data: Calibration,
+    work: Work = Work(),
+) -> dict[str, SecondMoments]:
+    """One pass over the calibration data: the second moments of every layer's inputs at once.
+
+    Outputs are not read: a layer's own y is M x, see `SecondMoments.through`. Processes that prune together pass over
+    a shard each, and get the sums of all.
+
+    Args:
+        model: The model, in any mode; it is run in evaluation mode.
+        readers: Name of a layer's weight -> how to read its calls.
+        data: The calibration data.
+        work: The processes, each with a shard of the data, and where the sums are kept.
+
+    Returns:
+        Name of the weight -> its `SecondMoments`, of an empty y.
+
+    Raises:
+        CalibrationError: If there is no batch, a layer is never called, or an activation is not finite.
+    """
+    so_far = f"sums of {' '.join(readers)}"
+
+    def one_pass(missing: Sequence[str]) -> list[SecondMoments]:
+        sums = _gathered(model, {name: readers[name] for name in missing}, data, work, so_far)
+        return [sums[name] for name in missing]
+
+    found = work.each("moments", SecondMoments, list(readers), one_pass)
+    work.drop(so_far)
+    return dict(zip(readers, found, strict=True))
+
+
+def _gathered(
+    model: nn.Module,
+    readers: Mapping[str, Reader],
+    data: Calibration,
+    work: Work,
+    so_far: str,
+) -> dict[str, SecondMoments]:
+    before = work.snapshot(so_far, tuple[tuple[str, ...], int, dict[str, SecondMoments]])
+    names, done, moments = before if before is not None else ((), 0, {})
+    if names != tuple(readers):  # some are there already
+        done, moments = 0, {}
+    first, samples = work.ranks.before(data.samples)
+
+    def add(name: str, layer: LayerCall) -> None:
+        xx = all_products(readers[name], [layer], samples)
+        if xx is not None:
+            _, positions, _ = rows_of_sample(readers[name], layer, samples)
+            of_call = SecondMoments(xx, xx.new_empty(0, len(xx)), xx.new_zeros(()), positions * len(layer.input))
+            moments[name] = moments[name] + of_call if name in moments else of_call
+            return
+        for x, *_ in rows(readers[name], layer, samples, first * len(layer.input) // size):
+            y = x.new_empty(len(x), 0)
+            moments[name] = moments[name].with_rows(x, y) if name in moments else SecondMoments.of(x, y)
+
+    batch = -1
+    for batch, call in enumerate(data):
+        size = max(1, samples_in(call))
+        if batch < done:
+            first += samples_in(call)
+            continue
+        watch(model, call, readers, add)
+        first += samples_in(call)
+        for name, sums in moments.items():
+            check_finite(name, sums, f"batch {batch}", call)
+        work.keep(so_far, (tuple(readers), batch + 1, moments))
+        work.step("statistics")
+    if batch < 0:
+        raise CalibrationError("the calibration data holds no batch; give at least one batch of inputs")
+    seen = work.ranks.all_gather({name: len(sums.xx) for name, sums in moments.items()})
+    columns = {name: d for of_rank in seen for name, d in of_rank.items()}
+    unseen = [name for name in readers if name not in columns]
+    if unseen:
+        raise CalibrationError(
+            f"no call of {', '.join(unseen)} was seen in {batch + 1} batches: the forward takes another path on "
+            "this data than on the example that was traced"
+        )
+    tensors = named_tensors(model)
+    nothing = {name: SecondMoments.zeros(0, columns[name], tensors[name].device) for name in readers.keys() - moments}
+    return {name: {**nothing, **moments}[name].over_ranks(work.ranks) for name in readers}
+
+
+def check_finite(weight: str, moments: SecondMoments, where: str, call: Call | None = None) -> None:
+    """Refuses sums that are not finite.
+
+    Raises:
+        CalibrationError: It names the layer and says where, such as "batch 3", and whether that batch, the
+            call, is finite itself.
+    """
+    advice = "remove NaN and Inf from the calibration data, or calibrate in a wider dtype"
+    if call is not None:
+        values = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        bad = sum(int((~torch.isfinite(leaf)).sum()) for leaf in values)
+        advice = (
+            f"{bad:,} of the batch's own values are NaN or Inf: leave out these samples"
+            if bad
+            else "the batch itself is finite, so the model makes them of it: scale the data as in training, "
+            "or calibrate in a wider dtype"
+        )
+    for side, total in (("inputs", moments.xx.diagonal().sum()), ("outputs", moments.yy)):
+        if not bool(torch.isfinite(total)):
+            raise CalibrationError(
+                f"the {side} of layer {weight.removesuffix('.weight')!r} are not finite in {where}: {advice}"
+            )

@@ -1,0 +1,108 @@
+"""A model's outputs, to compare with another's: in float64, in evaluation or training mode."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lnr_prune.calibration.attention import visible_attention
+from lnr_prune.calibration.calls import Call, run
+from lnr_prune.errors import CalibrationError
+from lnr_prune.graph.module import in_mode, unfused_attention
+
+TOGETHER = 2**30  # bytes that float64 copies of all tensors may take; those of larger models are made one by one
+
+
+def outputs_of(
+    model: nn.Module, weights: Mapping[str, Tensor], example: Call, *, wide: bool, training: bool
+) -> list[Tensor]:
+    """The tensors that the model returns with some of its own replaced.
+
+    In float64 a model of more than `TOGETHER` bytes runs on its own tensors, and each function that it calls gets
+    float64 copies of those that it is called with, which are gone when the next is: the outputs are the same, in the
+    memory of one layer. Training mode, and functions that torch.jit has compiled, do not go together with that.
+
+    Args:
+        model: The model, in any mode.
+        weights: Tensors to run with in place of the model's own.
+        example: Arguments of the forward pass.
+        wide: Whether everything that is floating-point is made float64.
+        training: Whether to run in training mode; dropout lets everything through then, and statistics stay.
+
+    Raises:
+        CalibrationError: If the model does not run, such as one that insists on its own dtype.
+    """
+    tensors = {name: weights.get(name, tensor) for name, tensor in own_tensors(model).items()}
+    large = 8 * sum(tensor.numel() for tensor in tensors.values()) > TOGETHER
+    if wide and large and not training:
+        with _OneByOne({id(own): tensors[name] for name, own in own_tensors(model).items()}):
+            outputs = run(model, tree_map(_wide, example))
+    else:
+        if wide:
+            tensors, example = {name: _wide(tensor) for name, tensor in tensors.items()}, tree_map(_wide, example)
+        outputs = _run_training(model, example, tensors) if training else run(model, example, tensors)
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -> Any:
+    """``model(*args, **kwargs)`` in training mode, without dropout; its statistics stay as they are."""
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    devices = range(torch.cuda.device_count())
+    with (
+        torch.random.fork_rng(devices), torch.no_grad(), in_mode(model, True), unfused_attention(),
+        visible_attention(model), _NoDropout(),
+    ):  # fmt: skip
+        torch.manual_seed(0)  # stochastic depth draws the same layers
+        try:
+            return functional_call(model, copies, *call)
+        except Exception as error:  # a forward raises errors of any kind
+            raise CalibrationError(f"{type(model).__name__} does not run in training mode: {error}") from error
+
+
+class _OneByOne(TorchFunctionMode):
+    """Every function gets, in place of some tensors, float64 copies of others, of which only the last is kept."""
+
+    def __init__(self, values: Mapping[int, Tensor]) -> None:
+        """Id of a tensor -> the one in its place."""
+        super().__init__()
+        self.values, self.last = values, (-1, torch.empty(0))
+
+    def _replaced(self, leaf: Any) -> Any:
+        if id(leaf) in self.values and self.last[0] != id(leaf):
+            self.last = (-1, torch.empty(0))  # before the next is made
+            self.last = id(leaf), _wide(self.values[id(leaf)])
+        return self.last[1] if id(leaf) in self.values else leaf
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map(self._replaced, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout that lets everything through."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else kwargs["input"]
+        if "dropout_p" in kwargs:
+            kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _wide(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point() and value.device.type != "mps"
+    return value.detach().double() if floating else value

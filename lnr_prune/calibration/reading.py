@@ -1,0 +1,123 @@
+"""Channel groups with the second moments of the layers that read them."""
+
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from lnr_prune.calibration.adapter import AdaptedLayer, find
+from lnr_prune.calibration.data import Calibration
+from lnr_prune.calibration.gather import gather
+from lnr_prune.calibration.moments import SecondMoments
+from lnr_prune.graph.groups import ChannelGroup, Consumer
+from lnr_prune.graph.module import named_tensors
+from lnr_prune.lasso.problem import GroupLasso
+from lnr_prune.runtime.work import Work
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A group and the layers that read it.
+
+    Attributes:
+        group: The group.
+        layers: Its consumers, with their adapters.
+        moments: Second moments of their inputs, in the original network; () while they are not in memory.
+    """
+
+    group: ChannelGroup
+    layers: tuple[AdaptedLayer, ...]
+    moments: tuple[SecondMoments, ...] = ()
+
+    def problem(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> GroupLasso:
+        """The group lasso of its channels, on the columns that the masks leave (weight's name -> 0 or 1)."""
+        kept = self.columns(tensors, masks or {})
+        blocks = [
+            sums.through(layer.matrix(tensors)).restricted(columns).block(layer.groups(tensors))
+            for layer, sums, columns in zip(self.layers, self.moments, kept, strict=True)
+        ]
+        return GroupLasso(tuple(blocks), blocks[0].R.new_ones(self.group.size))
+
+    def columns(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Per consumer, the columns that the masks leave, (d,) bool."""
+
+        def mask(weight: str) -> Tensor:
+            return masks.get(weight, tensors[weight].new_ones(())).expand_as(tensors[weight])
+
+        return tuple(layer.columns(mask(layer.consumer.weight), bias=1.0) for layer in self.layers)
+
+
+def read(
+    model: nn.Module,
+    groups: Iterable[ChannelGroup],
+    data: Calibration,
+    *,
+    bias: bool,
+    work: Work = Work(),
+) -> list[Reading]:
+    """One pass over the calibration data: every group with its consumers' second moments, in order of execution."""
+    layers = {group: adapted_layers(group, bias) for group in groups}
+    readers = {layer.consumer.weight: layer for group, of in layers.items() for layer in of if group.consumers}
+    moments = gather(model, readers, data, work) if readers else {}
+    tensors = named_tensors(model)
+    for layer in (layer for of in layers.values() for layer in of):
+        if layer.consumer.weight not in moments:  # it runs in training only: nothing is known of its inputs
+            moments[layer.consumer.weight] = SecondMoments.white(layer.matrix(tensors))
+    return [Reading(group, of, tuple(moments[layer.consumer.weight] for layer in of)) for group, of in layers.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupPasses:
+    """Channel groups with their second moments, some groups at a time: one pass over the calibration data each.
+
+    Iterating gives the readings of each pass; their moments are gone when the next one begins.
+
+    Attributes:
+        passes: The groups of every pass, in order of execution.
+        lasting: Readings that stay in memory from the start; where there is one pass, all of them.
+        read: Groups -> their readings.
+    """
+
+    passes: Sequence[Sequence[ChannelGroup]]
+    lasting: list[Reading]
+    read: Callable[[Sequence[ChannelGroup]], list[Reading]]
+
+    def __iter__(self) -> Iterator[list[Reading]]:
+        if len(self.passes) == 1:
+            yield self.lasting
+            return
+        for groups in self.passes:
+            readings = self.read(groups)
+            yield readings
+            readings.clear()  # their memory is for the next
+
+    def moments_of(self, weights: Container[str]) -> dict[str, SecondMoments]:
+        """The lasting moments of those of these layers that some groups are read by: weight's name -> moments."""
+        pairs = (pair for reading in self.lasting for pair in zip(reading.layers, reading.moments, strict=True))
+        return {layer.consumer.weight: moments for layer, moments in pairs if layer.consumer.weight in weights}
+
+
+def read_in_passes(
+    model: nn.Module,
+    passes: Sequence[Sequence[ChannelGroup]],
+    lasting: Sequence[ChannelGroup],
+    data: Calibration,
+    *,
+    bias: bool,
+    work: Work = Work(),
+) -> GroupPasses:
+    """The groups with their second moments, pass by pass, see `lnr_prune.selection.memory`."""
+    reading = partial(read, model, data=data, bias=bias, work=work)
+    return GroupPasses(passes, reading(lasting), reading)
+
+
+def adapted_layers(group: ChannelGroup, bias: bool) -> tuple[AdaptedLayer, ...]:
+    """The layers that read a group, or that do so in training if nobody else does, with their adapters."""
+    return tuple(adapted(consumer, bias) for consumer in group.consumers or group.training)
+
+
+def adapted(consumer: Consumer, bias: bool) -> AdaptedLayer:
+    """A layer with its adapter; without ``bias`` it keeps its own."""
+    consumer = consumer if bias else replace(consumer, bias=None)
+    return AdaptedLayer(consumer, find(consumer))

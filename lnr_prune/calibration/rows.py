@@ -1,0 +1,98 @@
+"""Rows of samples, read from the calls of a layer."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lnr_prune.calibration.watch import LayerCall
+
+CHUNK = 2**23  # elements of x that one product sums; the products are added up in float64
+
+
+ROWS_PER_COLUMN = 64  # of a convolution's patches, about so many times d rows are read
+
+
+class Reader(Protocol):
+    """GroupPasses a layer's call into rows of samples; an adapter does it for its layer."""
+
+    def inputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+        """x, one row a sample, (n, d), or some of the rows."""
+        ...
+
+    def outputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+        """y, one row a sample, (n, h), or some of the rows."""
+        ...
+
+    def second_moments(self, calls: Sequence[LayerCall]) -> Tensor | None:
+        """``sum x x^T`` over all rows of calls, (d, d) float64, where that is faster than to read x; else None."""
+        ...
+
+
+def rows(
+    reader: Reader, layer: LayerCall, samples: int | None, first: int, *others: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """x, (n, d), and y, (n, h), of one call, in chunks that fit into memory.
+
+    The many patches of one image are much alike. Where all the data has more than `ROWS_PER_COLUMN` times d
+    rows, evenly many of each sample are read; which ones depends on the sample's number alone, not on the
+    batch that it came in.
+
+    Args:
+        reader: How to read the call.
+        layer: The call.
+        samples: Number of samples in all the calibration data; None = not known: every row is read.
+        first: Number of the call's first sample.
+        others: Tensors of the output's shape, without a bias, whose rows follow those of y.
+    """
+    count = len(layer.input)
+    if count == 0:
+        return
+    if layer.input.device.type == "mps":  # has no float64
+        bias = None if layer.bias is None else layer.bias.cpu()
+        layer = replace(layer, input=layer.input.cpu(), output=layer.output.cpu(), weight=layer.weight.cpu(), bias=bias)
+        others = tuple(other.cpu() for other in others)
+    d, positions, wanted = rows_of_sample(reader, layer, samples)
+    size = max(1, CHUNK // (d * max(1, wanted)))
+    for chunk, *rest in zip(layer.split(size), *(torch.split(other, size) for other in others), strict=True):
+        drawn = None
+        if wanted < positions:
+            drawn = _positions(positions, wanted, first, len(chunk.input)).to(layer.input.device)
+        calls = chunk, *(replace(chunk, output=other, bias=None) for other in rest)
+        yield reader.inputs(chunk, drawn), *(reader.outputs(call, drawn) for call in calls)
+        first += len(chunk.input)
+
+
+def all_products(reader: Reader, layers: Sequence[LayerCall], samples: int | None) -> Tensor | None:
+    """``sum x x^T`` over calls of which all rows are read, if the reader has a faster way than to read them."""
+    layers = [layer for layer in layers if len(layer.input)]
+    if not layers or layers[0].input.device.type == "mps":
+        return None
+    if any(wanted < positions for _, positions, wanted in (rows_of_sample(reader, layer, samples) for layer in layers)):
+        return None
+    d, positions, _ = rows_of_sample(reader, layers[0], samples)
+    return reader.second_moments([part for layer in layers for part in layer.split(max(1, CHUNK // (d * positions)))])
+
+
+def rows_of_sample(reader: Reader, layer: LayerCall, samples: int | None) -> tuple[int, int, int]:
+    """Columns of x, rows of a sample, and how many of these are read."""
+    one, row = next(layer.split(1)), torch.zeros(1, dtype=torch.long, device=layer.input.device)
+    d, h = reader.inputs(one, row).shape[1], reader.outputs(one, row).shape[1]
+    positions = layer.output.numel() // (h * len(layer.input))
+    return d, positions, positions if samples is None else min(positions, math.ceil(ROWS_PER_COLUMN * d / samples))
+
+
+def _positions(positions: int, wanted: int, first: int, count: int) -> Tensor:
+    """Indices of the rows to read: for each sample a random set of positions, shifted by its number."""
+    drawn = torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted]
+    return (torch.arange(count)[:, None] * positions + (drawn + shifts(positions, first, count)) % positions).reshape(
+        -1
+    )
+
+
+def shifts(size: int, first: int, count: int) -> Tensor:
+    """For each of some samples, by its number alone, how far what was drawn for one is moved around, (count, 1)."""
+    return ((first + torch.arange(count)[:, None]) * (size * 0.6180339887498949)).long()  # golden ratio: spread evenly

@@ -1,0 +1,145 @@
+"""``lnr-prune inspect``, ``report`` and ``bench``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from lnr_prune.calibration.calls import Call
+from lnr_prune.calibration.data import calibrate, short_example
+from lnr_prune.cli.console import answering, check, title, write
+from lnr_prune.cli.data import Source, batches, dtype_of, random_batch
+from lnr_prune.cli.models import build
+from lnr_prune.cli.options import (
+    OUTPUT,
+    Array,
+    Data,
+    Device,
+    Html,
+    Json,
+    Model,
+    ModelArg,
+    Saved,
+    Shape,
+    Tokens,
+    Weights,
+    shape_of,
+)
+from lnr_prune.collapse.files import load, report_of
+from lnr_prune.inspection import inspect as inspect_model
+from lnr_prune.report.html import percent
+from lnr_prune.selection import cost
+
+
+def inspect(
+    model: Model,
+    model_arg: ModelArg = None,
+    weights: Weights = None,
+    shape: Shape = None,
+    tokens: Tokens = None,
+    data: Data = None,
+    array: Array = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the groups to a .dot file, or to .svg, .png, .pdf (needs graphviz).", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which channels of a model can be pruned, what they cost, and what stays whole and why.
+
+    Nothing is pruned or written.
+    """
+    with answering(as_json) as say:
+        net = build(model, model_arg or (), weights)
+        found = inspect_model(net, _batch(net, 2, shape, tokens, data, array))
+        if draw is not None:
+            found.draw(draw)
+        say(found, asdict(found))
+
+
+def report(saved: Saved, html: Html = None, as_json: Json = False) -> None:
+    """Show what was done to a pruned model, from its file."""
+    with answering(as_json) as say:
+        found = report_of(saved)
+        if html is not None:
+            check({"--html": html}, {"PRUNED": saved})
+            write(html, found.to_html(title=title(str(saved))))
+        say(found, found.to_dict())
+
+
+def bench(
+    model: Model,
+    saved: Saved,
+    model_arg: ModelArg = None,
+    weights: Weights = None,
+    device: Device = "cpu",
+    shape: Shape = None,
+    tokens: Tokens = None,
+    data: Data = None,
+    array: Array = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Samples a forward pass; may be repeated. Default: 1 and 32.")
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Threads of the processor; may be repeated. Default: torch's number."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes of each model, of which the median counts.")] = 21,
+    as_json: Json = False,
+) -> None:
+    """Compare a pruned model with its original: latency side by side, parameters, MACs."""
+    with answering(as_json) as say:
+        net = build(model, model_arg or (), weights, device)
+        example = _batch(net, 2, shape, tokens, data, array)
+        models = [net, load(saved, build(model, model_arg or (), device=device), example=example)]
+        call = short_example(net, calibrate(net, [example]))
+        counts = {
+            "parameters": [cost.parameters(each) for each in models],
+            "macs": [cost.macs(each, call) for each in models],
+            "bytes": [cost.size(each) for each in models],
+        }
+        runs = []
+        for many in threads or [torch.get_num_threads()]:
+            for of in batch_size or [1, 32]:
+                timed = calibrate(net, [_batch(net, of, shape, tokens, data, array)]).example()
+                original, pruned = _timed(models, timed, many, rounds)
+                runs.append({"threads": many, "batch_size": of, "original": original, "pruned": pruned})
+        say(_comparison(counts, runs), {**counts, "seconds": runs})
+
+
+def _timed(models: list[torch.nn.Module], call: Call, threads: int, rounds: int) -> list[float]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return cost.side_by_side(models, call, rounds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _comparison(counts: dict[str, list[int]], runs: list[dict[str, Any]]) -> Table:
+    table = Table(title="original and pruned")
+    table.add_column("")
+    for column in ("original", "pruned", "share"):
+        table.add_column(column, justify="right")
+    for name, (before, after) in counts.items():
+        table.add_row(name, f"{before:,}", f"{after:,}", percent(after / before) if before else "-")
+    for run in runs:
+        before, after = run["original"], run["pruned"]
+        name = f"median time, {run['batch_size']} samples, {run['threads']} threads"
+        table.add_row(name, f"{1e3 * before:.3g} ms", f"{1e3 * after:.3g} ms", percent(after / before))
+    return table
+
+
+def _batch(
+    net: torch.nn.Module, size: int, shape: str | None, tokens: int | None, data: Path | None, array: list[str] | None
+) -> Any:
+    """Inputs for so many samples, random or from a file."""
+    if data is None:
+        return random_batch(net, size, shape_of(shape), tokens)
+    source = Source(data, size, size, arrays=tuple(array or ()))
+    return next(iter(batches(source, dtype_of(net))))

@@ -1,0 +1,86 @@
+"""How the sub-commands speak, end and write."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from lnr_prune.errors import LnrPruneError
+
+LOG_WIDTH = 120  # of tables where there is no terminal
+
+
+Say = Callable[[Any, Any], None]
+
+
+@contextmanager
+def answering(as_json: bool) -> Iterator[Say]:
+    """How results are said, and how errors end: 1 what the library refuses, 2 wrong usage, 130 interrupted."""
+    stdout = sys.stdout
+
+    def say(text: Any, data: Any) -> None:
+        if as_json:
+            stdout.write(json.dumps(data) + "\n")
+        else:
+            console = Console(file=stdout, width=None if stdout.isatty() else LOG_WIDTH, markup=False, highlight=False)
+            console.print(text, soft_wrap=isinstance(text, str))
+
+    try:
+        with redirect_stdout(sys.stderr):  # whatever the user's code prints
+            yield say
+    except KeyboardInterrupt:
+        typer.echo("interrupted: nothing was left half-written", err=True)
+        raise typer.Exit(130) from None
+    except (LnrPruneError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def lines() -> Callable[[str], None]:
+    """Says what is being done where there is no terminal: one line a kind of step."""
+    last = ""
+
+    def show(doing: str) -> None:
+        nonlocal last
+        kind = doing.partition(" ")[0]
+        if kind != last:
+            typer.echo(f"{kind} ...", err=True)
+            last = kind
+
+    return show
+
+
+def check(targets: dict[str, Path | None], sources: dict[str, Path | None]) -> None:
+    """Refuses early what could not be written after minutes of work."""
+    given = {option: path for option, path in targets.items() if path is not None}
+    if len({path.resolve() for path in given.values()}) < len(given):
+        raise ValueError(f"{' and '.join(given)} name the same file")
+    for option, path in given.items():
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{option} {path}: expected a file in a folder that exists and can be written to")
+        for other, source in sources.items():
+            if source is not None and path.exists() and source.exists() and path.samefile(source):
+                raise ValueError(f"{option} {path} would overwrite the file of {other}; name another one")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file beside the wanted one and puts it in its place."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def title(name: str) -> str:
+    """Of a report's page: the end of a path."""
+    return f"{Path(name).name}, pruned"

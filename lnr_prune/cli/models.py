@@ -1,0 +1,154 @@
+"""Models and weights as the command line names them."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from operator import attrgetter
+from pathlib import Path
+from pickle import UnpicklingError  # torch.load(weights_only=True) raises it  # nosec B403
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import Tensor, nn
+
+from lnr_prune.errors import LnrPruneError
+from lnr_prune.runtime.optional import import_torchvision, needed
+
+FORMS = "package.module:factory, path/to/file.py:factory, torchvision:NAME, timm:NAME or hf:FOLDER"
+
+
+NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
+
+
+def build(spec: str, arguments: Iterable[str] = (), weights: Path | None = None, device: str = "cpu") -> nn.Module:
+    """The model that a specification names, with the weights of a file, in evaluation mode.
+
+    Args:
+        spec: One of ``package.module:factory``, ``path/to/file.py:factory``, ``torchvision:NAME``, ``timm:NAME`` and
+            ``hf:FOLDER``. Only what is named is imported and called; nothing is evaluated.
+        arguments: ``key=value`` for the factory, values in JSON.
+        weights: A file of weights (.safetensors, .pt or .pth), or None.
+        device: Where the model is put.
+
+    Raises:
+        ValueError: If there is no such factory, or an argument is not ``key=value``.
+        LnrPruneError: If the factory fails, the weights cannot be read or do not fit, or there is no such device.
+    """
+    factory, given = _factory(spec), dict(map(_argument, arguments))
+    try:
+        model = factory(**given)
+    except LnrPruneError:
+        raise
+    except Exception as error:  # the factory is the user's code
+        raise LnrPruneError(f"{spec} failed with {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise LnrPruneError(f"{spec} returned a {type(model).__name__}, expected a torch.nn.Module")
+    if weights is not None:
+        _load_weights(model, weights)
+    try:
+        return model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise LnrPruneError(f"cannot use the device {device!r}: {error}") from error
+
+
+def _factory(spec: str) -> Callable[..., Any]:
+    source, _, name = spec.rpartition(":") if not spec.startswith("hf:") else ("hf", ":", spec[3:])
+    if not (source and name):
+        raise ValueError(f"a model is {FORMS}; got {spec!r}")
+    if source == "torchvision":
+        return lambda **given: import_torchvision().models.get_model(name, **given)
+    if source == "timm":
+        return lambda **given: _timm().create_model(name, **given)
+    if source == "hf":
+        return lambda **given: _hugging_face(name, **given)
+    module = _module(source)
+    try:
+        found = attrgetter(name)(module)
+    except AttributeError as error:
+        raise ValueError(f"{source} has no {name!r}; give the name of a function or class in it") from error
+    if isinstance(found, nn.Module) or not callable(found):
+        kind = type(found).__name__
+        raise ValueError(f"{spec} is a {kind}, expected a function or class that makes a new model")
+    factory: Callable[..., Any] = found
+    return factory
+
+
+def _module(source: str) -> ModuleType:
+    """Imports a module by its name, looked for in the working directory too, or a file by its path."""
+    path = Path(source)
+    folder, name = (str(path.parent.resolve()), path.stem) if path.suffix == ".py" else (str(Path.cwd()), source)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        if path.suffix != ".py":
+            return importlib.import_module(name)
+        described = importlib.util.spec_from_file_location(name, path)
+        if described is None or described.loader is None or not path.is_file():
+            raise ValueError(f"there is no file {source}")
+        module = sys.modules[name] = importlib.util.module_from_spec(described)
+        described.loader.exec_module(module)
+        return module
+    except ImportError as error:
+        raise ValueError(f"cannot import {source}: {error}") from error
+
+
+def _timm() -> ModuleType:
+    with suppress(LnrPruneError):
+        import_torchvision()  # which timm imports
+    return needed("timm")
+
+
+def _hugging_face(folder: str, **given: Any) -> Any:
+    """A model from a folder that save_pretrained wrote, of the class that its config names."""
+    if not Path(folder).is_dir():
+        raise LnrPruneError(f"hf:{folder}: there is no folder {folder!r}; give one that save_pretrained wrote")
+    with suppress(LnrPruneError):
+        import_torchvision()  # which transformers imports for some models
+    transformers: Any = needed("transformers")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    name = next(iter(config.architectures or ()), "")
+    of: Any = getattr(transformers, name, None)
+    if not (isinstance(of, type) and issubclass(of, transformers.PreTrainedModel)):
+        of = transformers.AutoModel
+    return of.from_pretrained(folder, local_files_only=True, **given)
+
+
+def _argument(pair: str) -> tuple[str, Any]:
+    key, equals, value = pair.partition("=")
+    if not (key and equals):
+        raise ValueError(f"a model argument is key=value, got {pair!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"""the value of {key} must be JSON (2, 0.5, true, null, "text"), got {value}; """
+            f"""a text needs its quotes: '{key}="{value}"'"""
+        ) from error
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            load_model(model, path)
+        else:
+            model.load_state_dict(_state(path))
+    except (OSError, EOFError, KeyError, SafetensorError, RuntimeError, UnpicklingError) as error:
+        raise LnrPruneError(
+            f"cannot load {path} into {type(model).__name__}: {error}. Give a file with the model's state dict, "
+            "saved by safetensors, or by torch.save without anything but tensors"
+        ) from error
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    for key in NESTED:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict):
+        raise RuntimeError(f"it holds a {type(loaded).__name__}, expected a dict of tensors")
+    return loaded

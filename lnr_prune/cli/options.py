@@ -1,0 +1,183 @@
+"""Options that several commands share, and what they mean."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lnr_prune.selection.amount import Keep, Penalty
+from lnr_prune.selection.budget import Budget, Effort, Grid
+from lnr_prune.selection.selectors import Backward, Random, Selector
+from lnr_prune.settings import Amount
+
+MODEL, DATA, AMOUNT, OUTPUT = "Model", "Inputs", "How much is kept (give one)", "Output"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Where the model comes from: package.module:factory, path/to/file.py:factory (a function or class that "
+        "makes it), torchvision:NAME, timm:NAME, or hf:FOLDER (saved by Hugging Face's save_pretrained).",
+        show_default=False,
+    ),
+]
+
+
+ModelArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Argument of the factory, key=value with the value in JSON. May be repeated.", rich_help_panel=MODEL
+    ),
+]
+
+
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="The trained weights: a state dict as .safetensors, .pt or .pth. Default: what the factory gives.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+
+Device = Annotated[str, typer.Option(help="Where it runs: cpu, cuda, mps ...", rich_help_panel=MODEL)]
+
+
+Shape = Annotated[
+    str | None,
+    typer.Option(help="Shape of one sample, such as 3,224,224: random values of it are used.", rich_help_panel=DATA),
+]
+
+
+Tokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="For language models: length of a random text, in tokens.", rich_help_panel=DATA),
+]
+
+
+Array = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Which array of the file is the model's input; repeat it for models that take several, by name.",
+        rich_help_panel=DATA,
+    ),
+]
+
+
+Saved = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PRUNED", exists=True, dir_okay=False, show_default=False, help="A file that lnr-prune prune wrote."
+    ),
+]
+
+
+Data = Annotated[
+    Path | None,
+    typer.Option(exists=True, help="Instead, inputs from a .npy, .npz or .safetensors file.", rich_help_panel=DATA),
+]
+
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else, to the standard output.", rich_help_panel=OUTPUT)
+]
+
+
+Html = Annotated[Path | None, typer.Option(help="Also write the report as a web page.", rich_help_panel=OUTPUT)]
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Numbers between commas.
+
+    Raises:
+        ValueError: If there is anything else.
+    """
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers with commas between them, got {text!r}") from error
+
+
+def shape_of(text: str | None) -> tuple[int, ...] | None:
+    """``3,224,224`` -> (3, 224, 224).
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if text is None:
+        return None
+    sizes = tuple(map(int, numbers(text, "--shape")))
+    if min(sizes) < 1:
+        raise ValueError(f"--shape takes positive sizes, got {text!r}")
+    return sizes
+
+
+def amount(
+    texts: dict[str, list[str] | None], limits: dict[str, float | None], grid: dict[str, Any], effort: dict[str, Any]
+) -> Amount:
+    """The one amount that prune takes.
+
+    Args:
+        texts: "keep", "lam" and "lam_ratio" as they were typed: ``["0.5"]`` or ``["conv1=8", "fc1=0.2"]``.
+        limits: Of the budget; None = no such limit.
+        grid: Sizes that groups may take under the budget; None = default.
+        effort: How carefully the budget is shared out; None = default.
+
+    Raises:
+        ValueError: If there is no amount, or more than one, or a detail of a budget without a limit.
+    """
+    given = {name: _amount_of(name, values) for name, values in texts.items() if values}
+    wanted, finely, carefully = (_given(of) for of in (limits, grid, effort))
+    if (details := {**finely, **carefully}) and not wanted:
+        raise ValueError(f"--{next(iter(details)).replace('_', '-')} belongs to a budget: give --params, --macs, "
+                         "--budget-size, --latency or --error too")  # fmt: skip
+    if len(given) + bool(wanted) != 1:
+        names = "--keep, --lam, --lam-ratio or a budget (--params, --macs, --budget-size, --latency, --error)"
+        got = " and ".join([*given, *(["budget"] if wanted else [])]) or "none"
+        raise ValueError(f"how much is to be kept? Give one of {names}; got {got}")
+    if wanted:
+        return Budget(**wanted, grid=Grid(**finely), effort=Effort(**carefully))
+    if "keep" in given:
+        return Keep(given["keep"])
+    return Penalty(given.get("lam"), given.get("lam_ratio"))
+
+
+def selector_of(name: str, swaps: int | None, seed: int) -> str | Selector:
+    """The selector of this name, with the settings that belong to it.
+
+    Raises:
+        ValueError: If swaps are given for a selector that has none.
+    """
+    if swaps is not None:
+        if name != "backward":
+            raise ValueError(f"--swaps belongs to --selector backward, got --selector {name}")
+        return Backward(swaps)
+    return Random(seed) if name == "random" else name
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _amount_of(name: str, values: list[str]) -> float | dict[str, float]:
+    option = "--" + name.replace("_", "-")
+    if len(values) == 1 and "=" not in values[0]:
+        return _number(values[0], option)
+    pairs = [value.rpartition("=") for value in values]
+    if any(not layer for layer, *_ in pairs):
+        raise ValueError(f"{option} takes one number, or LAYER=NUMBER as often as needed; got {' '.join(values)}")
+    return {layer: _number(value, option) for layer, _, value in pairs}
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{option} takes a number, or LAYER=NUMBER; got {text!r}") from error

@@ -1,0 +1,213 @@
+"""A whole model and a plan -> the shrunk model, without calibration data."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lnr_prune.calibration.calls import Call, check_model
+from lnr_prune.calibration.data import calibrate
+from lnr_prune.collapse.attributes import ints
+from lnr_prune.collapse.collapse import collapse, replace_tensors, restore_point
+from lnr_prune.collapse.fingerprint import fingerprint
+from lnr_prune.collapse.graph_module import PrunedGraph, pruned_graph
+from lnr_prune.collapse.plan import Plan
+from lnr_prune.collapse.record import original_of
+from lnr_prune.collapse.verify import Reference, copied
+from lnr_prune.errors import GraphError, PlanError
+from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.owners import along
+
+INTO = ("copy", "model")
+NOTHING = 1e-30  # of a weight: far below what float64 sees at any scale of outputs, while a norm of zeros would be nan
+
+
+def apply_plan(plan: Plan, model: nn.Module, *, example: Any = None, into: str = "copy") -> nn.Module:
+    """Removes the planned channels from another checkpoint of the same architecture.
+
+    Its weights are cut, not refitted: the result is what masking these channels leaves of it, and as a
+    rule less accurate than `prune` on its own calibration data.
+
+    Args:
+        plan: What is kept.
+        model: A model of the architecture that the plan was made for. It is not modified unless ``into="model"``.
+        example: A batch, as for `prune`, on which the result is compared with the masked model.
+        into: What is shrunk: a "copy", or the "model" itself, which is as before if anything fails.
+
+    Raises:
+        PlanError: If the model is of another architecture.
+        CalibrationError: If the model does not accept the example.
+        VerificationError: If the smaller model does not equal the masked one.
+
+    Example:
+        >>> import torch, lnr_prune as lnr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> plan = lnr.prune(model, [torch.randn(256, 8)], lnr.Keep(0.5)).plan
+        >>> _ = model.load_state_dict({name: torch.randn_like(w) for name, w in model.state_dict().items()})
+        >>> lnr.apply_plan(plan, model, example=torch.randn(2, 8))[0]
+        Linear(in_features=8, out_features=16, bias=True)
+    """
+    call = _checked(model, plan, example)
+    target = _target(model, call, into)
+    reference = Reference(model, _masked(plan, named_tensors(model)), call) if call else None
+    with _unless_it_fails(target):
+        collapse(target, plan)
+        if reference:
+            reference.check(target)
+    return target
+
+
+def filled(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, example: Any, into: str) -> nn.Module:
+    """The model without the planned channels and with these tensors, name -> what is left of it."""
+    call = _checked(model, plan, example)
+    target = _target(model, call, into)
+    reference = Reference(model, _spread(plan, tensors), call) if call else None
+    with _unless_it_fails(target):
+        collapse(target, plan)
+        old = named_tensors(target)
+        replace_tensors(target, {id(old[name]): _like(tensor, old[name]) for name, tensor in tensors.items()})
+        if reference:
+            reference.check(target)
+    return target
+
+
+def filled_graph(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, example: Any) -> PrunedGraph:
+    """The same as a graph, which is traced anew."""
+    call = _checked(model, plan, example)
+    if call is None:
+        raise PlanError(
+            "the pruned model is a graph (into='graph'), which is traced anew when it is loaded: "
+            "give a batch as example=. torch.export.save keeps a graph as it is"
+        )
+    graph = pruned_graph(model, plan, _spread(plan, tensors), call)
+    original = fingerprint(model)
+    for name in named_tensors(graph):
+        name = original.tied.get(name, name)
+        if name in original.tensors and name not in tensors:
+            raise PlanError(f"the file lacks {name!r}, which the graph of {type(model).__name__} uses")
+    return graph
+
+
+def _checked(model: nn.Module, plan: Plan, example: Any) -> Call | None:
+    """The example's call, once it is known that the plan is for this model."""
+    check_model(model)
+    if plan.original is not None:
+        plan.original.check(model)
+    modules, tensors = dict(model.named_modules(remove_duplicate=False)), named_tensors(model)
+    for name, dims in plan.indices.items():
+        shape = tensors[name].shape if name in tensors else ()
+        for dim, kept in dims.items():
+            if not (0 <= dim < len(shape) and kept and kept[0] >= 0 and kept[-1] < shape[dim]):
+                raise PlanError(f"the plan keeps indices of dimension {dim} of {name!r} that the model does not have")
+    for name, entries in plan.attributes.items():
+        held = dict(ints(modules[name])) if name in modules else {}
+        for path, value in entries.items():
+            if not 0 < value <= held.get(path, 0):
+                raise PlanError(
+                    f"the plan sets attribute {path!r} of layer {name!r} to {value}; expected one that holds an int "
+                    f"of at least that, got {held.get(path, 'no such int')}"
+                )
+    return None if example is None else calibrate(model, [example]).example()
+
+
+def _target(model: nn.Module, call: Call | None, into: str) -> nn.Module:
+    if into not in INTO:
+        raise ValueError(f"into must be one of {', '.join(INTO)}, got {into!r}")
+    if into == "model":
+        return model
+    if call is not None:
+        return copied(model, call)
+    try:
+        target = copy.deepcopy(model)
+    except Exception as error:  # deepcopy raises whatever the model's attributes raise
+        raise GraphError(f"{type(model).__name__} cannot be deep-copied ({error}); use into='model'") from error
+    if _reaches(target, model):
+        raise GraphError(
+            f"a deep copy of {type(model).__name__} holds functions, such as lambdas in a list, that close over the "
+            "original: use into='model', give an example= to find out whether they run, or turn them into methods"
+        )
+    return target
+
+
+def _reaches(target: nn.Module, original: nn.Module) -> bool:
+    """Whether something that a copy holds, a function's closure included, still holds a part of the original."""
+    parts = {id(part) for part in (*original.modules(), *original.parameters(), *original.buffers())}
+    seen: set[int] = set()
+    waiting: list[Any] = list(target.modules())
+    while waiting:
+        value = waiting.pop()
+        if id(value) in parts:
+            return True
+        if id(value) not in seen:
+            seen.add(id(value))
+            waiting += _held(value)
+    return False
+
+
+def _held(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    if isinstance(value, type | Tensor | ModuleType):
+        return []
+    own = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    if isinstance(value, MethodType):
+        own.append(value.__self__)
+    elif isinstance(value, partial):
+        own += [value.func, value.args, value.keywords]
+    elif isinstance(value, FunctionType):
+        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())
+        own += [*cells, value.__defaults__, value.__kwdefaults__]
+    return own
+
+
+@contextmanager
+def _unless_it_fails(target: nn.Module) -> Iterator[None]:
+    """Puts the module back as it was if anything fails."""
+    restore = restore_point(target)
+    try:
+        yield
+    except BaseException as error:
+        restore()
+        if isinstance(error, ArithmeticError | LookupError | RuntimeError | TypeError | ValueError):
+            raise PlanError(f"the plan does not fit {type(target).__name__}: {error}") from error
+        raise
+
+
+def _masked(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is removed set to next to nothing, in whatever may be a consumer's weight."""
+    masked = {}
+    for name, dims in plan.indices.items():
+        value = tensors[name].detach()
+        if value.dim() > 1:
+            for dim, kept in dims.items():
+                keep = torch.full((value.shape[dim],), NOTHING * value.is_floating_point(), dtype=torch.float64)
+                keep[list(kept)] = 1.0
+                value = value * along(keep, dim, value.shape).to(value)
+            masked[name] = value
+    return masked
+
+
+def _spread(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is left of every tensor, at its full size: with next to nothing where it lost entries, ones in a vector."""
+    spread, kinds = {}, original_of(plan).tensors
+    for name, value in tensors.items():
+        shape = kinds[name].shape
+        for dim, kept in plan.indices.get(name, {}).items():
+            full = [shape[dim] if axis == dim else size for axis, size in enumerate(value.shape)]
+            whole = value.new_full(full, NOTHING * value.is_floating_point() if len(full) > 1 else 1)
+            value = whole.index_copy(dim, torch.tensor(kept), value)
+        spread[name] = value
+    return spread
+
+
+def _like(tensor: Tensor, old: Tensor) -> Tensor:
+    """The tensor on the device of another one, and a parameter if that is one."""
+    tensor = tensor.to("cpu" if old.is_meta else old.device)
+    return nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor

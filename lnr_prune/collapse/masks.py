@@ -1,0 +1,48 @@
+"""Masked weights: full-size tensors in which dropped channels are zero."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lnr_prune.calibration.outputs import own_tensors
+from lnr_prune.graph.groups import ChannelGroup
+from lnr_prune.graph.owners import along
+
+Supports = Mapping[ChannelGroup, Tensor]
+"""Group -> True for every channel that is kept, (size,) bool."""
+
+
+def masked_weights(supports: Supports, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The consumers' weights with the columns of dropped channels set to zero, at full size."""
+    masked: dict[str, Tensor] = {}
+    for group, support in supports.items():
+        keep = torch.cat([support.cpu(), torch.ones(1, dtype=torch.bool)])
+        for consumer in (*group.consumers, *group.training):
+            weight = masked.get(consumer.weight, tensors[consumer.weight])
+            columns = along(keep[consumer.channels], consumer.dim, weight.shape).to(weight)
+            masked[consumer.weight] = weight.detach() * columns
+    return masked
+
+
+def random_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Values that hide nothing: gates and scales away from zero, variances positive."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, tensor in own_tensors(model).items():
+        if not tensor.is_floating_point():
+            continue
+        value = torch.rand(tensor.shape, generator=generator)
+        if tensor.dim() > 1:
+            value = 2 * value - 1  # of either sign
+            value = (value + value.sign() / 2) / max(1, tensor[0].numel()) ** 0.5
+        else:
+            value += 0.5
+        weights[name] = value.to(tensor)
+    return weights
+
+
+def whole_masks(groups: Iterable[ChannelGroup], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of the groups' consumers, those in training included, that leave everything: of one row each."""
+    consumers = (consumer for group in groups for consumer in (*group.consumers, *group.training))
+    return {c.weight: tensors[c.weight].detach().narrow(1 - c.dim, 0, 1).clone().fill_(1) for c in consumers}

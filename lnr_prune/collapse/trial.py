@@ -1,0 +1,153 @@
+"""Which channel groups a module can lose channels of, found out by trying."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lnr_prune.calibration.calls import Call
+from lnr_prune.collapse.attributes import Role, choices, with_attributes
+from lnr_prune.collapse.collapse import collapse, restore_point
+from lnr_prune.collapse.masks import masked_weights, random_weights
+from lnr_prune.collapse.plan import make_plan
+from lnr_prune.collapse.verify import Reference, copied
+from lnr_prune.errors import CalibrationError, GraphError, VerificationError
+from lnr_prune.graph.groups import ChannelGroup, Graph, find_groups
+
+Groups = tuple[ChannelGroup, ...]
+
+
+def prunable(model: nn.Module, example: Call, into: str) -> tuple[Graph, nn.Module | None]:
+    """The channel groups that a model can really lose, and the module that will lose them.
+
+    Args:
+        model: The model; it is left as it is.
+        example: Arguments of one forward pass.
+        into: What will be shrunk: a "copy", the "model" itself, or a "graph" that is made of it (no module then).
+
+    Raises:
+        GraphError: If the model cannot be traced or copied, or has no channel that can be pruned.
+    """
+    graph = find_groups(model, *example)
+    target = copied(model, example) if into == "copy" else model if into == "model" else None
+    if target is not None:
+        groups, fixed = shrinkable(target, graph.groups, example)
+        graph = replace(graph, groups=groups, frozen={**graph.frozen, **fixed})
+    if not graph.groups:
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in graph.frozen.items())
+        raise GraphError(f"{type(model).__name__} has no channel that can be pruned. {reasons or 'It has no layers'}")
+    return graph, target
+
+
+def shrinkable(model: nn.Module, groups: Groups, example: Call) -> tuple[Groups, dict[str, str]]:
+    """The groups that the module itself can lose channels of, found out by trying with random weights.
+
+    A forward that holds a size (``view(-1, 800)``, ``self.num_heads``) fails the trial. Where submodules hold
+    it in an attribute, the trial is repeated with the attribute changed, once for all that run the same line
+    of code; groups that still fail are left out, with the reason.
+
+    Args:
+        model: The module that is to be shrunk; it is as before when the function returns.
+        groups: Candidates.
+        example: Arguments of one forward pass.
+
+    Returns:
+        The groups that pass, with the attributes that change with them, and name of a producer -> reason for
+        those that do not.
+    """
+    if not groups:
+        return (), {}
+    try:
+        trial = _trial(model, groups, example)
+    except CalibrationError as error:
+        evaluated = tuple(group for group in groups if not group.training)
+        if len(evaluated) == len(groups):
+            raise
+        reason = f"read in training mode too, in which the example cannot be run ({error})".splitlines()[0]
+        passed, refused = shrinkable(model, evaluated, example)
+        return passed, {**refused, **{name: reason for group in groups if group.training for name in group.producers}}
+    if trial(groups) is None:
+        return groups, {}
+    families: dict[frozenset[str], list[ChannelGroup]] = {}
+    for group in groups:
+        families.setdefault(frozenset(held.line for held in group.held), []).append(group)
+    kept, refused = list(families.pop(frozenset(), ())), {}
+    for family in families.values():
+        chosen, why = _choose(model, family[0], trial)
+        if why is None:
+            kept += [with_attributes(model, group, chosen) for group in family]
+        else:
+            refused |= {producer: why for group in family for producer in group.producers}
+    order = {group.name: index for index, group in enumerate(groups)}
+    passed, failed = _bisect(tuple(sorted(kept, key=lambda group: order[group.name])), trial)
+    return passed, {**refused, **failed}
+
+
+Trial = Callable[[Groups], str | None]
+
+
+def _choose(model: nn.Module, group: ChannelGroup, trial: Trial) -> tuple[frozenset[Role], str | None]:
+    """The attributes that must change for the group to pass, and none besides; if there are none, why not."""
+    results: dict[frozenset[tuple[str, str]], str | None] = {}
+
+    def failure(roles: frozenset[Role]) -> str | None:
+        candidate = with_attributes(model, group, roles)
+        changed = frozenset(candidate.attributes)
+        if changed not in results:
+            results[changed] = trial((candidate,))
+        return results[changed]
+
+    chosen = next((roles for roles in choices(model, group) if failure(roles) is None), None)
+    if chosen is None:
+        return frozenset(), next(iter(results.values()))
+    for role in sorted(chosen, key=str):
+        if failure(chosen - {role}) is None:
+            chosen -= {role}
+    return chosen, None
+
+
+def _bisect(groups: Groups, trial: Trial) -> tuple[Groups, dict[str, str]]:
+    """The groups that pass, and name of a producer -> reason for those that do not."""
+    reason = trial(groups) if groups else None
+    if reason is None:
+        return groups, {}
+    if len(groups) == 1:
+        return (), dict.fromkeys(groups[0].producers, reason)
+    half = len(groups) // 2
+    first, refused = _bisect(groups[:half], trial)
+    second, refused_too = _bisect(groups[half:], trial)
+    return first + second, {**refused, **refused_too}
+
+
+def _trial(model: nn.Module, groups: Groups, example: Call) -> Trial:
+    """Tells why the model does not survive losing a third of the channels of some groups; None if it does.
+
+    The channels are masked in all groups, so one reference serves every trial: to remove what is masked
+    changes nothing. A forward that names positions often names the first or the last: these go.
+    """
+    generator = torch.Generator().manual_seed(0)
+    supports = {}
+    for group in groups:
+        support = torch.rand(group.size, generator=generator) > 0.3
+        support[[0, -1]], support[group.size // 2] = False, True
+        supports[group.name] = support
+    masked = random_weights(model)
+    masked |= masked_weights({group: supports[group.name] for group in groups}, masked)
+    reference = Reference(model, masked, example, training=any(group.training for group in groups))
+
+    def trial(candidates: Groups) -> str | None:
+        restore = restore_point(model)
+        try:
+            collapse(model, make_plan({group: supports[group.name] for group in candidates}), masked)
+            reference.check(model)
+        except VerificationError as error:
+            return (
+                "its sizes or positions are fixed in the model's forward; into='graph' can remove them "
+                f"({error})".splitlines()[0]
+            )
+        finally:
+            restore()
+        return None
+
+    return trial

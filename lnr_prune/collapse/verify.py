@@ -1,0 +1,131 @@
+"""Verification: the smaller model must equal the masked model, numerically."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lnr_prune.calibration.calls import Call, run
+from lnr_prune.calibration.outputs import outputs_of
+from lnr_prune.errors import CalibrationError, GraphError, VerificationError
+from lnr_prune.graph.module import named_tensors
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+"""Largest difference allowed, relative to the largest output; rounding grows with depth."""
+
+
+class Reference:
+    """Outputs of the masked model, in float64 where it runs in float64, to compare a pruned one with."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        example: Call,
+        *,
+        training: bool = False,
+        wide: bool = True,
+    ) -> None:
+        """Runs the model with these full-size tensors in place of its own.
+
+        In float64, see `outputs_of`, where the model runs in it; else in its own dtype, with the tolerance of that.
+
+        Args:
+            model: The whole model.
+            weights: The tensors.
+            example: Arguments of one forward pass.
+            training: Whether to compare in training mode too; dropout lets everything through then, as its
+                choice depends on the number of channels.
+            wide: Whether to try float64.
+        """
+        self.example, self.wide = example, wide
+        self.modes = (False, True) if training else (False,)
+        try:
+            self.outputs = [outputs_of(model, weights, example, wide=wide, training=mode) for mode in self.modes]
+        except CalibrationError:  # the forward insists on its own dtype
+            if not wide:
+                raise
+            self.wide = False
+            self.outputs = [outputs_of(model, weights, example, wide=False, training=mode) for mode in self.modes]
+
+    def check(self, pruned: nn.Module) -> None:
+        """Compares the pruned model with the masked one.
+
+        Raises:
+            VerificationError: If the pruned model does not run, or differs by more than rounding.
+        """
+        for training, expected in zip(self.modes, self.outputs, strict=True):
+            try:
+                outputs = outputs_of(pruned, {}, self.example, wide=self.wide, training=training)
+            except CalibrationError as error:
+                raise VerificationError(f"the pruned model does not run: {error}") from error
+            _compare(outputs, expected)
+
+
+def _compare(outputs: list[Tensor], references: list[Tensor]) -> None:
+    if [out.shape for out in outputs] != [out.shape for out in references]:
+        raise VerificationError(
+            f"the pruned model's outputs have shapes {[tuple(out.shape) for out in outputs]}, the masked "
+            f"model's {[tuple(out.shape) for out in references]}"
+        )
+    for got, expected in zip(outputs, references, strict=True):
+        if not got.is_floating_point():
+            equal = torch.equal(got, expected)
+            difference, scale, tolerance = (0.0 if equal else 1.0), 1.0, 0.0
+        else:
+            difference = float((got - expected).abs().max()) if got.numel() else 0.0
+            scale = max(float(expected.abs().max()) if got.numel() else 0.0, 1e-30)
+            tolerance = TOLERANCE[got.dtype]
+        if not difference <= tolerance * scale:
+            raise VerificationError(
+                f"the pruned model differs from the masked one by {difference / scale:.1e} of the largest "
+                f"output, expected at most {tolerance:.0e}: its forward uses the removed channels in a way "
+                "that the graph did not show. Your model is untouched; exclude layers with Keep({...}), "
+                "and please report the model"
+            )
+
+
+def copied(model: nn.Module, example: Call) -> nn.Module:
+    """A deep copy whose forward runs on its own parameters.
+
+    Raises:
+        GraphError: If the copy's forward still uses the original's parameters, as functions stored on the
+            model do when they close over it, or if it cannot be copied.
+    """
+    try:
+        copy_ = copy.deepcopy(model)
+    except Exception as error:  # deepcopy raises whatever the model's attributes raise
+        raise GraphError(
+            f"{type(model).__name__} cannot be deep-copied ({error}); prune it with into='model'"
+        ) from error
+    originals = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    own = {id(tensor) for tensor in named_tensors(copy_).values()}
+    seen = _Seen()
+    with seen:
+        run(copy_, example)
+    foreign = sorted(originals[ref] for ref in seen.tensors if ref in originals and ref not in own)
+    if foreign:
+        raise GraphError(
+            f"a deep copy of {type(model).__name__} runs on the original's parameters ({', '.join(foreign[:3])}...): "
+            "its forward calls functions, such as lambdas in a list, that close over the original. Prune it with "
+            "into='model', or turn these functions into methods"
+        )
+    return copy_
+
+
+class _Seen(TorchFunctionMode):
+    """Remembers every tensor that a torch function is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.tensors.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,213 @@
+"""Along the regularisation path: many lam, or the lam that keeps a wanted number of groups."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from lnr_prune.lasso.problem import GroupLasso
+from lnr_prune.lasso.solution import Solution
+from lnr_prune.lasso.solve import Solver, solve
+
+NARROW = 1e-5  # relative width of a bracket that no count can be told apart in
+
+
+ROUGH = 1e-4  # gap that is good enough far from the wanted count
+
+
+DESCENT = 5.0  # largest factor between two lam while nothing is known below
+
+
+@dataclass(frozen=True, eq=False)
+class RegularizationPath:
+    """Solutions at falling lam; each says what it cost (``iterations``, ``factorisations``, ``seconds``).
+
+    Attributes:
+        solutions: One a lam, the largest lam first.
+    """
+
+    solutions: tuple[Solution, ...]
+
+    @property
+    def lams(self) -> Tensor:
+        """Every lam, (n_lams,) float64."""
+        return torch.tensor([solution.lam for solution in self.solutions], dtype=torch.float64)
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of groups kept at every lam, (n_lams,) int64."""
+        return torch.tensor([solution.n_kept for solution in self.solutions])
+
+    @property
+    def factorisations(self) -> int:
+        """Cholesky factorisations of the whole path."""
+        return sum(solution.factorisations for solution in self.solutions)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of the whole path."""
+        return sum(solution.seconds for solution in self.solutions)
+
+
+def regularization_path(
+    problem: GroupLasso,
+    lams: Sequence[float] | None = None,
+    *,
+    n_lams: int = 30,
+    smallest: float = 1e-3,
+    solver: str | Solver = "newton",
+    tol: float = 1e-6,
+    progress: bool | None = None,
+) -> RegularizationPath:
+    """``M(lam) = argmin_M P(M)`` at many lam, each started from the one before.
+
+    Args:
+        problem: The problem.
+        lams: Penalties, >= 0, in any order. Default: ``n_lams`` of them, evenly spaced in log lam from
+            `GroupLasso.lambda_max` to ``smallest`` times it.
+        n_lams: Number of lam if none are given.
+        smallest: The last of them, as a fraction of lambda_max, in (0, 1).
+        solver: As for `solve`.
+        tol: As for `solve`.
+        progress: Whether to show a progress bar on stderr. Default: if stderr is a terminal.
+
+    Returns:
+        The `RegularizationPath`, sorted by falling lam.
+
+    Raises:
+        ValueError: If n_lams or smallest is out of range, or what `solve` raises.
+
+    Example:
+        >>> from lnr_prune import Block
+        >>> R, B = torch.eye(3, dtype=torch.float64), torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
+        >>> regularization_path(GroupLasso((Block(R, B, t=14.0),)), [0.5, 1.5, 2.5]).counts
+        tensor([1, 2, 3])
+    """
+    if lams is None:
+        if not (n_lams >= 1 and 0 < smallest < 1):
+            raise ValueError(f"n_lams must be >= 1 and smallest in (0, 1), got {n_lams} and {smallest}")
+        fractions = torch.logspace(0, math.log10(smallest), n_lams, dtype=torch.float64)
+        lams = (problem.lambda_max() * fractions).tolist()
+    hidden = not (sys.stderr.isatty() if progress is None else progress)
+    solutions: list[Solution] = []
+    for lam in track(sorted(lams, reverse=True), "path", console=Console(stderr=True), disable=hidden, transient=True):
+        start = solutions[-1].coefficients if solutions else None
+        solutions.append(solve(problem, lam, solver=solver, tol=tol, start=start))
+    return RegularizationPath(tuple(solutions))
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One solve of a search: where, what it kept, to which gap, and what it cost."""
+
+    lam: float
+    n_kept: int
+    gap: float
+    factorisations: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class CountSearch:
+    """What `lam_for_count` found.
+
+    Attributes:
+        solution: The solution with the wanted number of groups, or the nearest that keeps more.
+        note: Why there is none with just that number; "" if there is.
+        visits: Every solve on the way.
+    """
+
+    solution: Solution
+    note: str
+    visits: tuple[Visit, ...]
+
+
+def lam_for_count(
+    problem: GroupLasso, count: int, *, solver: str | Solver = "newton", tol: float = 1e-6
+) -> CountSearch:
+    """The lam at which ``count`` groups are kept, by a warm-started search on log lam.
+
+    The count falls, as a rule, from all groups at small lam to none at `GroupLasso.lambda_max`: the lam are
+    interpolated (log-odds of the count against log lam) inside a bracket, to loose gaps while it is wide. Groups
+    that tie enter together: then no lam keeps exactly ``count``, and the nearest solution found that keeps
+    more is returned, or least squares if even lam = 0 keeps fewer.
+
+    Args:
+        problem: The problem.
+        count: Wanted number of non-zero groups, from 1 to ``problem.n_groups``.
+        solver: As for `solve`.
+        tol: As for `solve`; lowered where groups enter so close together that only a small gap tells them apart.
+
+    Returns:
+        The `CountSearch`.
+
+    Raises:
+        ValueError: If count is out of range.
+    """
+    if not 1 <= count <= problem.n_groups:
+        raise ValueError(f"count must be between 1 and the {problem.n_groups} groups, got {count}")
+    visits: list[Visit] = []
+    start = None
+
+    def visit(lam: float, gap: float) -> Solution:
+        nonlocal start
+        solution = solve(problem, lam, solver=solver, tol=gap, start=start)
+        start = solution.coefficients
+        visits.append(Visit(lam, solution.n_kept, solution.gap, solution.factorisations, solution.seconds))
+        return solution
+
+    def everything() -> CountSearch:
+        solution = visit(0.0, tol)
+        kept = solution.n_kept
+        note = "" if kept == count else f"even least squares keeps {kept} of {problem.n_groups} groups"
+        return CountSearch(solution, note, tuple(visits))
+
+    top = problem.lambda_max()
+    if top == 0.0:
+        return everything()
+    high = higher = (top, 0)  # (lam, groups kept) on either side of the count; higher: the one before high
+    low: tuple[float, int] | None = None
+    more: Solution | None = None  # the solution at low
+    sharp, turn = False, 0
+    while low is None or more is None or high[0] / low[0] > 1 + NARROW:
+        if low and not sharp and high[0] / low[0] < 1.01:  # groups enter close together here
+            sharp, tol, high = True, tol * 1e-4, (min(top, 1.01 * high[0]), high[1])
+        turn += 1
+        if low:
+            share = _share(high, low, problem.n_groups, count) if turn % 3 else 0.5  # interpolation alone may creep
+            lam = high[0] * (low[0] / high[0]) ** min(max(share, 0.1), 0.9)
+        elif high[1]:
+            factor = (higher[0] / high[0]) ** (_share(higher, high, problem.n_groups, count) - 1)
+            lam = high[0] / min(max(factor, 1.3), DESCENT)
+        else:
+            lam = high[0] / 3
+        if lam < 1e-9 * top:
+            return everything()
+        rough = low is None or high[0] / low[0] > 2
+        solution = visit(lam, max(tol, ROUGH) if rough else tol)
+        if rough and abs(solution.n_kept - count) <= max(1, count // 50):  # the count may depend on the gap
+            solution = visit(lam, tol)
+        if solution.n_kept == count:
+            return CountSearch(solution, "", tuple(visits))
+        if solution.n_kept > count:
+            low, more = (lam, solution.n_kept), solution
+        else:
+            higher, high = high, (lam, solution.n_kept)
+    together = more.n_kept - high[1]
+    note = f"no lam keeps exactly {count}: {together} groups enter together at lam={low[0]:.4g}"
+    return CountSearch(more, note, tuple(visits))
+
+
+def _share(first: tuple[float, int], second: tuple[float, int], n_groups: int, count: int) -> float:
+    """How far from first to second the count is, if its log-odds are linear in log lam; 1/2 if they do not tell."""
+
+    def log_odds(kept: int) -> float:
+        return math.log((kept + 0.5) / (n_groups - kept + 0.5))
+
+    start, end = log_odds(first[1]), log_odds(second[1])
+    return (log_odds(count) - start) / (end - start) if end > start else 0.5

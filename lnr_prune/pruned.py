@@ -1,0 +1,158 @@
+"""What a prune returns."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from lnr_prune.calibration.calls import Call
+from lnr_prune.collapse import files
+from lnr_prune.collapse.plan import Plan
+from lnr_prune.graph.groups import ChannelGroup, Graph
+from lnr_prune.refit.refit import Refitted
+from lnr_prune.refit.regression import LayerFit
+from lnr_prune.report.report import GroupReport, LayerReport, Report
+from lnr_prune.runtime.processes import Ranks
+from lnr_prune.selection import cost
+from lnr_prune.selection.select import Selected
+
+logger = logging.getLogger("lnr_prune")
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """What `prune` returns.
+
+    Attributes:
+        model: The smaller model, of the original's class.
+        report: What was done to every group; ``print(pruned.report)``.
+        plan: Which indices of which parameters were kept.
+        masked: Full-size parameters (name -> tensor) of the equal, masked model:
+            ``torch.func.functional_call(original, pruned.masked, inputs)`` is ``pruned.model(inputs)``.
+    """
+
+    model: nn.Module
+    report: Report
+    plan: Plan
+    masked: Mapping[str, Tensor]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the pruned model to a safetensors file, with the plan, the report and the original's fingerprint.
+
+        `load` reads it. All parameters and buffers are stored, tied ones once, with the values that they have
+        now; the report without its latencies, so that the same prune gives the same bytes. An existing file is
+        replaced, and stays as it is if anything fails.
+
+        Raises:
+            PlanError: If the model no longer has the shapes that it was pruned to, or its state is not all tensors.
+            OSError: If the file cannot be written.
+        """
+        report = replace(self.report, latency_before=None, latency_after=None)
+        files.save_model(path, self.model, self.plan, report)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs.
+
+    Attributes:
+        params: Number of parameters.
+        macs: Multiply-accumulates for one sample.
+        size: Bytes of the parameters and buffers.
+    """
+
+    params: int
+    macs: int
+    size: int
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Call) -> "Costs":
+        """The costs of a model, of which ``example`` is a call."""
+        return cls(cost.parameters(model), cost.macs(model, example), cost.size(model))
+
+
+def latencies(model: nn.Module, small: nn.Module, example: Call, ranks: Ranks) -> tuple[float | None, float | None]:
+    """Median seconds of a forward pass of both models; not known where they are the same one."""
+    timed = [] if small is model else [partial(cost.side_by_side, [model, small], example)]
+    before, after = next(iter(ranks.share_out(timed)), (None, None))
+    return before, after
+
+
+def reported(
+    graph: Graph,
+    selected: Mapping[ChannelGroup, Selected],
+    fitted: Refitted,
+    predicted: Mapping[ChannelGroup, float],
+    error: float,
+    costs: tuple[Costs, Costs],
+    seconds: tuple[float | None, float | None],
+    *,
+    refitted: bool,
+) -> Report:
+    """The report of a prune.
+
+    Args:
+        graph: The model's channel groups.
+        selected: The groups whose channels were chosen.
+        fitted: The layers that were refitted.
+        predicted: What a budget expected of the groups.
+        error: Of the outputs.
+        costs: Before and after.
+        seconds: Of a forward pass, before and after.
+        refitted: Whether there was a refit.
+    """
+    rows = tuple(row_of(g, selected.get(g), fitted.layers, predicted.get(g), refitted) for g in graph.groups)
+    fits = fitted.layers
+    layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := fits.get(layer.weight)))
+    _warn_of_few_samples(layers)
+    before, after = costs
+    return Report(
+        rows, layers, error, graph.frozen,
+        before.params, after.params, before.macs, after.macs, before.size, after.size, *seconds,
+    )  # fmt: skip
+
+
+def row_of(
+    group: ChannelGroup,
+    chosen: Selected | None,
+    fits: Mapping[str, LayerFit],
+    predicted: float | None,
+    refitted: bool,
+) -> GroupReport:
+    """The group's row of the report: as it was chosen (None = it stays whole), or as its consumers were refitted."""
+    consumers = tuple(consumer.name for consumer in group.consumers)
+    row = GroupReport(group.name, group.producers, consumers, group.size, group.size)
+    if chosen is None:
+        return row
+    selection, fitted = chosen.selection, [fits[c.weight] for c in group.consumers if c.weight in fits]
+    if fitted:
+        scale = sum(fit.scale for fit in fitted)
+        error = sum(fit.error for fit in fitted) / scale if scale > 0 else 0.0
+    elif refitted and consumers:  # they read what they did in the original network, and stay as they are
+        error = 0.0
+    else:
+        error = chosen.error
+    return replace(
+        row,
+        kept=int(selection.support.sum()),
+        error=error,
+        lam=selection.lam,
+        gap=selection.gap,
+        predicted=predicted,
+        before_refit=chosen.error,
+        note=selection.note,
+    )
+
+
+def _warn_of_few_samples(layers: tuple[LayerReport, ...]) -> None:
+    few = [layer for layer in layers if layer.samples < 2 * layer.columns]
+    if few:
+        worst = min(few, key=lambda layer: layer.samples / layer.columns)
+        logger.warning(
+            "%d of %d layers were fitted to fewer than two samples a column (%r to %d samples of %d columns): "
+            "give more calibration data",
+            len(few), len(layers), worst.name, worst.samples, worst.columns,
+        )  # fmt: skip

@@ -1,0 +1,82 @@
+"""A function that calls back, turned into a generator: it waits, as it stands, until it is answered."""
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+import torch
+
+Question = TypeVar("Question")
+
+
+Answer = TypeVar("Answer")
+
+
+_DONE, _STOP = object(), object()
+
+
+def suspended(function: Callable[[Callable[[Question], Answer]], None]) -> Generator[Question, Answer, None]:
+    """Runs ``function(ask)``; yields every question that it asks, and ``ask`` returns what is sent back.
+
+    The function runs in a thread of its own, but never at the same time as its caller, whose autocast and default
+    device it has. An exception in it is raised here; when the generator is closed, the function ends with
+    GeneratorExit where it waits.
+
+    Example:
+        >>> answers = []
+        >>> generator = suspended(lambda ask: answers.append(ask("who?")))
+        >>> next(generator)
+        'who?'
+        >>> next(generator, "the end"), answers  # next() sends None
+        ('the end', [None])
+    """
+    questions: SimpleQueue[Any] = SimpleQueue()
+    answers: SimpleQueue[Any] = SimpleQueue()
+    settings = _settings()
+
+    def ask(question: Question) -> Answer:
+        questions.put(question)
+        answer: Answer = answers.get()
+        if answer is _STOP:
+            raise GeneratorExit
+        return answer
+
+    def target() -> None:
+        try:
+            with ExitStack() as stack:
+                for setting in settings:
+                    stack.enter_context(setting)
+                function(ask)
+            end: Any = _DONE
+        except BaseException as error:  # handed over, whatever it is
+            end = _Raised(error)
+        questions.put(end)
+
+    thread = Thread(target=target, daemon=True)
+    thread.start()
+    try:
+        while (question := questions.get()) is not _DONE:
+            if isinstance(question, _Raised):
+                raise question.error
+            answers.put((yield question))
+    finally:
+        answers.put(_STOP)
+        thread.join()
+
+
+def _settings() -> list[AbstractContextManager[Any]]:
+    """What torch keeps for each thread: autocast and the default device."""
+    accelerator, default = torch.accelerator.current_accelerator(), torch.get_default_device()
+    autocasts: list[AbstractContextManager[Any]] = [
+        torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=torch.is_autocast_cache_enabled())
+        for device in ("cpu", *([accelerator.type] if accelerator else []))
+        if torch.is_autocast_enabled(device)
+    ]
+    return autocasts if default.type == "cpu" else [*autocasts, default]
+
+
+class _Raised:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error

@@ -1,0 +1,240 @@
+"""Sequential asymmetric refit: every linear layer, inputs from the pruned network, targets from the original one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lnr_prune.calibration.adapter import AdaptedLayer
+from lnr_prune.calibration.attention import visible_attention
+from lnr_prune.calibration.data import Calibration, short_example
+from lnr_prune.calibration.moments import SecondMoments
+from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
+from lnr_prune.refit.downstream import Wiring
+from lnr_prune.refit.fit import divergence_fitted, fitted, fitted_to_all_calls
+from lnr_prune.refit.follow import wiring_of
+from lnr_prune.refit.held_out import Place, places_of
+from lnr_prune.refit.joint import Maker, Passed, refit_jointly
+from lnr_prune.refit.regression import LayerFit
+from lnr_prune.refit.side_by_side import Arguments, Arrival, Lockstep
+from lnr_prune.refit.target import RefitLayer, Target, target_of
+from lnr_prune.runtime.checks import check_count, check_size
+from lnr_prune.runtime.work import Work
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How the layers are refitted.
+
+    Attributes:
+        ridge: Ridge towards the original weights, as a fraction of the inputs' mean second moment; None = chosen on
+            held-out samples, layer by layer.
+        window: Layers that are refitted together. 1 = each by itself, by least squares. 2 = a layer that alone reads
+            what another one makes is refitted once more, together with that one: less is lost, the more is pruned the
+            more so.
+        iterations: Of a window of two. 10 give most of it, and take as long as about thirty forward passes of the
+            calibration data.
+
+    Raises:
+        ValueError, TypeError: If a setting is out of range or no number.
+
+    Example:
+        >>> Refit(window=2).iterations
+        10
+    """
+
+    ridge: float | None = None
+    window: int = 1
+    iterations: int = 10
+
+    def __post_init__(self) -> None:
+        if self.ridge is not None:
+            check_size("ridge", self.ridge)
+        check_count("window", self.window, 1)
+        if self.window > 2:
+            raise ValueError(f"window must be 1 (each layer by itself) or 2 (with its maker), got {self.window}")
+        check_count("iterations", self.iterations, 1)
+
+    @property
+    def joint_iterations(self) -> int:
+        """Iterations in which two layers are refitted together; 0 = they are not."""
+        return self.iterations if self.window == 2 else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Refitted:
+    """What `refit` returns.
+
+    Attributes:
+        weights: Full-size parameters (name -> tensor) of the layers that changed; columns that are not kept are zero.
+        layers: Weight's name -> how well that layer was fitted.
+    """
+
+    weights: Mapping[str, Tensor]
+    layers: Mapping[str, LayerFit]
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A layer's new weights, and perhaps those of the layer that makes its inputs.
+
+    Attributes:
+        weights: Parameters and running means, by full name.
+        arguments: Name of a layer's weight -> what the pruned network calls the layer with.
+        fit: How well the layer fits.
+    """
+
+    weights: Mapping[str, Tensor]
+    arguments: Mapping[str, Arguments]
+    fit: LayerFit
+
+
+def refit(
+    model: nn.Module,
+    layers: Mapping[str, AdaptedLayer],
+    kept: Mapping[str, Tensor],
+    data: Calibration,
+    *,
+    settings: Refit = Refit(),
+    bias: bool = True,
+    logits: bool = False,
+    alive: Mapping[str, Tensor] | None = None,
+    repeated: Mapping[str, SecondMoments] | None = None,
+    work: Work = Work(),
+) -> Refitted:
+    """``argmin_M E||phi(z) - phi(z'(M x))||^2 + ridge ||M - W||_F^2`` on the kept columns, one layer after the other.
+
+    z is what the original network makes of the layer's output y before it is mixed with others: scaled and
+    shifted, ``z = alpha y + c + beta s``, where s is a shortcut that it is added to, and phi the activation that
+    follows; see `Downstream`. z' is what the pruned network makes of M x, with the pruned network's x and s, in which
+    all earlier layers are refitted already: each layer undoes the error that reaches it, and that of the shortcut.
+    Without phi this is a least squares; with it, one step of the fixed-point iteration whose next target is
+    ``z' + phi(z) - phi(z')``, prolonged by `STEP`. Where a layer without a bias is followed by a batch norm, the
+    intercept goes into its running mean.
+
+    The networks walk side by side, see `Lockstep`: the whole costs two passes over the data however deep the network
+    is, and the memory of what is alive at one layer, for all the data. Processes that prune together solve the same
+    equations, each with the batches of its own shard.
+
+    Args:
+        model: The original model; it is not changed.
+        layers: Weight's name -> how to read and write the layer, in order of execution.
+        kept: Weight's name -> the columns of x that stay, (d,) bool; default: all of them.
+        data: The calibration data.
+        settings: How carefully the layers are fitted.
+        bias: Whether running means may take up intercepts.
+        logits: Whether the network's output is logits: the layer that gives them is then fitted to their softmax,
+            see `softmax_regression`.
+        alive: Weight's name -> the rows of y that are still read, (h,) bool, for layers whose rows do not all stay.
+        repeated: Weight's name -> moments of all its calls in the original network, for layers that are called
+            again and again in a forward pass: those are refitted to these at their first call.
+        work: The processes, who is told, and where solved layers are kept.
+
+    Raises:
+        CalibrationError: If there is no batch, or an activation is not finite.
+    """
+    tensors = named_tensors(model)
+    weights: dict[str, Tensor] = {}
+    fits: dict[str, LayerFit] = {}
+    called: dict[str, Arguments] = {}  # what the pruned network calls each layer with
+    passed: dict[str, dict[int, Passed]] = {}  # layers that make another one's inputs -> batches that have passed them
+    with torch.no_grad(), evaluating(model), unfused_attention(), visible_attention(model):
+        example = work.ranks.share_out([lambda: short_example(model, data)])[0]
+        wiring, calls = wiring_of(model, layers, example), list(data)
+        places = list(places_of(calls, work.ranks))
+        makers = _makers(wiring) if settings.window == 2 else {}
+
+        def layer_of(name: str) -> RefitLayer:
+            takes = bias and layers[name].consumer.bias is None
+            mean = wiring.layers[name].mean if takes else None
+            return RefitLayer(layers[name], tensors, kept.get(name), (alive or {}).get(name), mean)
+
+        with Lockstep(model, calls, wiring, list(layers), work.ranks) as walk:
+            for name, arrivals in walk:
+                work.step(f"refitting {layers[name].consumer.name}")
+                layer, maker = layer_of(name), makers.get(name, "")
+                through, inputs = passed.pop(maker, {}), dict[int, Tensor]()
+                lost = not layer.whole or not all(arrival.unchanged for arrival in arrivals.values())
+                changed = any(work.ranks.all_gather(lost))
+                joint = all(work.ranks.all_gather(arrivals.keys() <= through.keys())) and maker in called
+                called[name] = {}
+                if changed:
+                    before = None
+                    if joint:
+                        first = layer_of(maker)
+                        N = first.matrix(weights, called[maker].get("bias"))
+                        before = Maker(first, N, [through[batch] for batch in arrivals], settings.iterations)
+                    target = partial(_target, layer, wiring, arrivals, places, work)
+                    moments, last = (repeated or {}).get(name), logits and name == wiring.last
+                    solved = partial(solve_layer, layer, target, before, moments, settings.ridge, last=last, work=work)
+                    found = work.remembered(f"refit of {name}", Solved, solved)
+                    weights |= found.weights
+                    called |= found.arguments
+                    fits[name] = found.fit
+                    if maker in found.arguments:  # what it made is not what the layer reads now
+                        inputs = {batch: through[batch].onwards(called[maker]) for batch in arrivals}
+                if name in makers.values():
+                    way = wiring.layers[name].way
+                    passed[name] = {
+                        batch: Passed.of(arrival, way)
+                        for batch, arrival in arrivals.items()
+                        if arrival.beside is not None
+                    }
+                walk.go_on(name, arrivals, called[name], inputs)
+    return Refitted(weights, fits)
+
+
+def _makers(wiring: Wiring) -> dict[str, str]:
+    """Layer -> the layer that makes its inputs for it alone."""
+    return {downstream.into: name for name, downstream in wiring.layers.items() if downstream.into is not None}
+
+
+def _target(
+    layer: RefitLayer, wiring: Wiring, arrivals: Mapping[int, Arrival], places: Sequence[Place], work: Work
+) -> Target:
+    at = [places[batch] for batch in arrivals]
+    return target_of(layer.pair, wiring.layers[layer.name], list(arrivals.values()), at, work.ranks)
+
+
+def solve_layer(
+    layer: RefitLayer,
+    target: Callable[[], Target],
+    maker: Maker | None,
+    moments: SecondMoments | None,
+    ridge: float | None,
+    *,
+    last: bool,
+    work: Work,
+) -> Solved:
+    """One layer of the refit: ``argmin_M E||phi(z) - phi(z'(M x))||^2 + ridge ||M - W||_F^2``.
+
+    Args:
+        layer: The layer.
+        target: Gives what it is fitted to.
+        maker: The layer that makes its inputs, to refit both together; None = this one alone.
+        moments: Of all its calls, if it has several: it is fitted to these instead.
+        ridge: The ridge; None = chosen on held-out samples.
+        last: Whether it gives the logits, and is to be fitted to their softmax.
+        work: The processes that solve it together.
+    """
+    if moments is not None:
+        M, fit = fitted_to_all_calls(layer, moments, ridge)
+        return _written(fit, (layer, M))
+    aimed = target()
+    M, fit = fitted(layer, aimed, ridge)
+    if last:
+        M = divergence_fitted(layer, aimed, M)
+    M = work.ranks.broadcast(M)[0]
+    found = None if maker is None else refit_jointly(maker, layer, M, aimed, logits=last)
+    if maker is None or found is None:
+        return _written(fit, (layer, M))
+    N, M, error, scale = found
+    return _written(replace(fit, error=error, scale=scale), (maker.layer, N), (layer, M))
+
+
+def _written(fit: LayerFit, *matrices: tuple[RefitLayer, Tensor]) -> Solved:
+    arguments = {layer.name: layer.arguments(M) for layer, M in matrices}
+    written = [layer.parameters(arguments[layer.name]) for layer, _ in matrices]
+    return Solved({name: value for of in written for name, value in of.items()}, arguments, fit)

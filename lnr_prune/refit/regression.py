@@ -1,0 +1,162 @@
+"""Least squares with a ridge towards the original weights, chosen on samples that were held out."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lnr_prune.calibration.moments import SecondMoments
+from lnr_prune.lasso.problem import GroupLasso
+from lnr_prune.report.report import LayerReport
+
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-12)
+"""Ridges to choose from, as fractions of the inputs' mean second moment."""
+
+
+DEFAULT_RIDGE = 1e-6  # where no sample can be held out
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How well one layer was refitted.
+
+    Attributes:
+        error: ``E||y - M x||^2`` on the calibration data: x in the pruned network, y in the original one. Of a layer
+            that was refitted in tandem ``E||phi(z) - phi(z')||^2``, see `refit_jointly`, or the divergence of logits.
+        scale: ``E||y||^2``, or ``E||phi(z)||^2``, or the entropy.
+        ridge: The ridge, as a fraction of the inputs' mean second moment.
+        samples: Number of samples (rows) it was fitted to.
+        columns: Number of columns that were fitted.
+    """
+
+    error: float
+    scale: float
+    ridge: float
+    samples: int
+    columns: int
+
+    def row(self, layer: str) -> LayerReport:
+        """The layer's row of the report."""
+        return LayerReport(
+            layer, self.error / self.scale if self.scale > 0 else 0.0, self.ridge, self.samples, self.columns
+        )
+
+
+def ridge_regression(
+    fit: SecondMoments,
+    held: SecondMoments | None,
+    kept: Tensor,
+    ridged: Tensor,
+    W: Tensor,
+    ridge: float | None = None,
+) -> tuple[Tensor, LayerFit]:
+    """``argmin_M E||y - M x||^2 + ridge * mean(diag R) * ||M - W||_F^2``, M zero on columns that are not kept.
+
+    Columns that are kept but not ridged (a bias) are eliminated first, exactly.
+
+    Args:
+        fit: Moments of the samples to fit on.
+        held: Moments of others, on which the ridge is chosen; the last fit is to all of them. None = there are none.
+        kept: Columns that stay, (d,) bool.
+        ridged: Columns that the ridge holds, (d,) bool.
+        W: The layer's own matrix, (h, d).
+        ridge: The ridge; default: the best of `RIDGES` on ``held``. It grows where R is singular with it.
+
+    Returns:
+        M, (h, d), and how well it fits.
+    """
+    ridged, W_kept = ridged[kept], W if bool(kept.all()) else W[:, kept]
+    if ridge is None:
+        ridge = DEFAULT_RIDGE if held is None else _chosen(fit.at(kept), held.at(kept), ridged, W_kept)
+    whole = (fit if held is None else fit + held).at(kept)
+    M, ridge = _regressed(whole, ridged, W_kept, ridge)
+    fitted = LayerFit(whole.error(M), float(whole.yy) / whole.count, ridge, whole.count, len(ridged))
+    if W_kept is W:
+        return M, fitted
+    full = torch.zeros_like(W)
+    full[:, kept] = M
+    return full, fitted
+
+
+def _chosen(fit: SecondMoments, held: SecondMoments, ridged: Tensor, W: Tensor) -> float:
+    """The best of `RIDGES` on the samples that were held out."""
+    regress = _regression(fit, ridged, W)
+    best, ridge = math.inf, DEFAULT_RIDGE
+    for candidate in RIDGES:
+        M = regress(candidate)
+        error = math.inf if M is None else held.error(M)
+        if error > best:
+            break
+        best, ridge = error, candidate
+    return ridge
+
+
+def _regressed(moments: SecondMoments, ridged: Tensor, W: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """M, and the ridge, which grows until there is an M."""
+    regress = _regression(moments, ridged, W)
+    while (M := regress(ridge)) is None:
+        ridge = max(10 * ridge, RIDGES[-1])
+    return M, ridge
+
+
+def _regression(moments: SecondMoments, ridged: Tensor, W: Tensor) -> Callable[[float], Tensor | None]:
+    """Ridge -> M, or None where R + ridge is singular to working precision."""
+    groups = ridged.long() - 1  # one group, and the columns that are eliminated
+    eliminated = GroupLasso((moments.block(groups),), W.new_ones(1)).eliminated
+    (block,), complete, R = eliminated.problem.blocks, eliminated.complete, eliminated.problem.blocks[0].R
+    W = W if bool(ridged.all()) else W[:, ridged]
+    scale = float(R.diagonal().mean()) or 1.0
+    residual = torch.addmm(block.B, W, R, alpha=-1)
+
+    def regress(ridge: float) -> Tensor | None:
+        A = R.clone()
+        A.diagonal().add_(ridge * scale)
+        L, info = torch.linalg.cholesky_ex(A)
+        if int(info) != 0:
+            return None
+        (M,) = complete((torch.cholesky_solve(residual.T, L).T.add_(W),))
+        return M
+
+    return regress
+
+
+def softmax_regression(x: Tensor, y: Tensor, held: Tensor, M: Tensor) -> Tensor:
+    """``argmin_M E KL(softmax(y) || softmax(M x)) + ridge E[x^2] ||M - M_0||_F^2``, for logits y.
+
+    The ridge is the best of `RIDGES` on the rows that are held out, or so large that M stays M_0.
+
+    Args:
+        x: Inputs, (n, d); M is changed only on columns where some of them are not zero.
+        y: Logits, (n, h).
+        held: Rows that are held out, (n,) bool.
+        M: M_0, (h, d), where the fit begins.
+    """
+    x, p = x.to(M), y.to(M).softmax(1)
+
+    def divergence(M: Tensor, rows: Tensor) -> Tensor:
+        return (p[rows] * (p[rows].clamp_min(1e-30).log() - (x[rows] @ M.T).log_softmax(1))).sum(1).mean()
+
+    def fitted(start: Tensor, rows: Tensor, ridge: float) -> Tensor:
+        found, scale = start.clone().requires_grad_(), x[rows].square().mean()
+        optimiser = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            value = divergence(found, rows) + ridge * scale * (found - M).square().sum()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimiser.step(loss)
+        return found.detach()
+
+    if not bool(held.any()) or bool(held.all()):
+        return M
+    start, best, chosen = M, float(divergence(M, held)), math.inf
+    for ridge in RIDGES:
+        start = fitted(start, ~held, ridge)
+        if (error := float(divergence(start, held))) < best:
+            best, chosen = error, ridge
+    return M if math.isinf(chosen) else fitted(M, torch.ones_like(held), chosen)

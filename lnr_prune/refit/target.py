@@ -1,0 +1,207 @@
+"""What a layer's output should be in the pruned network, and the least squares that bring it there."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lnr_prune.calibration.adapter import AdaptedLayer
+from lnr_prune.calibration.rows import rows
+from lnr_prune.calibration.watch import LayerCall
+from lnr_prune.refit.downstream import Downstream
+from lnr_prune.refit.held_out import Place
+from lnr_prune.refit.side_by_side import Arrival
+from lnr_prune.runtime.processes import ALONE, Ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """``z = alpha (y + b) + c + beta_1 s_1 + ...`` in every row, at all positions alike, with the bias b that stays.
+
+    Attributes:
+        alpha: (h,); 0 where it is next to nothing.
+        betas: Of every shortcut, (h,).
+        constant: ``alpha b + c``, (h,), or without c where this varies.
+        varying: c where it varies, of one sample, (1, ...); None = nowhere.
+    """
+
+    alpha: Tensor
+    betas: tuple[Tensor, ...]
+    constant: Tensor
+    varying: Tensor | None
+
+    def of_rows(self, y: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``alpha y + beta (s - s')`` and ``alpha b + c + beta s'``, of rows of y, and s, s', and c where it varies."""
+        count = len(self.betas)
+        target, offset = self.alpha.to(y) * y, self.constant.to(y).expand_as(y)
+        for beta, original, pruned in zip(self.betas, others[:count], others[count : 2 * count], strict=True):
+            target, offset = target + beta.to(y) * (original - pruned), offset + beta.to(y) * pruned
+        return target, offset if self.varying is None else offset + others[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """``alpha y + beta (s - s')``, what ``alpha M x`` should be, so that ``phi(z)`` and ``phi(z')`` are alike.
+
+    Attributes:
+        calls: Per batch, the call with the pruned network's x and the original's output y.
+        places: Per batch, where it stands.
+        downstream: What becomes of an output.
+        shortcuts: Per batch, s and s'.
+        affine: How z is made of y and s; None = z is y.
+        ranks: The processes that hold the rest of the batches.
+    """
+
+    calls: Sequence[LayerCall]
+    places: Sequence[Place]
+    downstream: Downstream = Downstream()  # noqa: RUF009  (it is frozen)
+    shortcuts: Sequence[tuple[list[Tensor], list[Tensor]]] = ()
+    affine: Affine | None = None
+    ranks: Ranks = ALONE
+
+    def others(self, batch: int) -> list[Tensor]:
+        """S and s' of a batch, and c where it varies."""
+        if self.affine is None:
+            return []
+        c = self.affine.varying
+        original, pruned = self.shortcuts[batch]
+        return [*original, *pruned, *([] if c is None else [c.expand_as(self.calls[batch].output)])]
+
+
+@dataclass(frozen=True, eq=False)
+class RefitLayer:
+    """A layer whose matrix M has one more column, an intercept, where a running mean can take it up.
+
+    Attributes:
+        pair: How to read and write the layer.
+        tensors: The original model's.
+        kept: Columns of the layer's own matrix that stay, (d,) bool; None = all.
+        alive: Rows that are still read, (h,) bool; None = all.
+        mean: Name of the running mean; None = there is no such column.
+    """
+
+    pair: AdaptedLayer
+    tensors: Mapping[str, Tensor]
+    kept: Tensor | None = None
+    alive: Tensor | None = None
+    mean: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its weight."""
+        return self.pair.consumer.weight
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has lost no column."""
+        return self.kept is None or bool(self.kept.all())
+
+    def matrix(self, weights: Mapping[str, Tensor], intercept: Tensor | None = None) -> Tensor:
+        """M, with these parameters instead of the original ones, and this intercept instead of zero."""
+        M = self.pair.matrix({**self.tensors, **weights})
+        if self.mean is None:
+            return M
+        return torch.cat([M, (M.new_zeros(len(M)) if intercept is None else intercept.to(M))[:, None]], 1)
+
+    def stays(self) -> Tensor:
+        """Columns of M that are not zero, (d,) bool."""
+        kept = self._columns(bias=1.0) if self.kept is None else self.kept
+        return kept if self.mean is None else torch.cat([kept, kept.new_ones(1)])
+
+    def ridged(self) -> Tensor:
+        """Columns of M that a ridge holds: all but the bias and the intercept, (d,) bool."""
+        ridged = self._columns(bias=0.0)
+        return ridged if self.mean is None else torch.cat([ridged, ridged.new_zeros(1)])
+
+    def _columns(self, bias: float) -> Tensor:
+        return self.pair.columns(torch.ones_like(self.tensors[self.name]), bias=bias)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """X, (n, d), with a 1 where there is an intercept."""
+        return x if self.mean is None else torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+    def arguments(self, M: Tensor) -> dict[str, Tensor]:
+        """The "weight" and the "bias" to call it with, so that its matrix is M."""
+        new = self.pair.write(M if self.mean is None else M[:, :-1], self.tensors)
+        given = {key: new[name] for key, name in self.pair.names.items() if name in new}
+        return given if self.mean is None else {**given, "bias": M[:, -1].to(given["weight"])}
+
+    def parameters(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's parameters, and the running mean, that do what these arguments do: full name -> value."""
+        new = {name: arguments[key] for key, name in self.pair.names.items() if key in arguments}
+        if self.mean is not None:
+            mean = self.tensors[self.mean]
+            new[self.mean] = (mean.double() - arguments["bias"].double()).to(mean)
+        return new
+
+
+def target_of(
+    pair: AdaptedLayer,
+    downstream: Downstream,
+    arrivals: Sequence[Arrival],
+    places: Sequence[Place],
+    ranks: Ranks = ALONE,
+) -> Target:
+    """What a layer is fitted to: z, where all is known of it, else y.
+
+    Args:
+        pair: The layer.
+        downstream: What becomes of its output.
+        arrivals: The batches that have come to it.
+        places: Where they stand.
+        ranks: The processes that hold the rest of the batches.
+    """
+    calls = [replace(arrival.call, input=arrival.x) for arrival in arrivals]
+    shortcuts = [arrival.shortcuts for arrival in arrivals if arrival.shortcuts is not None]
+    known = len(shortcuts) == len(calls)
+    first = [call for call in calls if len(call.input)][:1]  # none where no sample is here
+    mine = [_affine(pair, downstream, call) if known else None for call in first]
+    found = [affine for of_rank in ranks.all_gather(mine) for affine in of_rank]
+    if not found or any(affine is None for affine in found):
+        return Target(calls, places, ranks=ranks)
+    return Target(calls, places, downstream, shortcuts, found[0], ranks)
+
+
+def _affine(pair: AdaptedLayer, downstream: Downstream, call: LayerCall) -> Affine | None:
+    """How z is made of y; None if not in the same way at all positions, or not at all."""
+    one = replace(next(call.split(1)), bias=None)
+    zero, count = torch.zeros_like(one.output), len([shortcut for shortcut in downstream.affine.shortcuts if shortcut])
+    c = downstream.affine(zero, [zero] * count)
+
+    def everywhere(values: Tensor) -> Tensor | None:
+        rows = pair.outputs(replace(one, output=values)).double()
+        return rows[0] if torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-3) else None
+
+    units = torch.eye(1 + count).unbind()  # y is 1, or one of the shortcuts
+    slopes = [everywhere(downstream.affine(zero + y, [zero + s for s in added]) - c) for y, *added in units]
+    known = [slope for slope in slopes if slope is not None]
+    if len(known) < len(slopes) or not bool(known[0].any()):
+        return None
+    (alpha, *betas), constant = known, everywhere(c)
+    alpha = alpha.where(alpha.abs() > 1e-6 * alpha.abs().max(), 0.0)
+    stays = -alpha * pair.outputs(replace(one, output=zero, bias=call.bias))[0].double()
+    if constant is None:
+        return Affine(alpha, tuple(betas), stays, c)
+    return Affine(alpha, tuple(betas), stays + constant, None)
+
+
+def rows_of(layer: RefitLayer, target: Target) -> Iterator[tuple[bool, Tensor, Tensor, Tensor]]:
+    """Whether held out, x, what alpha M x should be, and what z' is besides."""
+    for part, piece, samples, first, others in pieces_of(target):
+        for x, y, *rest in rows(layer.pair, piece, samples, first, *others):
+            aimed = (y, torch.zeros_like(y)) if target.affine is None else target.affine.of_rows(y, rest)
+            yield part, layer.inputs(x), *aimed
+
+
+def pieces_of(target: Target) -> Iterator[tuple[bool, LayerCall, int, int, tuple[Tensor, ...]]]:
+    """The calls cut into samples that are held out and that are not: which, number of all, the first's, and others."""
+    for index, (call, place) in enumerate(zip(target.calls, target.places, strict=True)):
+        count = len(call.input)
+        first = place.start(count)
+        parts = list(place.parts(count))
+        sizes = [size for _, size in parts]
+        others = (torch.split(each, sizes) for each in target.others(index))
+        for (part, _), piece, *of_piece in zip(parts, call.split(sizes), *others, strict=True):
+            yield part, piece, place.samples, first, tuple(of_piece)
+            first += len(piece.input)

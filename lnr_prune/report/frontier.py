@@ -1,0 +1,170 @@
+"""What a sweep found: what a model costs against what it is worth."""
+
+import io
+import math
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from lnr_prune.report.chart import LABELS, svg
+from lnr_prune.report.html import embedded, percent, table
+from lnr_prune.report.plots import figure_of, new_figure
+from lnr_prune.report.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class SweepPoint:
+    """One pruned model.
+
+    Attributes:
+        amount: What was asked for, in words.
+        model: The pruned model; retrained, if the sweep retrains.
+        report: What was done to every group.
+        value: What the pruned model is worth before any retraining.
+        retrained: The same afterwards; None without retraining.
+    """
+
+    amount: str
+    model: nn.Module
+    report: Report
+    value: float
+    retrained: float | None = None
+
+    @property
+    def final(self) -> float:
+        """The value of `model`: retrained if it was."""
+        return self.value if self.retrained is None else self.retrained
+
+    def share(self, cost: str) -> float:
+        """What is left of "params", "macs", "size" or "latency", as a fraction of the original's."""
+        before, after = (getattr(self.report, f"{cost}_{when}") for when in ("before", "after"))
+        return float(after / before) if before else 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """What `sweep` returns.
+
+    Attributes:
+        points: One a budget, in their order.
+        measure: What a value is.
+        maximize: Whether larger values are better.
+        cost: The cost that counts: "params", "macs", "size" or "latency".
+        dense: The original model's value.
+    """
+
+    points: tuple[SweepPoint, ...]
+    measure: str
+    maximize: bool
+    cost: str
+    dense: float
+
+    @property
+    def pareto(self) -> tuple[SweepPoint, ...]:
+        """The points that no other one beats: none is as cheap and better, or as good and cheaper.
+
+        Cheapest first; of equal points the first.
+        """
+        sign = -1.0 if self.maximize else 1.0
+        best, least = [], math.inf
+        known = [point for point in self.points if not math.isnan(point.final)]
+        for point in sorted(known, key=lambda point: (point.share(self.cost), sign * point.final)):
+            if sign * point.final < least:
+                best.append(point)
+                least = sign * point.final
+        return tuple(best)
+
+    def plot(self, axes: "Axes | None" = None) -> "Figure":
+        """Value against cost as a matplotlib figure, or drawn into ``axes``; points on the frontier are filled.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        axes = axes or new_figure(6.0, 4.0).subplots()
+        points = sorted(self.points, key=lambda point: point.share(self.cost))
+        best = set(map(id, self.pareto))
+        shares = [100 * point.share(self.cost) for point in points]
+        curves = {"as pruned": [point.value for point in points]}
+        if any(point.retrained is not None for point in points):
+            curves["retrained"] = [point.final for point in points]
+        for name, values in curves.items():
+            axes.plot(shares, values, marker="o", markerfacecolor="none", label=name)
+        on = [(share, point.final) for share, point in zip(shares, points, strict=True) if id(point) in best]
+        axes.plot(*zip(*on, strict=True), "o", color=f"C{len(curves) - 1}")
+        if self.dense is not None:
+            axes.axhline(self.dense, color="grey", linestyle=":", label="original")
+        axes.set(xlabel=f"{LABELS[self.cost]} (%)", ylabel=self.measure)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure_of(axes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the models as plain data, for JSON."""
+        best = set(map(id, self.pareto))
+        points = [
+            {
+                "amount": point.amount,
+                "value": point.value,
+                "retrained": point.retrained,
+                "pareto": id(point) in best,
+                "report": point.report.to_dict(),
+            }
+            for point in self.points
+        ]
+        settings = {"measure": self.measure, "maximize": self.maximize, "cost": self.cost, "dense": self.dense}
+        return {**settings, "points": points}
+
+    def section(self) -> str:
+        """The frontier, as a part of a web page."""
+        curves = {"as pruned": [(point.share(self.cost), point.value) for point in self.points]}
+        if any(point.retrained is not None for point in self.points):
+            curves["retrained"] = [(point.share(self.cost), point.final) for point in self.points]
+        best = set(map(id, self.pareto))
+        columns = [("asked for", "wide", "")]
+        columns += [(name, "number", name) for name in ("parameters", "MACs", self.measure, *list(curves)[1:])]
+        columns += [("", "", "")]
+        rows = [
+            [
+                f"<code>{escape(point.amount)}</code>",
+                percent(point.share("params")),
+                percent(point.share("macs")),
+                f"{point.value:.4g}",
+                *([f"{point.final:.4g}"] if "retrained" in curves else []),
+                "on the frontier" if id(point) in best else "",
+            ]
+            for point in self.points
+        ]
+        drawing = svg(curves, LABELS[self.cost], self.measure, self.dense)
+        return f"<h2>Sweep</h2>{drawing}{table(columns, rows)}"
+
+    def _repr_html_(self) -> str:
+        return embedded(self.section())
+
+    def __rich__(self) -> Table:
+        retrained = any(point.retrained is not None for point in self.points)
+        table = Table(title="sweep", caption=f"{self.measure} of the original model: {self.dense:.4g}")
+        table.add_column("asked for")
+        for column in ("parameters", "MACs", self.measure, *(["retrained"] if retrained else [])):
+            table.add_column(column, justify="right")
+        table.add_column("frontier")
+        best = set(map(id, self.pareto))
+        for point in self.points:
+            values = [point.value, *([] if point.retrained is None else [point.retrained])]
+            shares = (f"{point.share('params'):.2%}", f"{point.share('macs'):.2%}")
+            mark = "yes" if id(point) in best else ""
+            table.add_row(Text(point.amount), *shares, *(f"{value:.4g}" for value in values), mark)
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue()

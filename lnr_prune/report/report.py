@@ -1,0 +1,323 @@
+"""What a prune did, group by group."""
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lnr_prune.report.html import (
+    bar,
+    document,
+    embedded,
+    error_bars,
+    folded,
+    in_bytes,
+    in_seconds,
+    left_whole,
+    maybe,
+    percent,
+    short,
+    table,
+    who,
+)
+from lnr_prune.report.plots import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Section(Protocol):
+    """A result that is a part of a web page."""
+
+    def section(self) -> str:
+        """The part, as HTML."""
+        ...
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One channel group.
+
+    Attributes:
+        name: Name of the group, that of a producer.
+        producers: Layers whose rows or filters were removed.
+        consumers: Layers that were refitted.
+        size: Channels before.
+        kept: Channels after.
+        error: ``E||y - M x||^2 / E||y||^2`` of the consumers on the calibration data, behind their
+            activation; None if left whole.
+        predicted: What the budget expected the group to cost: relative squared error of the network's
+            outputs; None without a budget.
+        before_refit: ``error`` of the selector's own coefficients, on the original network's inputs; None if
+            left whole.
+        lam: Penalty of the group lasso; None if another selector chose.
+        gap: Relative duality gap of its solve; None likewise.
+        note: What to know, "" if nothing.
+    """
+
+    name: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    size: int
+    kept: int
+    error: float | None = None
+    lam: float | None = None
+    gap: float | None = None
+    predicted: float | None = None
+    before_refit: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer that was refitted.
+
+    Attributes:
+        name: Name of the layer.
+        error: ``E||y - M x||^2 / E||y||^2`` on the calibration data, x in the pruned network, y in the original; in
+            tandem behind the activation, and of the first of two layers as it was before.
+        ridge: Ridge of the refit, as a fraction of the inputs' mean second moment.
+        samples: Rows that it was fitted to; should be at least twice as many as the columns.
+        columns: Columns of its matrix that were fitted.
+    """
+
+    name: str
+    error: float
+    ridge: float
+    samples: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every group, what was frozen, and the model before and after.
+
+    Attributes:
+        groups: One row a channel group, in order of execution.
+        layers: One row a refitted layer, in order of execution.
+        error: ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of the network's outputs, measured on some of the
+            calibration data.
+        frozen: Layer whose outputs, or some of them, cannot be pruned -> why.
+        params_before, params_after: Number of parameters.
+        macs_before, macs_after: Multiply-accumulates for one sample.
+        size_before, size_after: Bytes of the parameters and buffers; None if unknown.
+        latency_before, latency_after: Median seconds of five forward passes of about two samples, in turns, so a rough
+            measurement; None after pruning in place and in files. Two reports are equal whatever these are.
+    """
+
+    groups: tuple[GroupReport, ...]
+    layers: tuple[LayerReport, ...]
+    error: float
+    frozen: Mapping[str, str]
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    size_before: int | None = None
+    size_after: int | None = None
+    latency_before: float | None = field(default=None, compare=False)
+    latency_after: float | None = field(default=None, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Report":
+        """The report that `to_dict` gave, or JSON made of it.
+
+        Raises:
+            ValueError: If something is missing or not known.
+        """
+        try:
+            groups = tuple(GroupReport(**_tuples(row)) for row in data["groups"])
+            layers = tuple(LayerReport(**row) for row in data["layers"])
+            return cls(**{**data, "groups": groups, "layers": layers})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is not a report of this version of lnr-prune: {error}") from error
+
+    def to_html(
+        self, path: str | Path | None = None, *, title: str = "lnr-prune report", also: Iterable["Section"] = ()
+    ) -> str:
+        """The report as one web page that needs nothing else: no network, no scripts.
+
+        Args:
+            path: File to write it to; None = write nothing.
+            title: Heading of the page.
+            also: What the page shows besides, such as a `Sweep`.
+
+        Returns:
+            The page.
+        """
+        text = document(title, self.section(title), *(other.section() for other in also))
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def plot(self) -> "Figure":
+        """Channels kept, and errors before and after the refit: two panels with one bar a group, by matplotlib.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        figure = new_figure(9.0, 1.2 + 0.25 * len(self.groups))
+        kept, errors = figure.subplots(1, 2, sharey=True)
+        names = [group.name for group in self.groups]
+        places = range(len(names))
+        kept.barh(places, [100 * group.kept / group.size for group in self.groups], color="C0")
+        kept.set(xlabel="channels kept (%)", xlim=(0, 100), yticks=places, yticklabels=names)
+        kept.invert_yaxis()
+        for shift, height, colour, label, values in (
+            (-0.2, 0.35, "C1", "before the refit", [group.before_refit for group in self.groups]),
+            (0.2, 0.35, "C0", "after it", [group.error for group in self.groups]),
+        ):
+            errors.barh(
+                [at + shift for at in places], [100 * (v or 0) for v in values], height, color=colour, label=label
+            )
+        errors.set(xlabel="squared error of the readers (%)")
+        errors.legend()
+        return figure
+
+    def section(self, title: str = "lnr-prune report") -> str:
+        """Everything that the report says, as a part of a web page."""
+        pruned = sum(group.kept < group.size for group in self.groups)
+        lead = f"{pruned} of {len(self.groups)} channel groups lost channels, {len(self.layers)} layers were refitted."
+        heading = f"<h1>{escape(title)}</h1><p>{lead}</p>"
+        return "\n".join((heading, _tiles(self), _groups(self), _layers(self), left_whole(self.frozen)))
+
+    def _repr_html_(self) -> str:
+        return embedded(self.section())
+
+    def __rich__(self) -> Table:
+        table = Table(title="lnr-prune", caption=self._caption(), caption_justify="left")
+        for column in ("producers", "consumers"):
+            table.add_column(column)
+        budget = any(group.predicted is not None for group in self.groups)
+        for column in ("channels", "kept", "error", "gap", *(["predicted"] if budget else [])):
+            table.add_column(column, justify="right")
+        table.add_column("note")
+        for group in self.groups:
+            row = (
+                ", ".join(group.producers),
+                ", ".join(group.consumers),
+                str(group.size),
+                str(group.kept),
+                "-" if group.error is None else f"{group.error:.2%}",
+                "-" if group.gap is None else f"{group.gap:.0e}",
+                *([] if not budget else ["-" if group.predicted is None else f"{group.predicted:.2%}"]),
+                group.note,
+            )
+            table.add_row(*map(Text, row))  # not markup: names are whatever the model's are
+        for layer, reason in self.frozen.items():
+            table.add_row(Text(layer), *["-"] * (5 + budget), Text(f"frozen: {reason}"))
+        return table
+
+    def _caption(self) -> str:
+        counts = [
+            ("parameters", self.params_before, self.params_after, "{:,}".format),
+            ("MACs", self.macs_before, self.macs_after, "{:,}".format),
+            ("size", self.size_before, self.size_after, in_bytes),
+            ("latency (rough)", self.latency_before, self.latency_after, in_seconds),
+        ]
+        costs = [
+            f"{name} {form(before)} -> {form(after)} ({_share(after, before)})"
+            for name, before, after, form in counts
+            if before is not None and after is not None
+        ]
+        return f"{', '.join(costs)}, squared error of the outputs {self.error:.2%}"
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue()
+
+
+def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+
+
+def _share(after: float, before: float) -> str:
+    return f"{after / before:.2%}" if before else "-"
+
+
+def _tiles(of: Report) -> str:
+    counts = [
+        ("Parameters", of.params_before, of.params_after, short),
+        ("MACs a sample", of.macs_before, of.macs_after, short),
+        ("Size", of.size_before, of.size_after, in_bytes),
+        ("Latency (rough)", of.latency_before, of.latency_after, in_seconds),
+    ]
+    tiles = [
+        f'<div class="tile">{name}<b>{percent(after / before)}</b>{bar(after / before, percent(after / before))}'
+        f'<span class="quiet">{form(before)} → {form(after)}</span></div>'
+        for name, before, after, form in counts
+        if before and after is not None
+    ]
+    predicted = [group.predicted for group in of.groups if group.predicted is not None]
+    note = f"squared, relative; predicted {percent(sum(predicted))}" if predicted else "squared, relative to the spread"
+    tiles.append(
+        f'<div class="tile">Error of the outputs<b>{percent(of.error)}</b>{bar(of.error, percent(of.error))}'
+        f'<span class="quiet">{note}</span></div>'
+    )
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _groups(of: Report) -> str:
+    known = (error for group in of.groups for error in (group.error, group.before_refit) if error is not None)
+    largest, budget = max(known, default=0.0), any(group.predicted is not None for group in of.groups)
+    columns = [
+        ("layers whose channels they are", "wide", ""),
+        ("channels kept", "drawn", ""),
+        ("", "number", "kept"),
+        ("errors", "drawn", ""),
+        ("before the refit", "number", "before the refit"),
+        ("after", "number", "after it"),
+        *([("at the outputs", "number", "at the outputs")] if budget else []),
+    ]
+    rows = []
+    for group in of.groups:
+        note = f'<div class="quiet">{escape(group.note)}</div>' if group.note else ""
+        row = [
+            who(group.producers, group.consumers) + note,
+            bar(group.kept / max(1, group.size), f"{group.kept} of {group.size} channels kept"),
+            f"{group.kept:,} of {group.size:,}",
+            error_bars(group.before_refit, group.error, largest),
+            maybe(group.before_refit),
+            maybe(group.error),
+            *([maybe(group.predicted)] if budget else []),
+        ]
+        rows.append(row)
+    about = (
+        "Errors are <code>E‖y − M x‖² / E‖y‖²</code> of the layers that read the channels: with the selector's "
+        "coefficients in the original network (orange), and after the refit in the pruned one (blue)."
+    )
+    if budget:
+        about += " At the outputs: what the budget predicted of the whole network's error."
+    return f'<h2>Channels</h2><p class="quiet">{about}</p>{table(columns, rows)}'
+
+
+def _layers(of: Report) -> str:
+    if not of.layers:
+        return "<h2>Refitted layers</h2><p>None: the coefficients are as the selector left them.</p>"
+    largest = max(layer.error for layer in of.layers)
+    columns = [("layer", "wide", ""), ("error", "drawn", ""), ("", "number", "error")]
+    columns += [(name, "number", name) for name in ("ridge", "samples", "columns")]
+    rows = [
+        [
+            folded([layer.name]),
+            error_bars(None, layer.error, largest),
+            percent(layer.error),
+            f"{layer.ridge:.2g}",
+            f"{layer.samples:,}",
+            f"{layer.columns:,}",
+        ]
+        for layer in of.layers
+    ]
+    about = "What is left after each layer was fitted from the pruned network's inputs to the original one's outputs."
+    return f'<h2>Refitted layers</h2><p class="quiet">{about}</p>{table(columns, rows)}'

@@ -1,0 +1,54 @@
+"""Checks that settings make of themselves: each says what was got and what was expected."""
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuses anything but True and False: "no" would count as true.
+
+    Raises:
+        TypeError: It names the argument.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Refuses anything but an int of at least so much.
+
+    Raises:
+        ValueError, TypeError: It names the setting.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Refuses anything but a fraction in (0, 1].
+
+    Raises:
+        ValueError, TypeError: It names the setting.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, a fraction in (0, 1], got {value!r}")
+    if not (0 < float(value) <= 1):
+        raise ValueError(f"{name} must be a fraction in (0, 1], got {value}")
+
+
+def check_size(name: str, value: Any) -> None:
+    """Refuses anything but a finite number that is not negative.
+
+    Raises:
+        ValueError, TypeError: It names the setting.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and float(value) >= 0):
+        raise ValueError(f"{name} must be >= 0 and finite, got {value}")

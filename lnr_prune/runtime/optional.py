@@ -1,0 +1,63 @@
+"""Packages that are needed for some things only."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+from lnr_prune.errors import LnrPruneError
+
+
+def needed(package: str) -> ModuleType:
+    """Imports an optional package.
+
+    Raises:
+        LnrPruneError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise LnrPruneError(f"this needs {package}, which is not installed: run pip install {package}") from error
+
+
+def require(module: str) -> ModuleType:
+    """Imports a module of the ``recipes`` extra.
+
+    Raises:
+        LnrPruneError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise LnrPruneError(
+            f"this recipe needs {package}, which is not installed: run pip install 'lnr-prune[recipes]'."
+        ) from error
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, also where a build of it for CUDA lies beside a CPU-only torch."""
+    try:
+        return require("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        _declare_torchvision_operators()
+        return require("torchvision")
+
+
+@functools.cache  # the declarations live as long as the object that made them
+def _declare_torchvision_operators() -> torch.library.Library:
+    """Let a torchvision built for CUDA be imported beside a CPU-only torch.
+
+    Its compiled operators fail to load there, and the import then stops at the fake kernels of two of them,
+    "operator torchvision::nms does not exist". Declaring the two schemas is enough: data sets call neither.
+    """
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library

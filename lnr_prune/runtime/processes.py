@@ -1,0 +1,244 @@
+"""Calibration on several processes: what they tell one another, through torch.distributed.
+
+Within a process group every rank calls `lnr_prune.prune` with the same model and arguments and a shard of its own of
+the calibration data. Sums over samples are summed over the ranks, each group's channels are chosen by one rank, the
+refit's equations are solved by all alike, and all end with the same pruned model. Shards of whole batches that follow
+one another give what one process gives.
+
+Who prunes together is an object, `Ranks`, that is handed down to whoever needs the others; `ALONE` is one process by
+itself, for which every method is the identity. Ranks meet in `Ranks.all_gather` alone, or right behind it, and what one
+of them knows alone never decides whether it comes to a meeting. A rank that fails, wherever it is, answers the meeting
+that the others wait at with its error (`Ranks.together`), so all of them raise it. A rank that is killed, or does not
+answer within the process group's timeout, ends the others with a `RankError`.
+
+The default process group is used, of any backend; with NCCL set each rank's device first, by `torch.cuda.set_device`.
+Each rank holds a whole model, which may be spread over devices (``device_map`` of accelerate, whose hooks move the
+inputs). A wrapped or sharded one is refused, see `check_unwrapped`: give the module inside of DistributedDataParallel,
+or load the full state dict of a model under FSDP into a plain one.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils._pytree import tree_map
+
+from lnr_prune.errors import GraphError, RankError
+from lnr_prune.runtime.digest import digest_of
+
+Value = TypeVar("Value")
+TIMEOUT = timedelta(minutes=30)  # of what a rank of the command waits for: longer than a solve
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that prune together, as one of them sees them.
+
+    Attributes:
+        rank: Which of them this is.
+        size: How many there are.
+
+    Example:
+        >>> ALONE.all_gather("hello")
+        ['hello']
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of_process_group(cls) -> "Ranks":
+        """Those of torch.distributed's default process group; one alone where there is none."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All ranks leave this well, or all raise.
+
+        Raises:
+            RankError: If another rank has failed, or is lost. An error that all ranks have alike is raised as it is.
+        """
+        try:
+            yield
+        except RankError:  # the others know
+            raise
+        except Exception as error:
+            self.all_gather(None, error=error)
+            raise
+        self.all_gather(None)
+
+    def all_gather(self, value: Value, *, error: Exception | None = None) -> list[Value]:
+        """The values of all ranks, in their order.
+
+        Args:
+            value: What this rank has to say: something that can be pickled. Tensors come back on the kind of device
+                that they are on.
+            error: What this rank has failed with, instead.
+
+        Raises:
+            RankError: If a rank has failed, or is lost.
+        """
+        if self.size == 1:
+            return [value]
+        text = None if error is None else (type(error).__name__, str(error))
+        answers: list[Any] = [None] * self.size
+        said = _each_tensor(value, Tensor, lambda tensor: _Sent(tensor.detach().cpu(), tensor.device.type))
+        with self._connected():
+            dist.all_gather_object(answers, (text, said))
+        failed = {index: text for index, (text, _) in enumerate(answers) if text is not None}
+        if error is not None and len(failed) == self.size and len(set(failed.values())) == 1:
+            raise error
+        if failed:
+            what = "; ".join(f"rank {index}: {kind}: {text}" for index, (kind, text) in failed.items())
+            raise RankError(f"{len(failed)} of {self.size} ranks failed. {what}") from error
+        return [_each_tensor(answer, _Sent, lambda sent: sent.tensor.to(sent.device)) for _, answer in answers]
+
+    def all_sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Sums over the ranks, of tensors that have the same shapes on all; these may be overwritten."""
+        return self._reduced(tensors, dist.all_reduce)
+
+    def broadcast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The first rank's values of tensors that all have, up to rounding."""
+        return self._reduced(tensors, lambda tensor: dist.broadcast(tensor, 0))
+
+    def share_out(self, tasks: Sequence[Callable[[], Value]]) -> list[Value]:
+        """The results of all tasks, each of which one rank does: round robin."""
+        done = self.all_gather([task() for task in tasks[self.rank :: self.size]])
+        return [done[index % self.size][index // self.size] for index in range(len(tasks))]
+
+    def shard(self, items: Sequence[Value]) -> Sequence[Value]:
+        """This rank's part of what all ranks have: consecutive items, the first rank's first."""
+        start, end = (-(-len(items) * index // self.size) for index in (self.rank, self.rank + 1))
+        return items[start:end]
+
+    def before(self, count: int | None) -> tuple[int, int | None]:
+        """Sum of the earlier ranks' numbers, and of all; 0 and None if one is not known."""
+        counts = self.all_gather(count)
+        known = [each for each in counts if each is not None]
+        return (sum(known[: self.rank]), sum(known)) if len(known) == len(counts) else (0, None)
+
+    def check_same(self, what: str, value: object) -> None:
+        """Checks that all ranks have the same.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        values = self.all_gather(value)
+        for index, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(f"rank {index} has other {what} than rank 0: give all ranks the same")
+
+    def checksums(self, model: nn.Module) -> Mapping[str, str]:
+        """Name of every parameter and buffer -> SHA-256 of its values; empty in a single process."""
+        if self.size == 1:
+            return {}
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {name: digest_of({name: tensor}) for name, tensor in tensors.items() if not tensor.is_meta}  # offloaded
+
+    def _reduced(self, tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> tuple[Tensor, ...]:
+        if self.size == 1:
+            return tuple(tensors)
+        device = {"gloo": "cpu", "nccl": "cuda"}.get(dist.get_backend())
+        there = [tensor.detach().to(device or tensor.device).contiguous() for tensor in tensors]
+        self.all_gather(None)
+        with self._connected():
+            for tensor in there:
+                collective(tensor)
+        return tuple(result.to(tensor.device) for result, tensor in zip(there, tensors, strict=True))
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {self.rank} has lost the others: one of the {self.size} has ended, or did not answer within the "
+                f"process group's timeout ({str(error).splitlines()[0]}). Start all of them again"
+            ) from error
+
+
+ALONE = Ranks()
+"""One process by itself, whatever process group there is."""
+
+
+@contextmanager
+def launched(device: str) -> Iterator[tuple[str, Ranks]]:
+    """The process group of the processes that torchrun has started, if it has; within, they are `Ranks.together`.
+
+    Args:
+        device: Where the model is to run. With "cuda" every process of a machine gets a GPU of its own.
+
+    Yields:
+        The device of this process, and the ranks.
+    """
+    ranks = Ranks.of_process_group()
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or ranks.size > 1:
+        yield device, ranks
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    try:
+        ranks = Ranks.of_process_group()
+        with ranks.together():
+            yield device, ranks
+    finally:
+        dist.destroy_process_group()
+        gc.collect()  # ends the group's threads: one that frees a tensor while Python ends would abort the process
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Checks that a model is not wrapped or sharded.
+
+    Raises:
+        GraphError: If it is; the message says what to give instead.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in WRAPPERS and type(module).__module__.startswith("torch."):
+            path = "model" + "".join(f".{part}" for part in name.split(".") if part)
+            raise GraphError(
+                f"{path} is wrapped in {kind}: prune the plain module inside, {path}.module (under FSDP: a plain copy "
+                "with the full state dict), with all ranks in their process group, and wrap the pruned model again"
+            )
+    sharded = next((name for name, tensor in model.named_parameters() if hasattr(tensor, "placements")), None)
+    if sharded is not None:
+        raise GraphError(
+            f"the parameter {sharded!r} is sharded over processes (a DTensor): load the full state dict into a plain "
+            "model, prune that on every rank, and shard the pruned one"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    tensor: Tensor
+    device: str
+
+
+def _each_tensor(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """The value with a function of every tensor in it; tensors are of this kind."""
+
+    def of(leaf: Any) -> Any:
+        if isinstance(leaf, kind):
+            return function(leaf)
+        if (
+            is_dataclass(leaf) and not isinstance(leaf, type) and type(leaf).__module__.startswith("lnr_prune")
+        ):  # a result of ours
+            return replace(
+                leaf, **{each.name: _each_tensor(getattr(leaf, each.name), kind, function) for each in fields(leaf)}
+            )
+        return leaf
+
+    return tree_map(of, value)

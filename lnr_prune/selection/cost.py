@@ -1,0 +1,65 @@
+"""What a model costs: parameters, multiply-accumulates, bytes and time."""
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as now
+from torch.utils.flop_counter import FlopCounterMode
+
+from lnr_prune.calibration.calls import Call, run, samples_in
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters; shared ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers; shared ones count once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def macs(model: nn.Module, example: Call) -> int:
+    """Multiply-accumulates of contractions (linear layers, convolutions, attention) for one sample.
+
+    One sample is one entry of the first axis of the first tensor of ``example``.
+    """
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # torch counts the GPUs'
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        run(model, example)
+    return int(counter.get_total_flops() // (2 * max(1, samples_in(example))))
+
+
+def _attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
+    """Of the scores and of the weighted sums, from the shapes."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def latency(model: nn.Module, example: Call, seconds: float = 0.5) -> float:
+    """Median time of a forward pass in evaluation mode, in seconds, on the model's device and threads."""
+    timer = Timer(
+        "run(model, example)",
+        globals={"run": run, "model": model, "example": example},
+        num_threads=torch.get_num_threads(),
+    )
+    return float(timer.blocked_autorange(min_run_time=seconds).median)
+
+
+def side_by_side(models: Sequence[nn.Module], example: Call, rounds: int = 5) -> list[float]:
+    """Median time of a forward pass of each model, in seconds, after one to warm up.
+
+    Round by round the models take turns, so that whatever else the machine does slows down all of them alike.
+    """
+    for model in models:
+        run(model, example)
+    times: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds):
+        for model, taken in zip(models, times, strict=True):
+            begin = now()
+            run(model, example)
+            taken.append(now() - begin)
+    return [median(taken) for taken in times]

@@ -1,0 +1,78 @@
+"""Error curves: what every group costs the network's outputs, at every size."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lnr_prune.calibration.reading import Reading
+from lnr_prune.graph.groups import ChannelGroup
+from lnr_prune.lasso.backward import Elimination, backward
+from lnr_prune.lasso.problem import debias
+from lnr_prune.runtime.work import Work
+
+SHARES = (1 / 2, 1 / 4, 1 / 8)  # of the channels, where it is measured
+RIDGE = 1e-4
+
+
+def error_curves(
+    tensors: Mapping[str, Tensor],
+    passes: Iterable[Sequence[Reading]],
+    error: Callable[[Mapping[str, Tensor]], float],
+    work: Work = Work(),
+) -> tuple[dict[ChannelGroup, Tensor], dict[ChannelGroup, Elimination]]:
+    """Relative squared error of the network's outputs when one group keeps 0, 1, ... n of its channels.
+
+    Backward elimination gives the shape: the error of the group's consumers at every size. What that error
+    means for the outputs, ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2``, is measured at the `SHARES` of
+    its channels, with all other groups whole, and the curve goes through these points. So errors of
+    different layers compare, and their sum estimates the whole network's.
+
+    Args:
+        tensors: The original model's.
+        passes: Groups with their consumers' second moments, some at a time.
+        error: Full-size weights -> `output_error` with them. Processes that prune together measure it on the same
+            samples, and share out the groups.
+        work: The processes, who is told, and where curves are kept.
+
+    Returns:
+        Group -> its curve, (n + 1,) float64; and group -> its backward elimination.
+    """
+
+    def measure(reading: Reading) -> tuple[Tensor, Elimination]:
+        work.step(f"measuring {reading.group.name}")
+        problem = reading.problem(tensors)
+        elimination, measured = backward(problem), {}
+        for size in sorted({max(1, int(share * problem.n_groups)) for share in SHARES}):
+            M = debias(problem, elimination.support(size), RIDGE)
+            weights: dict[str, Tensor] = {}
+            for layer, M_c in zip(reading.layers, M, strict=True):
+                weights |= layer.write(M_c, {**tensors, **weights})
+            measured[size] = error(weights)
+        return through(elimination.errors, measured), elimination
+
+    curves, eliminations = dict[ChannelGroup, Tensor](), dict[ChannelGroup, Elimination]()
+    for readings in passes:
+        tasks = {reading.group.name: partial(measure, reading) for reading in readings}
+        done = work.share_out("curve of", tuple[Tensor, Elimination], tasks)
+        for reading, (curve, elimination) in zip(readings, done, strict=True):
+            curves[reading.group], eliminations[reading.group] = curve, elimination
+    return curves, eliminations
+
+
+def through(shape: Tensor, measured: Mapping[int, float]) -> Tensor:
+    """A curve that falls as the shape does and goes through the measured points: linear in the logarithms of both.
+
+    Args:
+        shape: Errors at 0, 1, ... n channels, (n + 1,); what is left at n counts as none.
+        measured: Number of channels -> error.
+    """
+    errors, tiny = (shape - shape[-1]).cpu().numpy(), np.finfo(np.float64).tiny
+    logarithms = np.log(np.maximum(errors, tiny))
+    points = sorted((logarithms[size], math.log(max(error, tiny))) for size, error in measured.items())
+    scale = np.interp(logarithms, [x for x, _ in points], [y - x for x, y in points])  # beyond them: proportional
+    curve = errors * np.exp(scale)
+    return torch.from_numpy(np.maximum.accumulate(curve[::-1])[::-1].copy())

@@ -1,0 +1,120 @@
+"""Which channels stay: every group's, in order of execution."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lnr_prune.calibration.reading import Reading
+from lnr_prune.collapse.masks import Supports, masked_weights, whole_masks
+from lnr_prune.graph.groups import ChannelGroup
+from lnr_prune.refit.refit import Refitted
+from lnr_prune.runtime.work import Work
+from lnr_prune.selection.amount import Choice
+from lnr_prune.selection.selectors import Candidates, Selection
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """A group whose channels are chosen.
+
+    Attributes:
+        reading: The group and its consumers, without their moments.
+        selection: What was chosen; without coefficients if these were not asked for.
+        error: ``E||y - M x||^2 / E||y||^2`` of its consumers in the original network, with the selection's M.
+        kept: Per consumer, the columns that neither this nor an earlier group has dropped, (d,) bool.
+    """
+
+    reading: Reading
+    selection: Selection
+    error: float
+    kept: tuple[Tensor, ...]
+
+
+def select(
+    passes: Iterable[Sequence[Reading]],
+    choices: Mapping[ChannelGroup, Choice],
+    tensors: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+    coefficients: bool = True,
+    work: Work = Work(),
+) -> dict[ChannelGroup, Selected]:
+    """Chooses every group's channels on the original network's second moments, in order of execution.
+
+    Columns that an earlier group has dropped from a layer (a concatenation's) are out of the later ones' problems.
+    Processes that prune together share out the groups of a pass that read different layers.
+
+    Args:
+        passes: Groups with their second moments, some at a time.
+        choices: Group -> how its channels are chosen.
+        tensors: The original model's.
+        seed: Of selectors that draw.
+        coefficients: Whether the selectors' own coefficients are wanted.
+        work: The processes, who is told, and where choices are kept.
+    """
+    masks: dict[str, Tensor] = {}
+    selected: dict[ChannelGroup, Selected] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(reading: Reading, draws: Tensor) -> tuple[Selection, float]:
+        work.step(f"selecting {reading.group.name}")
+        problem = reading.problem(tensors, masks)
+        original = tuple(layer.matrix(tensors) for layer in reading.layers)
+        selection = choices[reading.group](Candidates(problem, original, _magnitude(reading.group, tensors), draws))
+        error = problem.error(selection.coefficients)
+        return selection if coefficients else replace(selection, coefficients=()), error
+
+    for readings in passes:
+        for together in _independent(readings):
+            draws = [torch.rand(reading.group.size, generator=generator) for reading in together]
+            tasks = {
+                reading.group.name: partial(choose, reading, u) for reading, u in zip(together, draws, strict=True)
+            }
+            done = work.share_out("channels of", tuple[Selection, float], tasks)
+            for reading, (selection, error) in zip(together, done, strict=True):
+                group = reading.group
+                masks |= masked_weights({group: selection.support}, {**whole_masks([group], tensors), **masks})
+                kept = reading.columns(tensors, masks)
+                selected[group] = Selected(replace(reading, moments=()), selection, error, kept)
+    return selected
+
+
+def supports_of(selected: Mapping[ChannelGroup, Selected]) -> Supports:
+    """Group -> True for every channel that is kept."""
+    return {group: chosen.selection.support for group, chosen in selected.items()}
+
+
+def as_selected(selected: Mapping[ChannelGroup, Selected], tensors: Mapping[str, Tensor]) -> Refitted:
+    """The coefficients as the selectors left them."""
+    weights: dict[str, Tensor] = {}
+    for chosen in selected.values():
+        for layer, M, kept in zip(chosen.reading.layers, chosen.selection.coefficients, chosen.kept, strict=True):
+            weights |= layer.write(M * kept, {**tensors, **weights})
+    return Refitted(weights, {})
+
+
+def _independent(readings: Sequence[Reading]) -> list[list[Reading]]:
+    """The groups in runs, within which no two are read by the same layer."""
+    runs: list[list[Reading]] = []
+    read_by: set[str] = set()
+    for reading in readings:
+        consumers = {layer.consumer.weight for layer in reading.layers}
+        if not runs or read_by & consumers:
+            runs.append([])
+            read_by = set()
+        runs[-1].append(reading)
+        read_by |= consumers
+    return runs
+
+
+def _magnitude(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
+    """L1 norm of every channel's filters over the producers."""
+    magnitude = torch.zeros(group.size, dtype=torch.float64)
+    for weight, dim in group.rows:
+        rows = tensors[weight].detach().double().abs().movedim(dim, 0).flatten(1).sum(1).cpu()
+        channels = group.slots[weight, dim]
+        magnitude.index_add_(0, channels[channels >= 0], rows[channels >= 0])
+    return magnitude.to(tensors[weight].device)

@@ -1,0 +1,95 @@
+"""The settings of a prune that its result depends on, and whether they go together."""
+
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lnr_prune.graph.groups import ChannelGroup, Graph
+from lnr_prune.refit.refit import Refit
+from lnr_prune.runtime.checks import check_flags
+from lnr_prune.selection.amount import Choice, Keep, Penalty, lasso_of
+from lnr_prune.selection.budget import Budget
+from lnr_prune.selection.selectors import Random, Selector, find_selector
+
+Amount = Keep | Penalty | Budget
+INTO = ("copy", "model", "graph")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `lnr_prune.prune` was asked; see there.
+
+    Raises:
+        ValueError, TypeError: If a setting is of another type, or does not go together with another one.
+    """
+
+    amount: Amount
+    selector: Selector
+    refit: Refit | None
+    bias: bool
+    logits: bool
+    into: str
+
+    @classmethod
+    def of(cls, amount: Any, selector: Any, refit: Any, bias: Any, logits: Any, into: Any) -> "Settings":
+        """The settings, with the selector that a name stands for."""
+        return cls(amount, find_selector(selector), refit, bias, logits, into)
+
+    def __post_init__(self) -> None:
+        check_amount(self.amount)
+        check_flags(bias=self.bias, logits=self.logits)
+        if not (self.refit is None or isinstance(self.refit, Refit)):
+            raise TypeError(f"refit must be a Refit, such as Refit(window=2), or None for no refit, got {self.refit!r}")
+        if self.into not in INTO:
+            raise ValueError(f"into must be one of {', '.join(INTO)}, got {self.into!r}")
+        if isinstance(self.amount, Penalty):
+            lasso_of(self.selector)
+        if isinstance(self.amount, Budget):
+            if self.amount.latency is not None and self.into == "graph":
+                raise ValueError(
+                    "a budget of latency is measured on the shrinking module: it cannot be combined with into='graph'"
+                )
+            if self.amount.effort.search and self.refit is None:
+                raise ValueError(
+                    "a search refits the network in every trial: Effort(search=...) cannot be combined with refit=None"
+                )
+
+    def choices(self, graph: Graph) -> dict[ChannelGroup, Choice]:
+        """How the channels of every group are chosen; none for a budget, which is measured first."""
+        return {} if isinstance(self.amount, Budget) else self.amount.choices(graph, self.selector)
+
+    @property
+    def tries_refits(self) -> bool:
+        """Whether networks are refitted before the channels are chosen, too."""
+        effort = self.amount.effort if isinstance(self.amount, Budget) else None
+        return effort is not None and effort.refits + effort.search > 0
+
+    @property
+    def seed(self) -> int:
+        """Of what is drawn."""
+        return self.selector.seed if isinstance(self.selector, Random) else 0
+
+    @property
+    def arguments(self) -> Mapping[str, object]:
+        """The settings by name; the result of pruning a copy and the model itself is the same."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**given, "into": "graph" if self.into == "graph" else "module"}
+
+
+def check_amount(amount: Any) -> None:
+    """Refuses what does not say how much is kept.
+
+    Raises:
+        TypeError: It says what could have been meant.
+    """
+    if isinstance(amount, Keep | Penalty | Budget):
+        return
+    if isinstance(amount, numbers.Real) and not isinstance(amount, bool):
+        raise TypeError(
+            f"the amount is a bare number, {amount!r}, which could mean two things: lnr.Keep({amount!r}), so many "
+            f"channels of every group, or lnr.Budget(macs={amount!r}), such a share of the multiply-accumulates, "
+            "divided among the groups by what the outputs suffer. Write the one that you mean"
+        )
+    advice = f"wrap it: lnr.Keep({amount!r})" if isinstance(amount, Mapping) else "such as lnr.Keep(0.5)"
+    raise TypeError(f"the amount must be a Keep, a Penalty or a Budget, got {amount!r}; {advice}")

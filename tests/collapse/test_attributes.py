@@ -1,0 +1,182 @@
+"""Ints that submodules hold change with the channels that they count: the right ones, and nothing that others share."""
+
+import json
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lnr_prune as lnr
+from lnr_prune.calibration.calls import Call
+from lnr_prune.calibration.outputs import outputs_of
+from lnr_prune.collapse.attributes import assign, ints
+from lnr_prune.collapse.collapse import collapse, restore_point
+from lnr_prune.collapse.masks import masked_weights
+from lnr_prune.collapse.plan import Plan, make_plan
+from lnr_prune.collapse.trial import shrinkable
+from lnr_prune.collapse.verify import Reference
+from lnr_prune.graph.groups import ChannelGroup, find_groups
+from lnr_prune.graph.module import named_tensors
+from tests.helpers import held, models, patterns
+
+TOKENS = torch.randn(4, 5, 12)
+
+
+def prune_first_channels(
+    model: nn.Module, groups: tuple[ChannelGroup, ...], call: Call, dropped: int = 1
+) -> tuple[Plan, Reference]:
+    supports = [(group, torch.arange(group.size) >= dropped) for group in groups]
+    masked = masked_weights(supports, named_tensors(model))
+    reference, plan = Reference(model, masked, call), make_plan(supports)
+    collapse(model, plan, masked)
+    return plan, reference
+
+
+class Kind(Enum):
+    TWO = 2
+
+
+class AdaptedLayer(NamedTuple):
+    first: int
+    second: str
+
+
+def heads_of(model: nn.Module) -> list[int]:
+    return [value for module in model.modules() for path, value in ints(module) if path == "settings.heads"]
+
+
+def test_heads_and_widths_shrink_and_what_is_equal_by_coincidence_stays() -> None:
+    model = held.HeldHeads()
+    call: Call = ((torch.randn(2, 5, 16),), {})
+    before = dict(vars(model))
+    groups, refused = shrinkable(model, find_groups(model, *call).groups, call)
+    assert not refused
+    assert vars(model) == before
+    plan, reference = prune_first_channels(model, groups, call)
+    assert plan.attributes == {"": {"num_heads": 3, "attn_dim": 12, "qkv_dim": 36}}
+    assert json.loads(json.dumps(plan.attributes)) == plan.attributes
+    assert (model.num_heads, model.attn_dim, model.head_dim, model.unused) == (3, 12, 4, 4)
+    reference.check(model)
+
+
+def test_a_restore_point_undoes_attributes_too() -> None:
+    model = held.HeldBySettings(SimpleNamespace(heads=4, width=12))
+    call: Call = ((TOKENS,), {})
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    groups, _ = shrinkable(model, find_groups(model, *call).groups, call)
+    restore = restore_point(model)
+    prune_first_channels(model, groups, call)
+    assert heads_of(model) == [4, 3, 3]
+    restore()
+    assert {name: vars(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("kind", [held.Settings, SimpleNamespace])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_settings_that_submodules_share_are_never_written_to(kind: Any, inplace: bool) -> None:
+    settings = kind(heads=4, width=12)
+    model = held.HeldBySettings(settings).eval()
+    pruned = lnr.prune(model, [TOKENS], lnr.Keep({"blocks.1.qkv": 2}), into="model" if inplace else "copy").model
+    assert (settings.heads, settings.width) == (4, 12)
+    assert heads_of(pruned) == [4, 4, 2]
+    assert not inplace or pruned.settings is settings
+
+
+def test_entries_of_tuples_and_ints_of_outer_modules() -> None:
+    model = held.HeldByParts().eval()
+    pruned = lnr.prune(model, [torch.randn(50, 4)], lnr.Keep(0.5))
+    assert not any(isinstance(why, str) and "fixed" in why for why in pruned.report.frozen.values())
+    assert isinstance(pruned.model, held.HeldByParts)
+    assert (pruned.model.sizes, pruned.model.outer) == ((4, 2), 3)
+    assert (model.sizes, model.outer) == ((8, 4), 6)
+
+
+def test_sizes_that_no_attribute_changes_are_refused_and_the_rest_goes() -> None:
+    call: Call = ((TOKENS,), {})
+    model: nn.Module = held.DerivedSizes()
+    groups, refused = shrinkable(model, find_groups(model, *call).groups, call)
+    assert [group.name for group in groups] == ["up"]
+    assert list(refused) == ["qkv"]
+    assert "as_graph=True" in refused["qkv"]
+    model = held.MergedHeads()
+    groups, refused = shrinkable(model, find_groups(model, *call).groups, call)
+    assert not groups
+    assert "q" in refused
+
+
+def test_one_reference_and_one_trial_where_no_forward_holds_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    original = outputs_of
+
+    def counted(model: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
+        runs.append(model)
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr("lnr_prune.verify.outputs_of", counted)
+    for model, x in ((models.cnn(), torch.randn(2, 2, 12, 12)), (patterns.PackedAttention(), TOKENS)):
+        runs.clear()
+        shrinkable(model, find_groups(model, (x,), {}).groups, ((x,), {}))
+        assert len(runs) == 2
+
+
+def test_equal_blocks_share_their_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = []
+    original = Reference.check
+
+    def counted(self: Reference, pruned: nn.Module) -> None:
+        checks.append(pruned)
+        original(self, pruned)
+
+    monkeypatch.setattr(Reference, "check", counted)
+    counts = []
+    for blocks in (2, 5):
+        checks.clear()
+        model = nn.Sequential(*(held.HeldHeads() for _ in range(blocks)))
+        call: Call = ((torch.randn(2, 5, 16),), {})
+        groups, _ = shrinkable(model, find_groups(model, *call).groups, call)
+        assert len(groups) == blocks
+        counts.append(len(checks))
+    assert counts[0] == counts[1] < 20
+
+
+def test_where_the_ints_are_found_and_how_they_are_written() -> None:
+    module = nn.Identity()
+    shared = {
+        "count": 3, "flag": True, "sizes": [4, (5, 6)], "pair": AdaptedLayer(7, "x"), "settings": held.Settings(8, 9), "f": len,
+    }  # fmt: skip
+    vars(module).update(shared, kind=Kind.TWO, code=json)  # neither of the two has copies
+    assert dict(ints(module)) == {
+        "count": 3, "sizes.0": 4, "sizes.1.0": 5, "sizes.1.1": 6, "pair.0": 7, "settings.heads": 8,
+        "settings.width": 9,
+    }  # fmt: skip
+    for path, _ in list(ints(module)):
+        assign(module, path, 1)
+    written = {name: vars(module)[name] for name in shared}
+    assert written == {
+        "count": 1, "flag": True, "sizes": [1, (1, 1)], "pair": AdaptedLayer(1, "x"), "settings": held.Settings(1, 1), "f": len,
+    }  # fmt: skip
+    assert (shared["sizes"], shared["pair"], shared["settings"]) == (
+        [4, (5, 6)],
+        AdaptedLayer(7, "x"),
+        held.Settings(8, 9),
+    )
+
+
+def test_attention_weights_that_nobody_uses_freeze_nothing() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]  # averages its weights over the heads, in vain
+
+    model, call = Attends(), ((TOKENS,), {})  # type: ignore[var-annotated]
+    groups, refused = shrinkable(model, find_groups(model, *call).groups, call)
+    assert [(group.name, group.size) for group in groups] == [("attention.in_proj_weight", 3)]
+    assert not refused
+    _, reference = prune_first_channels(model, groups, call)
+    reference.check(model)
