@@ -14,7 +14,8 @@ from lnr_prune.collapse.plan import Plan
 from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.refit.refit import Refitted
 from lnr_prune.refit.regression import LayerFit
-from lnr_prune.report.report import GroupReport, LayerReport, Report
+from lnr_prune.report.report import Report
+from lnr_prune.report.rows import GroupReport, LayerReport
 from lnr_prune.runtime.processes import Ranks
 from lnr_prune.selection import cost
 from lnr_prune.selection.select import Selected

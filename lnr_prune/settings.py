@@ -86,10 +86,13 @@ def check_amount(amount: Any) -> None:
     if isinstance(amount, Keep | Penalty | Budget):
         return
     if isinstance(amount, numbers.Real) and not isinstance(amount, bool):
+        share = amount if 0 < amount <= 1 else 0.5
         raise TypeError(
             f"the amount is a bare number, {amount!r}, which could mean two things: lnr.Keep({amount!r}), so many "
-            f"channels of every group, or lnr.Budget(macs={amount!r}), such a share of the multiply-accumulates, "
+            f"channels of every group, or lnr.Budget(macs={share!r}), such a share of the multiply-accumulates, "
             "divided among the groups by what the outputs suffer. Write the one that you mean"
         )
-    advice = f"wrap it: lnr.Keep({amount!r})" if isinstance(amount, Mapping) else "such as lnr.Keep(0.5)"
+    advice = "such as lnr.Keep(0.5)"
+    if isinstance(amount, Mapping):
+        advice = f"write lnr.Keep({amount!r}) if it names layers, lnr.Budget(macs=0.5) if it limits the whole model"
     raise TypeError(f"the amount must be a Keep, a Penalty or a Budget, got {amount!r}; {advice}")

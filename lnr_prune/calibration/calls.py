@@ -14,8 +14,6 @@ from lnr_prune.graph.module import evaluating, unfused_attention, without_caches
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one forward pass."""
-
-
 Inputs = Callable[[Any], Call]
 
 

@@ -143,7 +143,8 @@ def _reader(model: nn.Module) -> Inputs:
         size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
         raise CalibrationError(
             f"a batch is a {type(batch).__name__}{size}, expected a tensor, a dict of keyword arguments or a tuple "
-            f"that starts with forward's {count} required arguments {tuple(required)}; wrap the data in lnr_prune.Batches(data, inputs)"
+            f"that starts with forward's {count} required arguments {tuple(required)}; wrap the "
+            "data in lnr_prune.Batches(data, inputs)"
         )
 
     return read

@@ -11,8 +11,6 @@ from torch import Tensor
 from lnr_prune.calibration.watch import LayerCall
 
 CHUNK = 2**23  # elements of x that one product sums; the products are added up in float64
-
-
 ROWS_PER_COLUMN = 64  # of a convolution's patches, about so many times d rows are read
 
 

@@ -15,14 +15,8 @@ from lnr_prune.calibration.calls import Call, run
 from lnr_prune.graph.module import named_tensors
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
-
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-
-
 _PRODUCT = ("input", "weight")
-
-
 _SIGNATURES: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     torch.addmm: ("bias", "input", "weight"),
@@ -64,8 +58,6 @@ class LayerCall:
 
 
 See = Callable[[str, LayerCall], None]
-
-
 Swap = Callable[[str, Tensor], Mapping[str, Tensor]]
 
 

@@ -14,8 +14,6 @@ from rich.console import Console
 from lnr_prune.errors import LnrPruneError
 
 LOG_WIDTH = 120  # of tables where there is no terminal
-
-
 Say = Callable[[Any, Any], None]
 
 

@@ -17,8 +17,6 @@ from lnr_prune.runtime.optional import needed
 from lnr_prune.runtime.processes import ALONE, Ranks
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-
-
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

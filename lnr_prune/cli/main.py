@@ -22,8 +22,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-
 EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     commands.inspect: (
         "lnr-prune inspect torchvision:resnet18 --shape 3,224,224",

@@ -20,8 +20,6 @@ from lnr_prune.errors import LnrPruneError
 from lnr_prune.runtime.optional import import_torchvision, needed
 
 FORMS = "package.module:factory, path/to/file.py:factory, torchvision:NAME, timm:NAME or hf:FOLDER"
-
-
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
 
 

@@ -11,8 +11,6 @@ from lnr_prune.selection.selectors import Backward, Random, Selector
 from lnr_prune.settings import Amount
 
 MODEL, DATA, AMOUNT, OUTPUT = "Model", "Inputs", "How much is kept (give one)", "Output"
-
-
 Model = Annotated[
     str,
     typer.Argument(
@@ -22,16 +20,12 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-
-
 ModelArg = Annotated[
     list[str] | None,
     typer.Option(
         help="Argument of the factory, key=value with the value in JSON. May be repeated.", rich_help_panel=MODEL
     ),
 ]
-
-
 Weights = Annotated[
     Path | None,
     typer.Option(
@@ -41,23 +35,15 @@ Weights = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-
-
 Device = Annotated[str, typer.Option(help="Where it runs: cpu, cuda, mps ...", rich_help_panel=MODEL)]
-
-
 Shape = Annotated[
     str | None,
     typer.Option(help="Shape of one sample, such as 3,224,224: random values of it are used.", rich_help_panel=DATA),
 ]
-
-
 Tokens = Annotated[
     int | None,
     typer.Option(min=1, help="For language models: length of a random text, in tokens.", rich_help_panel=DATA),
 ]
-
-
 Array = Annotated[
     list[str] | None,
     typer.Option(
@@ -65,27 +51,19 @@ Array = Annotated[
         rich_help_panel=DATA,
     ),
 ]
-
-
 Saved = Annotated[
     Path,
     typer.Argument(
         metavar="PRUNED", exists=True, dir_okay=False, show_default=False, help="A file that lnr-prune prune wrote."
     ),
 ]
-
-
 Data = Annotated[
     Path | None,
     typer.Option(exists=True, help="Instead, inputs from a .npy, .npz or .safetensors file.", rich_help_panel=DATA),
 ]
-
-
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, to the standard output.", rich_help_panel=OUTPUT)
 ]
-
-
 Html = Annotated[Path | None, typer.Option(help="Also write the report as a web page.", rich_help_panel=OUTPUT)]
 
 

@@ -148,8 +148,8 @@ def prune(
     window: Annotated[
         int,
         typer.Option(
-            help="Layers that are refitted together: 1, or 2, a layer with the one that makes its inputs, which is slower "
-            "and better.",
+            help="Layers that are refitted together: 1, or 2, a layer with the one that makes its inputs, which is "
+            "slower and better.",
             rich_help_panel=AMOUNT,
         ),
     ] = 1,
@@ -159,8 +159,8 @@ def prune(
     into: Annotated[
         str,
         typer.Option(
-            help="copy: a model of the same class. graph: a graph for evaluation only, which also reaches channels whose "
-            "number the forward holds.",
+            help="copy: a model of the same class. graph: a graph for evaluation only, which also reaches channels "
+            "whose number the forward holds.",
             rich_help_panel=AMOUNT,
         ),
     ] = "copy",

@@ -17,11 +17,7 @@ from lnr_prune.graph.sizes import HeldInt
 
 Role = tuple[str, type[nn.Module], str]
 """A line of code and the attribute of a class of submodules that may be an int in it."""
-
-
 LONGEST = 64  # tuples and lists with more entries are data, not settings
-
-
 ATTEMPTS = 40
 """Choices of attributes that are tried for groups whose ints are in the same lines; most fail early."""
 

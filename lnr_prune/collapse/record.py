@@ -17,8 +17,6 @@ from lnr_prune.runtime.codec import LARGEST, parsed, shown, typed
 from lnr_prune.runtime.digest import HASH, digest_of
 
 FORMAT = 1
-
-
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+){0,2}", re.ASCII)  # of an attribute
 
 

@@ -10,20 +10,10 @@ from lnr_prune.errors import LnrPruneError
 from lnr_prune.graph.flow import INPUT, OUTPUT
 
 TEXT = (".dot", ".gv")
-
-
 IMAGES = (".svg", ".png", ".pdf")
-
-
 GOLDEN = 0.618034  # steps of this much around the circle of hues keep neighbours apart
-
-
 LIMIT = 120  # seconds that graphviz may take
-
-
 STRIPES = 3  # groups that an edge shows at most
-
-
 STYLE = (
     "  graph [nslimit=1 nslimit1=1 mclimit=0.3]",  # bounds the time of the layout
     '  node [shape=box style="filled,rounded" fontname="Helvetica" fontsize=11 color=gray50]',

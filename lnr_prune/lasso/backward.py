@@ -10,14 +10,8 @@ from torch import Tensor
 from lnr_prune.lasso.problem import Block, GroupLasso
 
 RIDGE = 1e-8  # relative to every column's second moment
-
-
 PANEL = 128  # columns that go before H and M are updated
-
-
 TIE = 1e-6  # relative difference of two costs that may be rounding
-
-
 LEAF = 256  # size below which an inverse is LAPACK's
 
 

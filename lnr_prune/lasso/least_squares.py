@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-9  # of a singular R, relative to its mean diagonal
-
-
 REFINEMENTS = 3  # by which the ridge is taken back
 
 

@@ -12,20 +12,10 @@ from lnr_prune.lasso.prox import Matrices
 from lnr_prune.lasso.solution import Iterate
 
 RETRIES = 5  # Levenberg-Marquardt attempts before a plain proximal step
-
-
 PATIENCE = 8  # accepted steps without progress before rounding is blamed
-
-
 CROWD = 50  # groups that may always enter together
-
-
 SINGLE_PATIENCE = 1  # the same in float32, where float64 goes on
-
-
 SINGLE_GAP = 1e-4  # relative gap from which one more step is worth being seen in float64
-
-
 SINGLE_COLUMNS = 400  # below this many columns float32 saves nothing
 
 

@@ -15,11 +15,7 @@ from lnr_prune.lasso.solution import Solution
 from lnr_prune.lasso.solve import Solver, solve
 
 NARROW = 1e-5  # relative width of a bracket that no count can be told apart in
-
-
 ROUGH = 1e-4  # gap that is good enough far from the wanted count
-
-
 DESCENT = 5.0  # largest factor between two lam while nothing is known below
 
 

@@ -22,18 +22,12 @@ from lnr_prune.errors import LnrPruneError
 from lnr_prune.runtime.optional import import_torchvision, require
 
 DATA_ENVIRONMENT = "LNR_PRUNE_DATA"
-
-
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion": "FashionMNIST"}
-
-
 NAMES = ("digits", *TORCHVISION_NAMES)
 
 
 # Mean and standard deviation of the training pixels, as published: trained weights expect these very numbers.
 NORMALISATION = {"mnist": (0.1307, 0.3081), "fashion": (0.2860, 0.3530)}
-
-
 DIGITS_TEST_SIZE = 360
 
 

@@ -9,11 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 Question = TypeVar("Question")
-
-
 Answer = TypeVar("Answer")
-
-
 _DONE, _STOP = object(), object()
 
 

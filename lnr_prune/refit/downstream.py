@@ -28,7 +28,7 @@ class Shortcut:
     calls: tuple[Recorded, ...]
 
     def of(self, results: Mapping[int, Tensor], like: Tensor) -> Tensor | None:
-        """The shortcut, of this tensor's shape, or None if it cannot be had."""
+        """The shortcut, of this tensor's shape, or None if it is not known."""
         if any(number not in results for number in self.needed):
             return None
         known = {of: results[number] for of, number in zip(self.ids, self.needed, strict=True)}

@@ -49,7 +49,7 @@ def _moments(layer: RefitLayer, target: Target, W: Tensor) -> tuple[SecondMoment
     sums = [SecondMoments.zeros(h, d, W.device) for _ in range(2)]
     for part in (False, True):
         calls = [piece for held, piece, *_ in pieces_of(target) if held == part]
-        xx = all_products(layer.pair, calls, max((place.samples for place in target.places), default=0))
+        xx = all_products(layer.adapted, calls, max((place.samples for place in target.places), default=0))
         if xx is not None:
             known[part] = len(xx)
             sums[part].xx[: len(xx), : len(xx)] += xx
@@ -66,7 +66,7 @@ def _moments(layer: RefitLayer, target: Target, W: Tensor) -> tuple[SecondMoment
     for part in (False, True):
         if waiting[part]:
             add(part)
-    name = layer.pair.consumer.name
+    name = layer.adapted.consumer.name
     check_finite(name, sums[0] + sums[1], "the pruned network")
     fit, held = (each.over_ranks(target.ranks) for each in sums)
     if fit.count == 0:

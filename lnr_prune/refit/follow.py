@@ -1,4 +1,19 @@
-"""Where a layer's output goes, followed through one forward pass: as far as functions are elementwise, and beyond."""
+"""Where a layer's output goes, followed through one forward pass that was recorded.
+
+A refit that only looks at a layer's output y wastes what it could know: behind a batch norm and a ReLU, an error in an
+entry that the ReLU cuts off costs nothing, and behind an addition the error of the shortcut could be undone, too. So
+each layer's output is followed to where it is mixed with others. In a residual block::
+
+    y = conv2(x)                      the layer
+    z = bn2(y) + s                    affine steps: z = alpha y + c + beta s, with s = shortcut
+    out = relu(z)                     the activation phi
+    ... = next.conv1(out)             what is read next
+
+`wiring_of` records every function that a forward pass calls, and finds out of each by trying what it does to what
+arrives: whether it is affine, or one function of every entry. Nothing is known by name but the batch norm, whose
+running mean can take up an intercept. What was found is replayed by `Replay` in later passes, while they call the same
+functions in the same order.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -9,8 +9,6 @@ from lnr_prune.calibration.calls import Call, samples_in
 from lnr_prune.runtime.processes import ALONE, Ranks
 
 HELD_OUT = 4  # one stretch of samples of so many
-
-
 STRETCHES = 64  # that all samples make; neighbours may be much alike
 
 

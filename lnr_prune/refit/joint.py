@@ -1,4 +1,18 @@
-"""Two layers in tandem: one that reads channels, and the one that makes them for it alone, refitted together."""
+"""A window of two layers, refitted together: one that reads channels, and the one that makes them for it alone.
+
+A layer by itself can only mix the channels that are left. Say that two of three channels stay, and that the layer needs
+the sum of all three: no least squares on the two gives it. But the layer before can be changed, too, so that one of the
+two channels *is* that sum. Without anything in between this is a truncated singular value decomposition; with a
+nonlinearity g between the matrices N and M, ::
+
+    x  ->  N x  ->  g  ->  M g(N x)  ->  z'  ->  phi(z')      should equal phi(z) of the original network,
+
+it is a small network of two matrices, trained for a few iterations of L-BFGS on what the original one does, without
+labels. Plain coordinates would need hundreds of iterations; in the coordinates of ``whitening``, where the inputs and
+the gradients of the outputs of both layers are white, ten do. Samples that are held out decide which iterate is taken.
+The way from N's output to M's input is gone again in every evaluation, so it must lead to where the network really
+went, else the two layers are left as they are.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +90,7 @@ def refit_jointly(
 
     Returns:
         N and M, the error, and ``E||phi(z)||^2`` (of logits, the entropy); None if the way between the layers cannot
-        be gone again, or nothing tried was better.
+        be repeated, or nothing tried was better.
 
     References:
         Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015: the
@@ -91,7 +105,7 @@ def refit_jointly(
         return None
     coordinates = [Coordinates.of(*side) for side in zip(starts, stays, moments.inputs, moments.outputs, strict=True)]
     V = [each.of_matrix(start).requires_grad_() for each, start in zip(coordinates, starts, strict=True)]
-    if not any(v.numel() for v in V):  # nothing comes of either layer
+    if not any(v.numel() for v in V):  # nobody reads either layer
         return None
     tried: list[tuple[_Error, list[Tensor]]] = []  # the first, and the best
 
@@ -163,13 +177,13 @@ class _Block:
 
     @cached_property
     def alive(self) -> dict[int, Tensor]:
-        """Per batch, 1 where something comes of a sample's output, else 0, as a vector."""
+        """Per batch, 1 where an entry of a sample's output is still read, else 0, as a vector."""
         return {batch: self._alive(self.target.calls[batch]) for batch in self.batches}
 
     def _alive(self, call: LayerCall) -> Tensor:
         one = call.output[:1].detach().requires_grad_()
         with torch.enable_grad():
-            rows = self.layer.pair.outputs(replace(call, output=one, bias=None))
+            rows = self.layer.adapted.outputs(replace(call, output=one, bias=None))
             some = rows if self.layer.alive is None else rows[:, self.layer.alive]
             (mask,) = torch.autograd.grad(some.sum(), one)
         return mask.flatten()
@@ -253,7 +267,7 @@ def _moments(block: _Block, M: Tensor, stays: Sequence[Tensor]) -> _Moments | No
             break
         reads = passed.call, replace(call, input=passed.way(ys[0].detach()))
         for index, (layer, read, gradient) in enumerate(zip(layers, reads, gradients, strict=True)):
-            for x, g in rows(layer.pair, replace(read, output=gradient, bias=None), place.samples, first):
+            for x, g in rows(layer.adapted, replace(read, output=gradient, bias=None), place.samples, first):
                 inputs[index] = inputs[index].with_rows(layer.inputs(x)[:, stays[index]], x.new_empty(len(x), 0))
                 outputs[index] = outputs[index].with_rows(g, g.new_empty(len(g), 0))
         wanted = block.wanted(batch)

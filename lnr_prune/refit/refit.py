@@ -195,7 +195,7 @@ def _target(
     layer: RefitLayer, wiring: Wiring, arrivals: Mapping[int, Arrival], places: Sequence[Place], work: Work
 ) -> Target:
     at = [places[batch] for batch in arrivals]
-    return target_of(layer.pair, wiring.layers[layer.name], list(arrivals.values()), at, work.ranks)
+    return target_of(layer.adapted, wiring.layers[layer.name], list(arrivals.values()), at, work.ranks)
 
 
 def solve_layer(

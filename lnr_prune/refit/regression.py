@@ -9,12 +9,10 @@ from torch import Tensor
 
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.lasso.problem import GroupLasso
-from lnr_prune.report.report import LayerReport
+from lnr_prune.report.rows import LayerReport
 
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-12)
 """Ridges to choose from, as fractions of the inputs' mean second moment."""
-
-
 DEFAULT_RIDGE = 1e-6  # where no sample can be held out
 
 
@@ -24,7 +22,8 @@ class LayerFit:
 
     Attributes:
         error: ``E||y - M x||^2`` on the calibration data: x in the pruned network, y in the original one. Of a layer
-            that was refitted in tandem ``E||phi(z) - phi(z')||^2``, see `refit_jointly`, or the divergence of logits.
+            that was refitted with its maker ``E||phi(z) - phi(z')||^2``, see `refit_jointly`, or the divergence of
+            logits.
         scale: ``E||y||^2``, or ``E||phi(z)||^2``, or the entropy.
         ridge: The ridge, as a fraction of the inputs' mean second moment.
         samples: Number of samples (rows) it was fitted to.

@@ -1,4 +1,17 @@
-"""What a layer's output should be in the pruned network, and the least squares that bring it there."""
+"""What a layer's output should be in the pruned network.
+
+Say that in the original network ``z = alpha y + c + beta s``, as behind a batch norm and a shortcut s, and that an
+activation phi follows. In the pruned network the shortcut has an error already: s' instead of s. The layer sees its
+input x there, and can be given any matrix M. What it should bring about is ``z' = z``, that is
+
+    alpha M x + c + beta s'  =  alpha y + c + beta s,    so    alpha M x  ~  alpha y + beta (s - s'),
+
+and the right-hand side is the `Target`: the layer's own output, plus what the shortcut lacks. For example with
+``alpha = 1, beta = 1``, an original output of 2.0 and a shortcut that has fallen from 1.0 to 0.7, the layer is fitted
+to 2.3. Where s is not known before the layer is called, or z is not made in the same way at all positions, the target
+is plain y. `RefitLayer` is how a layer's matrix is read and written, with one more column where a running mean can take
+up an intercept; ``fit`` has the least squares.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,14 +87,14 @@ class RefitLayer:
     """A layer whose matrix M has one more column, an intercept, where a running mean can take it up.
 
     Attributes:
-        pair: How to read and write the layer.
+        adapted: How to read and write the layer.
         tensors: The original model's.
         kept: Columns of the layer's own matrix that stay, (d,) bool; None = all.
         alive: Rows that are still read, (h,) bool; None = all.
         mean: Name of the running mean; None = there is no such column.
     """
 
-    pair: AdaptedLayer
+    adapted: AdaptedLayer
     tensors: Mapping[str, Tensor]
     kept: Tensor | None = None
     alive: Tensor | None = None
@@ -90,7 +103,7 @@ class RefitLayer:
     @property
     def name(self) -> str:
         """Of its weight."""
-        return self.pair.consumer.weight
+        return self.adapted.consumer.weight
 
     @property
     def whole(self) -> bool:
@@ -99,7 +112,7 @@ class RefitLayer:
 
     def matrix(self, weights: Mapping[str, Tensor], intercept: Tensor | None = None) -> Tensor:
         """M, with these parameters instead of the original ones, and this intercept instead of zero."""
-        M = self.pair.matrix({**self.tensors, **weights})
+        M = self.adapted.matrix({**self.tensors, **weights})
         if self.mean is None:
             return M
         return torch.cat([M, (M.new_zeros(len(M)) if intercept is None else intercept.to(M))[:, None]], 1)
@@ -115,7 +128,7 @@ class RefitLayer:
         return ridged if self.mean is None else torch.cat([ridged, ridged.new_zeros(1)])
 
     def _columns(self, bias: float) -> Tensor:
-        return self.pair.columns(torch.ones_like(self.tensors[self.name]), bias=bias)
+        return self.adapted.columns(torch.ones_like(self.tensors[self.name]), bias=bias)
 
     def inputs(self, x: Tensor) -> Tensor:
         """X, (n, d), with a 1 where there is an intercept."""
@@ -123,13 +136,13 @@ class RefitLayer:
 
     def arguments(self, M: Tensor) -> dict[str, Tensor]:
         """The "weight" and the "bias" to call it with, so that its matrix is M."""
-        new = self.pair.write(M if self.mean is None else M[:, :-1], self.tensors)
-        given = {key: new[name] for key, name in self.pair.names.items() if name in new}
+        new = self.adapted.write(M if self.mean is None else M[:, :-1], self.tensors)
+        given = {key: new[name] for key, name in self.adapted.names.items() if name in new}
         return given if self.mean is None else {**given, "bias": M[:, -1].to(given["weight"])}
 
     def parameters(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's parameters, and the running mean, that do what these arguments do: full name -> value."""
-        new = {name: arguments[key] for key, name in self.pair.names.items() if key in arguments}
+        new = {name: arguments[key] for key, name in self.adapted.names.items() if key in arguments}
         if self.mean is not None:
             mean = self.tensors[self.mean]
             new[self.mean] = (mean.double() - arguments["bias"].double()).to(mean)
@@ -137,7 +150,7 @@ class RefitLayer:
 
 
 def target_of(
-    pair: AdaptedLayer,
+    adapted: AdaptedLayer,
     downstream: Downstream,
     arrivals: Sequence[Arrival],
     places: Sequence[Place],
@@ -146,7 +159,7 @@ def target_of(
     """What a layer is fitted to: z, where all is known of it, else y.
 
     Args:
-        pair: The layer.
+        adapted: The layer.
         downstream: What becomes of its output.
         arrivals: The batches that have come to it.
         places: Where they stand.
@@ -156,21 +169,21 @@ def target_of(
     shortcuts = [arrival.shortcuts for arrival in arrivals if arrival.shortcuts is not None]
     known = len(shortcuts) == len(calls)
     first = [call for call in calls if len(call.input)][:1]  # none where no sample is here
-    mine = [_affine(pair, downstream, call) if known else None for call in first]
+    mine = [_affine(adapted, downstream, call) if known else None for call in first]
     found = [affine for of_rank in ranks.all_gather(mine) for affine in of_rank]
     if not found or any(affine is None for affine in found):
         return Target(calls, places, ranks=ranks)
     return Target(calls, places, downstream, shortcuts, found[0], ranks)
 
 
-def _affine(pair: AdaptedLayer, downstream: Downstream, call: LayerCall) -> Affine | None:
+def _affine(adapted: AdaptedLayer, downstream: Downstream, call: LayerCall) -> Affine | None:
     """How z is made of y; None if not in the same way at all positions, or not at all."""
     one = replace(next(call.split(1)), bias=None)
     zero, count = torch.zeros_like(one.output), len([shortcut for shortcut in downstream.affine.shortcuts if shortcut])
     c = downstream.affine(zero, [zero] * count)
 
     def everywhere(values: Tensor) -> Tensor | None:
-        rows = pair.outputs(replace(one, output=values)).double()
+        rows = adapted.outputs(replace(one, output=values)).double()
         return rows[0] if torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-3) else None
 
     units = torch.eye(1 + count).unbind()  # y is 1, or one of the shortcuts
@@ -180,7 +193,7 @@ def _affine(pair: AdaptedLayer, downstream: Downstream, call: LayerCall) -> Affi
         return None
     (alpha, *betas), constant = known, everywhere(c)
     alpha = alpha.where(alpha.abs() > 1e-6 * alpha.abs().max(), 0.0)
-    stays = -alpha * pair.outputs(replace(one, output=zero, bias=call.bias))[0].double()
+    stays = -alpha * adapted.outputs(replace(one, output=zero, bias=call.bias))[0].double()
     if constant is None:
         return Affine(alpha, tuple(betas), stays, c)
     return Affine(alpha, tuple(betas), stays + constant, None)
@@ -189,7 +202,7 @@ def _affine(pair: AdaptedLayer, downstream: Downstream, call: LayerCall) -> Affi
 def rows_of(layer: RefitLayer, target: Target) -> Iterator[tuple[bool, Tensor, Tensor, Tensor]]:
     """Whether held out, x, what alpha M x should be, and what z' is besides."""
     for part, piece, samples, first, others in pieces_of(target):
-        for x, y, *rest in rows(layer.pair, piece, samples, first, *others):
+        for x, y, *rest in rows(layer.adapted, piece, samples, first, *others):
             aimed = (y, torch.zeros_like(y)) if target.affine is None else target.affine.of_rows(y, rest)
             yield part, layer.inputs(x), *aimed
 

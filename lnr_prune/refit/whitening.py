@@ -14,7 +14,7 @@ class Coordinates:
 
     Attributes:
         start: M, (h, d).
-        at: Rows that something comes of, and columns that stay.
+        at: Rows that are still read, and columns that stay.
         L: Of the inputs.
         C: Of the gradients of the outputs.
     """

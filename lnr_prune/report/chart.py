@@ -5,17 +5,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 LABELS = {"params": "parameters left", "macs": "MACs left", "size": "bytes left", "latency": "latency left"}
-
-
 WIDTH, HEIGHT = 400, 270
-
-
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 30, 44
-
-
 WIDE = 10.0  # ratio of the largest to the smallest value from which an axis is logarithmic
-
-
 Points = Sequence[tuple[float, float]]
 
 

@@ -47,11 +47,7 @@ STYLE = """
   .lnr td[data-label]::before { content: attr(data-label) " "; opacity: .75; font-size: .9em; }
 }
 """
-
-
 POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
-
-
 PAGE_STYLE = """
 :root { color-scheme: light dark; }
 body { margin: 0; padding: 1.5rem clamp(1rem, 4vw, 3rem) 3rem; background: #fff; color: #1d2430; }
@@ -61,11 +57,7 @@ body { margin: 0; padding: 1.5rem clamp(1rem, 4vw, 3rem) 3rem; background: #fff;
   .lnr { --accent: #6ea8ff; --second: #f0a64a; }
 }
 """
-
-
 FEW = 2  # names that are shown of a long list, the others are folded
-
-
 Column = tuple[str, str, str]
 """Title, class, and label where the titles are hidden."""
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from lnr_prune.errors import PlanError
 
 LARGEST = 64 * 2**20  # characters of JSON
-
-
 Kind = TypeVar("Kind")
 
 

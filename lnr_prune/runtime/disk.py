@@ -20,11 +20,7 @@ except ImportError:  # Windows: nobody is kept out
 
 
 StrPath = str | os.PathLike[str]
-
-
 PART = ".lnr-prune-{}.part"  # name of a file that is being written
-
-
 _held: set[tuple[int, str]] = set()  # process and file: it could lock it again
 
 

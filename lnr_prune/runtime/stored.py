@@ -1,4 +1,4 @@
-"""A value as a work folder's file has it: tensors as safetensors, the rest as JSON, read as the type that is expected."""
+"""A value as a work folder's file has it: safetensors and JSON, read as the type that is expected."""
 
 import json
 import os

@@ -32,7 +32,7 @@ class Keep:
     channels: Value
 
     def __post_init__(self) -> None:
-        for value in _values(self.channels):
+        for value in _values("keep", self.channels):
             keep_count(value, 1)
 
     def choices(self, graph: Graph, selector: Selector) -> dict[ChannelGroup, Choice]:
@@ -68,9 +68,10 @@ class Penalty:
         given = {name: value for name, value in (("lam", self.lam), ("ratio", self.ratio)) if value is not None}
         if len(given) != 1:
             raise ValueError(f"a penalty is given by one of lam and ratio, got {' and '.join(given) or 'neither'}")
-        for name, value in ((name, value) for name, of in given.items() for value in _values(of)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"the penalty's {name} must be finite and >= 0, got {value}")
+        for name, of in given.items():
+            for value in _values(f"the penalty's {name}", of):
+                if not (math.isfinite(value) and value >= 0):
+                    raise ValueError(f"the penalty's {name} must be finite and >= 0, got {value}")
 
     def choices(self, graph: Graph, selector: Selector) -> dict[ChannelGroup, Choice]:
         """How the channels of every group that may lose some are chosen.
@@ -86,7 +87,7 @@ class Penalty:
         def at_ratio(candidates: Candidates, ratio: float) -> Selection:
             return at_lam(candidates, ratio * candidates.problem.lambda_max(), solver)
 
-        ratios = per_group(graph, self.ratio or 0.0, "ratio")
+        ratios = per_group(graph, 0.0 if self.ratio is None else self.ratio, "ratio")
         return {group: partial(at_ratio, ratio=ratio) for group, ratio in ratios.items()}
 
 
@@ -145,9 +146,9 @@ def keep_count(keep: float, size: int) -> int:
     return max(1, round(keep * size))
 
 
-def _values(value: Value) -> Iterator[float]:
-    """The numbers in a value, each of which is one."""
+def _values(name: str, value: Value) -> Iterator[float]:
+    """The numbers in a value; anything else is refused by the argument's name."""
     for number in value.values() if isinstance(value, Mapping) else (value,):
         if isinstance(number, bool) or not isinstance(number, numbers.Real):
-            raise TypeError(f"expected a number or a mapping of numbers, got {number!r}")
+            raise TypeError(f"{name} must be a number or a mapping of numbers, got {number!r}")
         yield float(number) if not isinstance(number, numbers.Integral) else int(number)

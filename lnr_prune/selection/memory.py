@@ -17,23 +17,11 @@ from lnr_prune.refit.network import refitted_layers
 from lnr_prune.refit.refit import Refit
 
 logger = logging.getLogger("lnr_prune")
-
-
 SOLVE = (8, 16)  # copies of R, (d, d), and of B, (h, d), that a solve makes; measured, the group lasso's are the most
-
-
 REFIT = (12, 15)  # the same of a layer's refit, its moments among them
-
-
 JOINT = (6, 7)  # of each of two layers refitted together; the former of (h, h) too, of the latter 2 more an iteration
-
-
 PASS = 0.5  # of what the largest solve needs: in low memory, moments of so many bytes are gathered at a time
-
-
 FLOAT64 = 8
-
-
 SHOWN = 3  # layers that an error names
 
 
@@ -174,7 +162,7 @@ def _shape(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> tuple[int, int
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on a device now; None where nobody says."""
+    """Bytes that are available on a device now; None where nobody says."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     found = [left for left in (_of_machine(), _of_group()) if left is not None]
@@ -191,7 +179,7 @@ def _of_machine() -> int | None:
 
 
 def _of_group(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's limit leaves; pages that only cache files can be had back."""
+    """What a container's limit leaves; pages that only cache files count as free."""
     try:
         limit, used = (int((folder / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
         stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())

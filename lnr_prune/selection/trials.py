@@ -27,7 +27,7 @@ from lnr_prune.selection.curves import error_curves
 
 @dataclass(frozen=True, eq=False)
 class Trials:
-    """A network to try sizes on. Errors are measured on some samples; networks whose errors are, are refitted to others.
+    """A network to try sizes on: its errors are measured on some samples, and it is refitted to others.
 
     Attributes:
         model: The original model.
@@ -122,9 +122,17 @@ def trials_of(
     """Trials on the first calibration samples: every second batch judges, the others are refitted to.
 
     Args:
-        model, target, graph, groups, passes, refit, bias, logits, work: As of `Trials`.
+        model: The original model.
+        target: The module that is to be shrunk.
+        graph: The model's channel groups.
+        groups: Those that may shrink.
+        passes: They, with their second moments.
         data: The calibration data.
         samples: Calibration samples that judge, and about as many to refit to.
+        refit: How the layers will be refitted; None = not at all.
+        bias: Whether biases are refitted.
+        logits: Whether the outputs are logits.
+        work: The processes, who is told, and where what was measured is kept.
     """
     batches = first_samples(data, 2 * samples, work.ranks)
     judge = output_error(model, batches[1::2] or batches, logits)  # all ranks have all

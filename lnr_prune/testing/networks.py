@@ -170,8 +170,6 @@ PATTERNS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
         2 * d,
     ),
 }
-
-
 Recipe = tuple[str, int, list["Recipe"]]
 """A pattern, its width, and for "branches" what happens in one of its two branches."""
 
