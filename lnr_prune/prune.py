@@ -123,8 +123,9 @@ def prune(
                     samples=amount.effort.samples, refit=refit, bias=bias, logits=logits, work=work,
                 )  # fmt: skip
                 allocation = within_budget(trials, amount, costs_of(model, graph, groups, example))
+                predicted = trials.promised(allocation, settings.selector, settings.seed)
                 del trials  # and what they remember
-                choices, predicted = at_sizes(allocation.sizes, settings.selector), dict(allocation.errors)
+                choices = at_sizes(allocation.sizes, settings.selector)
             selected = select(  # the zero groups of the lasso, or what another selector drops
                 passes, choices, tensors, seed=settings.seed, coefficients=refit is None, work=work
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lnr_prune.calibration.calls import Call, Inputs, _checked, _moved, check_model, run, samples_in, shortened
+from lnr_prune.calibration.places import Place, halves
 from lnr_prune.errors import CalibrationError
 from lnr_prune.runtime.digest import digest
 from lnr_prune.runtime.processes import ALONE, Ranks
@@ -24,7 +25,7 @@ class Calibration:
 
     Attributes:
         batches: The data, re-iterable.
-        as_call: GroupPasses a batch into the model's arguments.
+        as_call: Turns a batch into the model's arguments.
     """
 
     batches: Iterable[Any]
@@ -37,12 +38,10 @@ class Calibration:
                 yield call
 
     @cached_property
-    def samples(self) -> int | None:
-        """Number of samples, where that can be known without reading the data: lists and data loaders."""
-        if isinstance(self.batches, Sequence):
-            return sum(samples_in(batch) for batch in self.batches)
+    def samples(self) -> int:
+        """Number of samples; the data is gone through once if neither a list nor a data loader tells."""
         sampler = getattr(self.batches, "sampler", None)
-        return len(sampler) if isinstance(sampler, Sized) else None
+        return len(sampler) if isinstance(sampler, Sized) else sum(samples_in(batch) for batch in self.batches)
 
     def example(self) -> Call:
         """The arguments of the first batch.
@@ -61,7 +60,7 @@ class Batches:
 
     Attributes:
         data: An iterable of batches.
-        inputs: GroupPasses a batch into ``(args, kwargs)`` of the model.
+        inputs: Turns a batch into ``(args, kwargs)`` of the model.
 
     Raises:
         TypeError: If inputs cannot be called.
@@ -178,17 +177,50 @@ class FixedCalibration(Calibration):
 
 def first_samples(data: Iterable[Call], samples: int = SAMPLES, ranks: Ranks = ALONE) -> list[Call]:
     """The first batches, the first rank's before the second's, until they hold so many samples; all ranks get all."""
-    calls, sizes = list[Call](), list[int]()
+    calls, count = list[Call](), 0
     for call in data:
         calls.append(call)
-        sizes.append(samples_in(call))
-        if sum(sizes) >= samples:
+        count += samples_in(call)
+        if count >= samples:
             break
-    chosen, count = list[tuple[int, int]](), 0
-    for source, of_rank in enumerate(ranks.all_gather(sizes)):
-        for index, size in enumerate(of_rank):
+    return _shared(calls, samples, ranks)
+
+
+def first_of_each_half(
+    data: Calibration, samples: int | None = SAMPLES, ranks: Ranks = ALONE
+) -> tuple[list[Call], list[Call]]:
+    """So many samples to fit on, and as many to judge by; see `lnr_prune.calibration.places`. All ranks get all.
+
+    Args:
+        data: The calibration data; of each half, the first samples are taken.
+        samples: How many of each; None = all.
+        ranks: The processes that prune together.
+    """
+    wanted = data.samples if samples is None else samples
+    first, total = ranks.before(data.samples)
+    found: tuple[list[Call], list[Call]] = ([], [])
+    counts = [0, 0]
+    for call in data:
+        place = Place(first, samples_in(call), total or 0)
+        for judges, piece in halves(call, place):
+            if counts[judges] < wanted:
+                found[judges].append(piece)
+                counts[judges] += samples_in(piece)
+        first += place.size
+        if min(counts) >= wanted:
+            break
+    fit, judge = (_shared(calls, wanted, ranks) for calls in found)
+    return fit, judge
+
+
+def _shared(calls: Sequence[Call], samples: int, ranks: Ranks) -> list[Call]:
+    """The first so many samples of all ranks, in their order."""
+    chosen, count = list[tuple[int, int, int]](), 0
+    for source, sizes in enumerate(ranks.all_gather([samples_in(call) for call in calls])):
+        for index, size in enumerate(sizes):
             if count < samples:
-                chosen.append((source, index))
+                chosen.append((source, index, samples - count))
                 count += size
-    known = ranks.all_gather({index: calls[index] for source, index in chosen if source == ranks.rank})
-    return [known[source][index] for source, index in chosen]
+    mine = {index: shortened(calls[index], left) for source, index, left in chosen if source == ranks.rank}
+    known = ranks.all_gather(mine)
+    return [known[source][index] for source, index, _ in chosen]

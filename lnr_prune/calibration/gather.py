@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from lnr_prune.calibration.calls import Call, samples_in
 from lnr_prune.calibration.data import Calibration
-from lnr_prune.calibration.moments import SecondMoments
+from lnr_prune.calibration.moments import Halves, SecondMoments
+from lnr_prune.calibration.places import HALF, Place
 from lnr_prune.calibration.rows import Reader, all_products, rows, rows_of_sample
 from lnr_prune.calibration.watch import LayerCall, watch
 from lnr_prune.errors import CalibrationError
@@ -21,7 +22,7 @@ def gather(
     readers: Mapping[str, Reader],
     data: Calibration,
     work: Work = Work(),
-) -> dict[str, SecondMoments]:
+) -> dict[str, Halves]:
     """One pass over the calibration data: the second moments of every layer's inputs at once.
 
     Outputs are not read: a layer's own y is M x, see `SecondMoments.through`. Processes that prune together pass over
@@ -34,18 +35,18 @@ def gather(
         work: The processes, each with a shard of the data, and where the sums are kept.
 
     Returns:
-        Name of the weight -> its `SecondMoments`, of an empty y.
+        Name of the weight -> the moments of both halves of the samples, of an empty y.
 
     Raises:
         CalibrationError: If there is no batch, a layer is never called, or an activation is not finite.
     """
     so_far = f"sums of {' '.join(readers)}"
 
-    def one_pass(missing: Sequence[str]) -> list[SecondMoments]:
+    def one_pass(missing: Sequence[str]) -> list[Halves]:
         sums = _gathered(model, {name: readers[name] for name in missing}, data, work, so_far)
         return [sums[name] for name in missing]
 
-    found = work.each("moments", SecondMoments, list(readers), one_pass)
+    found = work.each("moments", Halves, list(readers), one_pass)
     work.drop(so_far)
     return dict(zip(readers, found, strict=True))
 
@@ -56,39 +57,50 @@ def _gathered(
     data: Calibration,
     work: Work,
     so_far: str,
-) -> dict[str, SecondMoments]:
-    before = work.snapshot(so_far, tuple[tuple[str, ...], int, dict[str, SecondMoments]])
-    names, done, moments = before if before is not None else ((), 0, {})
-    if names != tuple(readers):  # some are there already
-        done, moments = 0, {}
+) -> dict[str, Halves]:
+    before = work.snapshot(so_far, tuple[tuple[str, ...], int, dict[str, tuple[SecondMoments, SecondMoments]]])
+    names, done, known = before if before is not None else ((), 0, {})
+    sums: dict[str, list[SecondMoments]] = {}
+    if names == tuple(readers):  # else some are there already
+        sums = {name: list(of_parts) for name, of_parts in known.items()}
+    else:
+        done = 0
     first, samples = work.ranks.before(data.samples)
+    place = Place(first, 0, samples or 0)
 
     def add(name: str, layer: LayerCall) -> None:
-        xx = all_products(readers[name], [layer], samples)
-        if xx is not None:
-            _, positions, _ = rows_of_sample(readers[name], layer, samples)
-            of_call = SecondMoments(xx, xx.new_empty(0, len(xx)), xx.new_zeros(()), positions * len(layer.input))
-            moments[name] = moments[name] + of_call if name in moments else of_call
-            return
-        for x, *_ in rows(readers[name], layer, samples, first * len(layer.input) // size):
-            y = x.new_empty(len(x), 0)
-            moments[name] = moments[name].with_rows(x, y) if name in moments else SecondMoments.of(x, y)
+        parts = list(place.parts(len(layer.input), HALF))
+        pieces = list(zip(parts, layer.split([size for _, size in parts]), strict=True))
+        for part in (False, True):
+            of_part = [piece for (held, _), piece in pieces if held == part]
+            xx = all_products(readers[name], of_part, samples)
+            if xx is not None:
+                _, positions, _ = rows_of_sample(readers[name], layer, samples)
+                count = positions * sum(len(piece.input) for piece in of_part)
+                of_call = SecondMoments(xx, xx.new_empty(0, len(xx)), xx.new_zeros(()), count)
+                _both(sums, name, len(xx), xx.device)[part] += of_call
+                continue
+            start = place.start(len(layer.input))
+            for (held, size), piece in pieces:
+                for x, *_ in rows(readers[name], piece, samples, start) if held == part else ():
+                    both = _both(sums, name, x.shape[1], x.device)
+                    both[part] = both[part].with_rows(x, x.new_empty(len(x), 0))
+                start += size
 
     batch = -1
     for batch, call in enumerate(data):
-        size = max(1, samples_in(call))
+        place = Place(first, max(1, samples_in(call)), samples or 0)
+        first += samples_in(call)
         if batch < done:
-            first += samples_in(call)
             continue
         watch(model, call, readers, add)
-        first += samples_in(call)
-        for name, sums in moments.items():
-            check_finite(name, sums, f"batch {batch}", call)
-        work.keep(so_far, (tuple(readers), batch + 1, moments))
+        for name, (fit, held) in sums.items():
+            check_finite(name, fit + held, f"batch {batch}", call)
+        work.keep(so_far, (tuple(readers), batch + 1, {name: tuple(both) for name, both in sums.items()}))
         work.step("statistics")
     if batch < 0:
         raise CalibrationError("the calibration data holds no batch; give at least one batch of inputs")
-    seen = work.ranks.all_gather({name: len(sums.xx) for name, sums in moments.items()})
+    seen = work.ranks.all_gather({name: len(fit.xx) for name, (fit, _) in sums.items()})
     columns = {name: d for of_rank in seen for name, d in of_rank.items()}
     unseen = [name for name in readers if name not in columns]
     if unseen:
@@ -97,8 +109,13 @@ def _gathered(
             "this data than on the example that was traced"
         )
     tensors = named_tensors(model)
-    nothing = {name: SecondMoments.zeros(0, columns[name], tensors[name].device) for name in readers.keys() - moments}
-    return {name: {**nothing, **moments}[name].over_ranks(work.ranks) for name in readers}
+    both = {name: _both(sums, name, columns[name], tensors[name].device) for name in readers}
+    return {name: Halves(*(part.over_ranks(work.ranks) for part in both[name])) for name in readers}
+
+
+def _both(sums: dict[str, list[SecondMoments]], name: str, columns: int, device: torch.device) -> list[SecondMoments]:
+    """The sums of a layer's two halves so far."""
+    return sums.setdefault(name, [SecondMoments.zeros(0, columns, device) for _ in range(2)])
 
 
 def check_finite(weight: str, moments: SecondMoments, where: str, call: Call | None = None) -> None:

@@ -87,6 +87,22 @@ class SecondMoments:
         yx = M @ self.xx
         return SecondMoments(self.xx, yx, (yx * M).sum(), self.count)
 
+    def towards(self, W: Tensor, ridge: float, columns: Tensor) -> "SecondMoments":
+        """With rows that tie M to W: ``||M - W||^2`` on these columns, times the ridge and their mean second moment.
+
+        They are those of ``y = W x`` for an x of each of the columns alone, so least squares on the result is a ridge
+        regression towards W, and what an elimination loses includes what W does.
+
+        Args:
+            W: The matrix, (h, d).
+            ridge: As a fraction of the columns' mean second moment.
+            columns: Those that are tied, (d,) bool.
+        """
+        weight = ridge * self.xx.diagonal()[columns].mean() if ridge and bool(columns.any()) else self.yy.new_zeros(())
+        tied = W * columns
+        xx = self.xx + weight * torch.diag(columns.to(self.xx))
+        return replace(self, xx=xx, yx=self.yx + weight * tied, yy=self.yy + weight * tied.square().sum())
+
     def at(self, columns: Tensor) -> "SecondMoments":
         """The moments of these columns of x alone, (d,) bool."""
         if bool(columns.all()):
@@ -108,3 +124,21 @@ class SecondMoments:
         """``R = E[x x^T]``, ``B = E[y x^T]``, ``t = E||y||^2``, as a block of a `GroupLasso`."""
         n = self.count
         return Block(self.xx / n, self.yx / n, float(self.yy) / n, groups.to(self.xx.device))
+
+
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """Second moments of the samples that are fitted to, and of those that judge.
+
+    Attributes:
+        fit: Of the former.
+        held: Of the latter; of no rows where there is but one sample.
+    """
+
+    fit: SecondMoments
+    held: SecondMoments
+
+    @property
+    def whole(self) -> SecondMoments:
+        """Of all samples."""
+        return self.fit + self.held

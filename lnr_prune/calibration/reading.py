@@ -4,16 +4,35 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from lnr_prune.calibration.adapter import AdaptedLayer, find
 from lnr_prune.calibration.data import Calibration
 from lnr_prune.calibration.gather import gather
-from lnr_prune.calibration.moments import SecondMoments
+from lnr_prune.calibration.moments import Halves, SecondMoments
 from lnr_prune.graph.groups import ChannelGroup, Consumer
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.lasso.problem import GroupLasso
 from lnr_prune.runtime.work import Work
+
+Part = Callable[[Halves], SecondMoments]
+"""Of which samples the moments are."""
+
+
+def whole(halves: Halves) -> SecondMoments:
+    """Of all samples."""
+    return halves.whole
+
+
+def fit(halves: Halves) -> SecondMoments:
+    """Of those that do not judge."""
+    return halves.fit
+
+
+def held(halves: Halves) -> SecondMoments:
+    """Of those that judge."""
+    return halves.held
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +47,38 @@ class Reading:
 
     group: ChannelGroup
     layers: tuple[AdaptedLayer, ...]
-    moments: tuple[SecondMoments, ...] = ()
+    moments: tuple[Halves, ...] = ()
 
-    def problem(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> GroupLasso:
-        """The group lasso of its channels, on the columns that the masks leave (weight's name -> 0 or 1)."""
+    def problem(
+        self,
+        tensors: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        part: Part = whole,
+        ridges: Sequence[float] | None = None,
+    ) -> GroupLasso:
+        """The group lasso of its channels.
+
+        Args:
+            tensors: The original model's.
+            masks: Weight's name -> 0 or 1; on the columns that these leave.
+            part: Of which samples.
+            ridges: Per consumer, a ridge towards its own matrix, see `SecondMoments.towards`.
+        """
         kept = self.columns(tensors, masks or {})
-        blocks = [
-            sums.through(layer.matrix(tensors)).restricted(columns).block(layer.groups(tensors))
-            for layer, sums, columns in zip(self.layers, self.moments, kept, strict=True)
-        ]
+        blocks = []
+        for index, (layer, halves, columns) in enumerate(zip(self.layers, self.moments, kept, strict=True)):
+            W = layer.matrix(tensors)
+            moments = part(halves).through(W).restricted(columns)
+            if ridges is not None:
+                moments = moments.towards(W, ridges[index], columns & self.ridged(layer, tensors))
+            blocks.append(moments.block(layer.groups(tensors)))
         return GroupLasso(tuple(blocks), blocks[0].R.new_ones(self.group.size))
+
+    @staticmethod
+    def ridged(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Columns of a layer that a ridge holds: all but the bias, (d,) bool."""
+        return layer.columns(torch.ones_like(tensors[layer.consumer.weight]), bias=0.0)
 
     def columns(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Per consumer, the columns that the masks leave, (d,) bool."""
@@ -63,7 +104,8 @@ def read(
     tensors = named_tensors(model)
     for layer in (layer for of in layers.values() for layer in of):
         if layer.consumer.weight not in moments:  # it runs in training only: nothing is known of its inputs
-            moments[layer.consumer.weight] = SecondMoments.white(layer.matrix(tensors))
+            white = SecondMoments.white(layer.matrix(tensors))
+            moments[layer.consumer.weight] = Halves(white, white)
     return [Reading(group, of, tuple(moments[layer.consumer.weight] for layer in of)) for group, of in layers.items()]
 
 
@@ -95,7 +137,7 @@ class GroupPasses:
     def moments_of(self, weights: Container[str]) -> dict[str, SecondMoments]:
         """The lasting moments of those of these layers that some groups are read by: weight's name -> moments."""
         pairs = (pair for reading in self.lasting for pair in zip(reading.layers, reading.moments, strict=True))
-        return {layer.consumer.weight: moments for layer, moments in pairs if layer.consumer.weight in weights}
+        return {layer.consumer.weight: both.whole for layer, both in pairs if layer.consumer.weight in weights}
 
 
 def read_in_passes(

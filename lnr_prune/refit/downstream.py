@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lnr_prune.calibration.recording import Recorded
+from lnr_prune.refit.recording import Recorded
 
 Step = Callable[[Tensor, Tensor | None], Tensor]
 """One function on the way: what arrives, and the shortcut if it takes one in -> what goes on."""

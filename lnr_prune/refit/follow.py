@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 
 from lnr_prune.calibration.attention import visible_attention
 from lnr_prune.calibration.calls import Call, run
-from lnr_prune.calibration.recording import Recorded, Recording
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.refit.downstream import Downstream, Shortcut, Step, Steps, Wiring
+from lnr_prune.refit.recording import Recorded, Recording
 
 LONGEST = 8  # calls between a result and the shortcut that is made of it
 

@@ -11,11 +11,11 @@ from lnr_prune.calibration.adapter import AdaptedLayer
 from lnr_prune.calibration.attention import visible_attention
 from lnr_prune.calibration.data import Calibration, short_example
 from lnr_prune.calibration.moments import SecondMoments
+from lnr_prune.calibration.places import Place, places_of
 from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
 from lnr_prune.refit.downstream import Wiring
 from lnr_prune.refit.fit import divergence_fitted, fitted, fitted_to_all_calls
 from lnr_prune.refit.follow import wiring_of
-from lnr_prune.refit.held_out import Place, places_of
 from lnr_prune.refit.joint import Maker, Passed, refit_jointly
 from lnr_prune.refit.regression import LayerFit
 from lnr_prune.refit.side_by_side import Arguments, Arrival, Lockstep

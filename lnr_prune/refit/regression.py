@@ -68,7 +68,7 @@ def ridge_regression(
     """
     ridged, W_kept = ridged[kept], W if bool(kept.all()) else W[:, kept]
     if ridge is None:
-        ridge = DEFAULT_RIDGE if held is None else _chosen(fit.at(kept), held.at(kept), ridged, W_kept)
+        ridge = DEFAULT_RIDGE if held is None else chosen_ridge(fit.at(kept), held.at(kept), ridged, W_kept)
     whole = (fit if held is None else fit + held).at(kept)
     M, ridge = _regressed(whole, ridged, W_kept, ridge)
     fitted = LayerFit(whole.error(M), float(whole.yy) / whole.count, ridge, whole.count, len(ridged))
@@ -79,8 +79,8 @@ def ridge_regression(
     return full, fitted
 
 
-def _chosen(fit: SecondMoments, held: SecondMoments, ridged: Tensor, W: Tensor) -> float:
-    """The best of `RIDGES` on the samples that were held out."""
+def chosen_ridge(fit: SecondMoments, held: SecondMoments, ridged: Tensor, W: Tensor) -> float:
+    """The best of `RIDGES`, towards W, on samples that were held out; y of both is W x where nothing else is known."""
     regress = _regression(fit, ridged, W)
     best, ridge = math.inf, DEFAULT_RIDGE
     for candidate in RIDGES:

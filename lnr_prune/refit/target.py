@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lnr_prune.calibration.adapter import AdaptedLayer
+from lnr_prune.calibration.places import Place
 from lnr_prune.calibration.rows import rows
 from lnr_prune.calibration.watch import LayerCall
 from lnr_prune.refit.downstream import Downstream
-from lnr_prune.refit.held_out import Place
 from lnr_prune.refit.side_by_side import Arrival
 from lnr_prune.runtime.processes import ALONE, Ranks
 

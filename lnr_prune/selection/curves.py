@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnr_prune.calibration.reading import Reading
+from lnr_prune.calibration.reading import Reading, fit
 from lnr_prune.graph.groups import ChannelGroup
 from lnr_prune.lasso.backward import Elimination, backward
 from lnr_prune.lasso.problem import debias
 from lnr_prune.runtime.work import Work
+from lnr_prune.selection.honest import held_out_errors, ridges_of
 
 SHARES = (1 / 2, 1 / 4, 1 / 8)  # of the channels, where it is measured
-RIDGE = 1e-4
 
 
 def error_curves(
@@ -26,10 +26,11 @@ def error_curves(
 ) -> tuple[dict[ChannelGroup, Tensor], dict[ChannelGroup, Elimination]]:
     """Relative squared error of the network's outputs when one group keeps 0, 1, ... n of its channels.
 
-    Backward elimination gives the shape: the error of the group's consumers at every size. What that error
-    means for the outputs, ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2``, is measured at the `SHARES` of
-    its channels, with all other groups whole, and the curve goes through these points. So errors of
-    different layers compare, and their sum estimates the whole network's.
+    Backward elimination on one half of the samples gives nested supports, and the other half the error of the group's
+    consumers at every size, see `held_out_errors`. What that error means for the outputs,
+    ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2``, is measured at the `SHARES` of its channels, with all other groups
+    whole, on samples of the other half, too, and the curve goes through these points. So errors of different layers
+    compare, their sum estimates the whole network's, and nothing is judged by what it was fitted to.
 
     Args:
         tensors: The original model's.
@@ -44,15 +45,17 @@ def error_curves(
 
     def measure(reading: Reading) -> tuple[Tensor, Elimination]:
         work.step(f"measuring {reading.group.name}")
-        problem = reading.problem(tensors)
+        ridges = ridges_of(reading, tensors)
+        problem = reading.problem(tensors, part=fit, ridges=ridges)
         elimination, measured = backward(problem), {}
+        shape = through(elimination.errors, held_out_errors(reading, tensors, elimination, ridges))
         for size in sorted({max(1, int(share * problem.n_groups)) for share in SHARES}):
-            M = debias(problem, elimination.support(size), RIDGE)
+            M = debias(problem, elimination.support(size))
             weights: dict[str, Tensor] = {}
             for layer, M_c in zip(reading.layers, M, strict=True):
                 weights |= layer.write(M_c, {**tensors, **weights})
             measured[size] = error(weights)
-        return through(elimination.errors, measured), elimination
+        return through(shape, measured), elimination
 
     curves, eliminations = dict[ChannelGroup, Tensor](), dict[ChannelGroup, Elimination]()
     for readings in passes:

@@ -7,12 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lnr_prune.calibration.reading import Reading
+from lnr_prune.calibration.reading import Part, Reading, whole
 from lnr_prune.collapse.masks import Supports, masked_weights, whole_masks
 from lnr_prune.graph.groups import ChannelGroup
 from lnr_prune.refit.refit import Refitted
 from lnr_prune.runtime.work import Work
 from lnr_prune.selection.amount import Choice
+from lnr_prune.selection.honest import ridges_of
 from lnr_prune.selection.selectors import Candidates, Selection
 
 
@@ -40,6 +41,7 @@ def select(
     *,
     seed: int = 0,
     coefficients: bool = True,
+    part: Part = whole,
     work: Work = Work(),
 ) -> dict[ChannelGroup, Selected]:
     """Chooses every group's channels on the original network's second moments, in order of execution.
@@ -53,6 +55,7 @@ def select(
         tensors: The original model's.
         seed: Of selectors that draw.
         coefficients: Whether the selectors' own coefficients are wanted.
+        part: Of which samples the moments are.
         work: The processes, who is told, and where choices are kept.
     """
     masks: dict[str, Tensor] = {}
@@ -61,10 +64,12 @@ def select(
 
     def choose(reading: Reading, draws: Tensor) -> tuple[Selection, float]:
         work.step(f"selecting {reading.group.name}")
-        problem = reading.problem(tensors, masks)
+        problem = reading.problem(tensors, masks, part=part, ridges=ridges_of(reading, tensors))
         original = tuple(layer.matrix(tensors) for layer in reading.layers)
         selection = choices[reading.group](Candidates(problem, original, _magnitude(reading.group, tensors), draws))
-        error = problem.error(selection.coefficients)
+        if bool(selection.support.all()):  # it loses nothing, and its layers stay as they are
+            return replace(selection, coefficients=original if coefficients else ()), 0.0
+        error = reading.problem(tensors, masks, part=part).error(selection.coefficients)
         return selection if coefficients else replace(selection, coefficients=()), error
 
     for readings in passes:

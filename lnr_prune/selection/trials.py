@@ -8,21 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.calibration.calls import Call
-from lnr_prune.calibration.data import Calibration, first_samples
+from lnr_prune.calibration.data import Calibration, first_of_each_half
 from lnr_prune.calibration.divergence import output_error
-from lnr_prune.calibration.reading import GroupPasses
+from lnr_prune.calibration.reading import GroupPasses, fit
 from lnr_prune.collapse.collapse import collapse, restore_point
-from lnr_prune.collapse.masks import masked_weights
+from lnr_prune.collapse.masks import Supports, masked_weights
 from lnr_prune.collapse.plan import make_plan
 from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.lasso.backward import Elimination
 from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit
+from lnr_prune.runtime.progress import silent
 from lnr_prune.runtime.work import Work
 from lnr_prune.selection import cost
+from lnr_prune.selection.allocation import Allocation
+from lnr_prune.selection.amount import at_sizes
 from lnr_prune.selection.cost_model import Sizes
 from lnr_prune.selection.curves import error_curves
+from lnr_prune.selection.select import as_selected, select, supports_of
+from lnr_prune.selection.selectors import Backward, Selector
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +76,58 @@ class Trials:
 
         def measure() -> float:
             self.work.step(doing)
-            eliminations, tensors = self._measured[1], named_tensors(self.model)
-            supports = {group: eliminations[group].support(size) for group, size in sizes.items()}
-            done = refit_network(
-                self.model, self.graph, supports, self.fit,
-                bias=self.bias, logits=self.logits, repeated=self.passes.moments_of(self.graph.repeated),
-                work=replace(self.work.forgetful(), step=lambda _: None),  # a trial is remembered as a whole
-            )  # fmt: skip
-            masked = masked_weights(supports, tensors)
-            return self.work.ranks.all_gather(self.judge({**masked, **done.weights}))[0]
+            return self._judged(self._supports(sizes), Refit())
 
         return self.work.remembered(_named("trial", sizes), float, measure)
+
+    def promised(
+        self, allocation: Allocation[ChannelGroup], selector: Selector, seed: int = 0
+    ) -> dict[ChannelGroup, float]:
+        """What new data will show of the groups' errors, which sum to that of the outputs.
+
+        The network is selected and refitted as it will be, but on one half of the samples; the other half judges it.
+        What the groups were expected to cost is scaled to that.
+
+        Args:
+            allocation: The groups' sizes.
+            selector: How their channels will be chosen.
+            seed: Of what is drawn.
+        """
+
+        def measure() -> float:
+            self.work.step("predicting")
+            if selector == Backward() and self.refit is not None:
+                return self._judged(self._supports(allocation.sizes), self.refit)
+            tensors, quiet = named_tensors(self.model), self._quiet
+            choices = at_sizes(allocation.sizes, selector)
+            chosen = select(
+                self.passes, choices, tensors, seed=seed, coefficients=self.refit is None, part=fit, work=quiet
+            )
+            if self.refit is not None:
+                return self._judged(supports_of(chosen), self.refit)
+            masked = masked_weights(supports_of(chosen), tensors)
+            return self.work.ranks.all_gather(self.judge({**masked, **as_selected(chosen, tensors).weights}))[0]
+
+        total = self.work.remembered("promise", float, measure)
+        scale = total / allocation.error if allocation.error > 0 else 1.0
+        return {group: error * scale for group, error in allocation.errors.items()}
+
+    def _supports(self, sizes: Sizes[ChannelGroup]) -> Supports:
+        return {group: self._measured[1][group].support(size) for group, size in sizes.items()}
+
+    def _judged(self, supports: Supports, settings: Refit) -> float:
+        """Error of the outputs with these channels, and all layers refitted."""
+        done = refit_network(
+            self.model, self.graph, supports, self.fit,
+            settings=settings, bias=self.bias, logits=self.logits,
+            repeated=self.passes.moments_of(self.graph.repeated), work=self._quiet,
+        )  # fmt: skip
+        masked = masked_weights(supports, named_tensors(self.model))
+        return self.work.ranks.all_gather(self.judge({**masked, **done.weights}))[0]
+
+    @property
+    def _quiet(self) -> Work:
+        return replace(self.work.forgetful(), step=silent)  # a trial is remembered as a whole
 
     def latency(self, sizes: Sizes[ChannelGroup]) -> float:
         """Time of a forward pass at these sizes, as a fraction of the original's."""
@@ -119,7 +165,7 @@ def trials_of(
     logits: bool,
     work: Work,
 ) -> Trials:
-    """Trials on the first calibration samples: every second batch judges, the others are refitted to.
+    """Trials on the first calibration samples of each half: one is refitted to, the other judges.
 
     Args:
         model: The original model.
@@ -134,10 +180,10 @@ def trials_of(
         logits: Whether the outputs are logits.
         work: The processes, who is told, and where what was measured is kept.
     """
-    batches = first_samples(data, 2 * samples, work.ranks)
-    judge = output_error(model, batches[1::2] or batches, logits)  # all ranks have all
-    fit = Calibration(work.ranks.shard(batches[::2]), lambda call: call)
-    return Trials(model, target, graph, groups, passes, fit, judge, data.example(), refit, bias, logits, work)
+    fitted, judging = first_of_each_half(data, samples, work.ranks)  # all ranks have all
+    judge = output_error(model, judging or fitted, logits)
+    refitted_to = Calibration(work.ranks.shard(fitted), lambda call: call)
+    return Trials(model, target, graph, groups, passes, refitted_to, judge, data.example(), refit, bias, logits, work)
 
 
 def _named(what: str, sizes: Sizes[ChannelGroup]) -> str:
