@@ -45,7 +45,7 @@ def prune(
     selector: str | Selector = "group_lasso",
     refit: Refit | None = Refit(),
     bias: bool = True,
-    logits: bool = False,
+    logits: bool | None = None,
     into: str = "copy",
     run: Run = Run(),
 ) -> Pruned:
@@ -73,7 +73,8 @@ def prune(
         bias: Whether the consumers' biases are refitted too.
         logits: Whether the model's output is the logits of classes: the layer that gives them is then fitted to
             the probabilities, and errors of the outputs are measured between these, by Kullback-Leibler divergences
-            instead of squares.
+            instead of squares. None = the layer that gives one output (samples, classes) is fitted to the probabilities
+            if that serves held-out samples better, by squares too; errors are measured by squares.
         into: What is shrunk: a "copy" of the model; the "model" itself, which is as before if anything fails; or a
             "graph", a `PrunedGraph` of ATen operations for evaluation only, where no channels stay because the
             model's forward holds their number.
@@ -111,9 +112,11 @@ def prune(
     with started(run) as work:
         settings = Settings.of(amount, selector, refit, bias, logits, into)
         data, example = calibrated(model, data, settings, run, work)  # batches as calls of the model, and a small one
+        logits = check_logits(model, example, logits)
         graph, target = prunable(model, example, into)  # the channel groups, and the module that will lose them
         groups, tensors = losing(model, graph, settings, example), named_tensors(model)
         with kept(run, model, data, settings, work) as (data, work):
+            samples = work.ranks.before(data.samples)[1] or 0
             memory = fitting_memory(graph, groups, tensors, settings, run)
             passes = read_in_passes(model, memory.passes, memory.lasting, data, bias=bias, work=work)  # second moments
             choices, predicted = settings.choices(graph), dict[ChannelGroup, float]()
@@ -127,8 +130,9 @@ def prune(
                 del trials  # and what they remember
                 choices = at_sizes(allocation.sizes, settings.selector)
             selected = select(  # the zero groups of the lasso, or what another selector drops
-                passes, choices, tensors, seed=settings.seed, coefficients=refit is None, work=work
-            )
+                passes, choices, tensors,
+                samples=samples, seed=settings.seed, coefficients=refit is None, work=work,
+            )  # fmt: skip
             supports, repeated = supports_of(selected), passes.moments_of(graph.repeated)
             passes.lasting.clear()  # the other moments have had their use
             if refit is None:
@@ -156,8 +160,6 @@ def calibrated(model: nn.Module, data: Any, settings: Settings, run: Run, work: 
     ranks.check_same("weights", ranks.checksums(model))
     check_values(model)
     example = ranks.all_gather(short_example(model, found))[0]
-    if settings.logits:
-        check_logits(model, example)
     return found, example
 
 

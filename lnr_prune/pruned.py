@@ -1,6 +1,5 @@
 """What a prune returns."""
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,12 +14,10 @@ from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.refit.refit import Refitted
 from lnr_prune.refit.regression import LayerFit
 from lnr_prune.report.report import Report
-from lnr_prune.report.rows import GroupReport, LayerReport
+from lnr_prune.report.rows import GroupReport
 from lnr_prune.runtime.processes import Ranks
 from lnr_prune.selection import cost
 from lnr_prune.selection.select import Selected
-
-logger = logging.getLogger("lnr_prune")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +105,6 @@ def reported(
     rows = tuple(row_of(g, selected.get(g), fitted.layers, predicted.get(g), refitted) for g in graph.groups)
     fits = fitted.layers
     layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := fits.get(layer.weight)))
-    _warn_of_few_samples(layers)
     before, after = costs
     return Report(
         rows, layers, error, graph.frozen,
@@ -146,14 +142,3 @@ def row_of(
         before_refit=chosen.error,
         note=selection.note,
     )
-
-
-def _warn_of_few_samples(layers: tuple[LayerReport, ...]) -> None:
-    few = [layer for layer in layers if layer.samples < 2 * layer.columns]
-    if few:
-        worst = min(few, key=lambda layer: layer.samples / layer.columns)
-        logger.warning(
-            "%d of %d layers were fitted to fewer than two samples a column (%r to %d samples of %d columns): "
-            "give more calibration data",
-            len(few), len(layers), worst.name, worst.samples, worst.columns,
-        )  # fmt: skip

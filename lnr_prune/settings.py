@@ -1,6 +1,5 @@
 """The settings of a prune that its result depends on, and whether they go together."""
 
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,7 +27,7 @@ class Settings:
     selector: Selector
     refit: Refit | None
     bias: bool
-    logits: bool
+    logits: bool | None
     into: str
 
     @classmethod
@@ -38,7 +37,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_amount(self.amount)
-        check_flags(bias=self.bias, logits=self.logits)
+        check_flags(bias=self.bias, **({} if self.logits is None else {"logits": self.logits}))
         if not (self.refit is None or isinstance(self.refit, Refit)):
             raise TypeError(f"refit must be a Refit, such as Refit(window=2), or None for no refit, got {self.refit!r}")
         if self.into not in INTO:
@@ -85,7 +84,7 @@ def check_amount(amount: Any) -> None:
     """
     if isinstance(amount, Keep | Penalty | Budget):
         return
-    if isinstance(amount, numbers.Real) and not isinstance(amount, bool):
+    if isinstance(amount, int | float) and not isinstance(amount, bool):
         share = amount if 0 < amount <= 1 else 0.5
         raise TypeError(
             f"the amount is a bare number, {amount!r}, which could mean two things: lnr.Keep({amount!r}), so many "

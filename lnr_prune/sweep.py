@@ -74,9 +74,8 @@ def sweep(
             raise TypeError(f"{name} must be a function of a model, got {function!r}")
     calibration = calibrate(model, data)
     if evaluate is None:
-        calls, logits = first_samples(calibration), bool(options.get("logits"))
-        if logits:
-            check_logits(model, calls[0])
+        calls = first_samples(calibration)
+        logits = check_logits(model, calls[0], options.get("logits"))
         original = [outputs(model, call) for call in calls]
         maximize, measure = False, "error of the outputs"
 

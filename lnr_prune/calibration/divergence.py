@@ -10,7 +10,7 @@ from lnr_prune.calibration.calls import Call, run
 
 
 def output_error(
-    model: nn.Module, calls: Sequence[Call], logits: bool = False
+    model: nn.Module, calls: Sequence[Call], logits: bool | None = False
 ) -> Callable[[Mapping[str, Tensor]], float]:
     """Full-size weights -> `divergence` of the outputs with them from the model's own."""
     original = [outputs(model, call) for call in calls]
@@ -28,7 +28,7 @@ def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None =
     return torch.cat([leaf.reshape(1, -1) for leaf in real], 1)
 
 
-def divergence(original: list[Tensor], pruned: list[Tensor], logits: bool = False) -> float:
+def divergence(original: list[Tensor], pruned: list[Tensor], logits: bool | None = False) -> float:
     """``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of outputs, one (n, values) tensor a batch, in float64.
 
     Of logits, ``E KL(p || p') / E KL(p || E p)`` of their softmax. Values that are infinite in either (masked
@@ -46,18 +46,21 @@ def divergence(original: list[Tensor], pruned: list[Tensor], logits: bool = Fals
     return error / spread if spread > 0 else 0.0
 
 
-def check_logits(model: nn.Module, example: Call) -> None:
-    """Refuses a model whose output cannot be the logits of classes.
+def check_logits(model: nn.Module, example: Call, logits: bool | None) -> bool | None:
+    """Whether the outputs are logits: what the user says, or None if nobody does and they could be.
 
     Raises:
-        ValueError: If it is not one tensor (samples, classes).
+        ValueError: If the user says so, and the output is not one tensor (samples, classes).
     """
-    shapes = [tuple(leaf.shape) for leaf in tree_leaves(run(model, example)) if isinstance(leaf, Tensor)]
-    if len(shapes) != 1 or len(shapes[0]) != 2:
+    leaves = [leaf for leaf in tree_leaves(run(model, example)) if isinstance(leaf, Tensor)]
+    shapes = [tuple(leaf.shape) for leaf in leaves]
+    fits = len(shapes) == 1 and len(shapes[0]) == 2 and leaves[0].is_floating_point()
+    if logits and not fits:
         raise ValueError(
             f"logits=True needs a model whose output is one tensor (samples, classes), got "
             f"{', '.join(map(str, shapes)) or 'no tensor'}; leave logits out, or wrap the model"
         )
+    return None if logits is None and fits and shapes[0][1] > 1 else bool(logits)
 
 
 def _squares(difference: Tensor) -> float:

@@ -140,11 +140,13 @@ def prune(
         ),
     ] = None,
     logits: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--logits", help="The outputs are logits of classes: keep their probabilities.", rich_help_panel=AMOUNT
+            "--logits/--no-logits",
+            help="Whether the outputs are logits of classes, whose probabilities are kept. Default: found out.",
+            rich_help_panel=AMOUNT,
         ),
-    ] = False,
+    ] = None,
     window: Annotated[
         int,
         typer.Option(

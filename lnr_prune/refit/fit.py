@@ -35,12 +35,17 @@ def fitted_to_all_calls(layer: RefitLayer, moments: SecondMoments, ridge: float 
     return ridge_regression(moments.through(W), None, layer.stays(), layer.ridged(), W, ridge)
 
 
-def divergence_fitted(layer: RefitLayer, target: Target, M: Tensor) -> Tensor:
-    """M once more, where the target is logits: by the divergence of their softmax."""
+def divergence_fitted(layer: RefitLayer, target: Target, M: Tensor, ridge: float, *, squares: bool) -> Tensor | None:
+    """M once more, where the target is logits: by the divergence of their softmax, see `softmax_regression`."""
     parts = [(torch.full((len(x),), part, device=x.device), x, y) for part, x, y, _ in rows_of(layer, target)]
     of_all = [rows for of_rank in target.ranks.all_gather(parts) for rows in of_rank]
     held, x, y = (torch.cat(each) for each in zip(*of_all, strict=True))
-    return softmax_regression(x * layer.stays(), y, held, M)
+    stays = layer.stays()
+    seen = SecondMoments.of(x[~held], y[~held])
+    if seen.count == 0:
+        return None
+    start, _ = ridge_regression(seen, None, stays, layer.ridged(), layer.matrix({}), ridge)
+    return softmax_regression(x * stays, y, held, M, start, squares=squares)
 
 
 def _moments(layer: RefitLayer, target: Target, W: Tensor) -> tuple[SecondMoments, SecondMoments | None]:

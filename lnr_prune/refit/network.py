@@ -26,7 +26,7 @@ def refit_network(
     *,
     settings: Refit = Refit(),
     bias: bool = True,
-    logits: bool = False,
+    logits: bool | None = False,
     repeated: Mapping[str, SecondMoments],
     work: Work = Work(),
 ) -> Refitted:

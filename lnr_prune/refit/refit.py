@@ -99,7 +99,7 @@ def refit(
     *,
     settings: Refit = Refit(),
     bias: bool = True,
-    logits: bool = False,
+    logits: bool | None = False,
     alive: Mapping[str, Tensor] | None = None,
     repeated: Mapping[str, SecondMoments] | None = None,
     work: Work = Work(),
@@ -126,7 +126,7 @@ def refit(
         settings: How carefully the layers are fitted.
         bias: Whether running means may take up intercepts.
         logits: Whether the network's output is logits: the layer that gives them is then fitted to their softmax,
-            see `softmax_regression`.
+            see `softmax_regression`; None = if that serves held-out samples better, by squares too.
         alive: Weight's name -> the rows of y that are still read, (h,) bool, for layers whose rows do not all stay.
         repeated: Weight's name -> moments of all its calls in the original network, for layers that are called
             again and again in a forward pass: those are refitted to these at their first call.
@@ -167,8 +167,8 @@ def refit(
                         N = first.matrix(weights, called[maker].get("bias"))
                         before = Maker(first, N, [through[batch] for batch in arrivals], settings.iterations)
                     target = partial(_target, layer, wiring, arrivals, places, work)
-                    moments, last = (repeated or {}).get(name), logits and name == wiring.last
-                    solved = partial(solve_layer, layer, target, before, moments, settings.ridge, last=last, work=work)
+                    moments, softmax = (repeated or {}).get(name), logits if name == wiring.last else False
+                    solved = partial(solve_layer, layer, target, before, moments, settings.ridge, softmax, work)
                     found = work.remembered(f"refit of {name}", Solved, solved)
                     weights |= found.weights
                     called |= found.arguments
@@ -204,8 +204,7 @@ def solve_layer(
     maker: Maker | None,
     moments: SecondMoments | None,
     ridge: float | None,
-    *,
-    last: bool,
+    softmax: bool | None,
     work: Work,
 ) -> Solved:
     """One layer of the refit: ``argmin_M E||phi(z) - phi(z'(M x))||^2 + ridge ||M - W||_F^2``.
@@ -216,7 +215,7 @@ def solve_layer(
         maker: The layer that makes its inputs, to refit both together; None = this one alone.
         moments: Of all its calls, if it has several: it is fitted to these instead.
         ridge: The ridge; None = chosen on held-out samples.
-        last: Whether it gives the logits, and is to be fitted to their softmax.
+        softmax: Whether it gives logits, and is to be fitted to their softmax; None = if it looks like it.
         work: The processes that solve it together.
     """
     if moments is not None:
@@ -224,10 +223,11 @@ def solve_layer(
         return _written(fit, (layer, M))
     aimed = target()
     M, fit = fitted(layer, aimed, ridge)
-    if last:
-        M = divergence_fitted(layer, aimed, M)
+    if softmax is not False:
+        probable = divergence_fitted(layer, aimed, M, fit.ridge, squares=softmax is None)
+        M, fit = (M, fit) if probable is None else (probable, replace(fit, softmax=True))
     M = work.ranks.broadcast(M)[0]
-    found = None if maker is None else refit_jointly(maker, layer, M, aimed, logits=last)
+    found = None if maker is None else refit_jointly(maker, layer, M, aimed, logits=softmax is True)
     if maker is None or found is None:
         return _written(fit, (layer, M))
     N, M, error, scale = found

@@ -13,6 +13,7 @@ from lnr_prune.report.rows import LayerReport
 
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-12)
 """Ridges to choose from, as fractions of the inputs' mean second moment."""
+SLACK = 0.02  # of the squared error, which a divergence fit may cost outputs that only look like logits
 DEFAULT_RIDGE = 1e-6  # where no sample can be held out
 
 
@@ -28,6 +29,7 @@ class LayerFit:
         ridge: The ridge, as a fraction of the inputs' mean second moment.
         samples: Number of samples (rows) it was fitted to.
         columns: Number of columns that were fitted.
+        softmax: Whether it was fitted to the probabilities that its outputs, logits, stand for.
     """
 
     error: float
@@ -35,12 +37,12 @@ class LayerFit:
     ridge: float
     samples: int
     columns: int
+    softmax: bool = False
 
     def row(self, layer: str) -> LayerReport:
         """The layer's row of the report."""
-        return LayerReport(
-            layer, self.error / self.scale if self.scale > 0 else 0.0, self.ridge, self.samples, self.columns
-        )
+        error = self.error / self.scale if self.scale > 0 else 0.0
+        return LayerReport(layer, error, self.ridge, self.samples, self.columns, self.softmax)
 
 
 def ridge_regression(
@@ -121,29 +123,43 @@ def _regression(moments: SecondMoments, ridged: Tensor, W: Tensor) -> Callable[[
     return regress
 
 
-def softmax_regression(x: Tensor, y: Tensor, held: Tensor, M: Tensor) -> Tensor:
+def softmax_regression(
+    x: Tensor, y: Tensor, held: Tensor, M: Tensor, start: Tensor, *, squares: bool = False
+) -> Tensor | None:
     """``argmin_M E KL(softmax(y) || softmax(M x)) + ridge E[x^2] ||M - M_0||_F^2``, for logits y.
 
-    The ridge is the best of `RIDGES` on the rows that are held out, or so large that M stays M_0.
+    The ridge is the best of `RIDGES` on the rows that are held out; from one to the next, smaller one it goes on until
+    they are served worse.
 
     Args:
         x: Inputs, (n, d); M is changed only on columns where some of them are not zero.
         y: Logits, (n, h).
         held: Rows that are held out, (n,) bool.
-        M: M_0, (h, d), where the fit begins.
+        M: The least squares on all rows, (h, d), which the last fit is tied to.
+        start: The least squares on the rows that are not held out, which all others are tied to.
+        squares: Whether the squared error on the held-out rows must not grow either, but for what softmax does not
+            see: it is for outputs of which it is not known that they are logits.
+
+    Returns:
+        M, (h, d), or None if no divergence fit serves the held-out rows better than least squares.
     """
-    x, p = x.to(M), y.to(M).softmax(1)
+    x, y = x.to(M), y.to(M)
+    p = y.softmax(1)
 
     def divergence(M: Tensor, rows: Tensor) -> Tensor:
         return (p[rows] * (p[rows].clamp_min(1e-30).log() - (x[rows] @ M.T).log_softmax(1))).sum(1).mean()
 
-    def fitted(start: Tensor, rows: Tensor, ridge: float) -> Tensor:
-        found, scale = start.clone().requires_grad_(), x[rows].square().mean()
+    def spread(M: Tensor) -> float:
+        error = y[held] - x[held] @ M.T
+        return float((error - error.mean(1, keepdim=True)).square().sum())
+
+    def fitted(tied: Tensor, begin: Tensor, rows: Tensor, ridge: float) -> Tensor:
+        found, scale = begin.clone().requires_grad_(), x[rows].square().mean()
         optimiser = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            value = divergence(found, rows) + ridge * scale * (found - M).square().sum()
+            value = divergence(found, rows) + ridge * scale * (found - tied).square().sum()
             value.backward()
             return value
 
@@ -152,10 +168,15 @@ def softmax_regression(x: Tensor, y: Tensor, held: Tensor, M: Tensor) -> Tensor:
         return found.detach()
 
     if not bool(held.any()) or bool(held.all()):
-        return M
-    start, best, chosen = M, float(divergence(M, held)), math.inf
+        return None
+    found, best, chosen, last = start, float(divergence(start, held)), math.inf, math.inf
+    most = (1 + SLACK) * spread(start) if squares else math.inf
     for ridge in RIDGES:
-        start = fitted(start, ~held, ridge)
-        if (error := float(divergence(start, held))) < best:
+        found = fitted(start, found, ~held, ridge)
+        error = float(divergence(found, held))
+        if error > last or spread(found) > most:
+            break
+        last = error
+        if error < best:
             best, chosen = error, ridge
-    return M if math.isinf(chosen) else fitted(M, torch.ones_like(held), chosen)
+    return None if math.isinf(chosen) else fitted(M, M, torch.ones_like(held), chosen)

@@ -49,6 +49,7 @@ class LayerReport:
         ridge: Ridge of the refit, as a fraction of the inputs' mean second moment.
         samples: Rows that it was fitted to; should be at least twice as many as the columns.
         columns: Columns of its matrix that were fitted.
+        softmax: Whether it was fitted to the probabilities that its outputs, logits, stand for.
     """
 
     name: str
@@ -56,3 +57,4 @@ class LayerReport:
     ridge: float
     samples: int
     columns: int
+    softmax: bool = False

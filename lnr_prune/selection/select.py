@@ -1,5 +1,6 @@
 """Which channels stay: every group's, in order of execution."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,8 @@ from lnr_prune.runtime.work import Work
 from lnr_prune.selection.amount import Choice
 from lnr_prune.selection.honest import ridges_of
 from lnr_prune.selection.selectors import Candidates, Selection
+
+logger = logging.getLogger("lnr_prune")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,7 @@ def select(
     choices: Mapping[ChannelGroup, Choice],
     tensors: Mapping[str, Tensor],
     *,
+    samples: int = 0,
     seed: int = 0,
     coefficients: bool = True,
     part: Part = whole,
@@ -53,6 +57,7 @@ def select(
         passes: Groups with their second moments, some at a time.
         choices: Group -> how its channels are chosen.
         tensors: The original model's.
+        samples: Number of calibration samples, to warn where there are few of them; 0 = do not.
         seed: Of selectors that draw.
         coefficients: Whether the selectors' own coefficients are wanted.
         part: Of which samples the moments are.
@@ -73,6 +78,7 @@ def select(
         return selection if coefficients else replace(selection, coefficients=()), error
 
     for readings in passes:
+        _warn_of_few_samples(readings, samples)
         for together in _independent(readings):
             draws = [torch.rand(reading.group.size, generator=generator) for reading in together]
             tasks = {
@@ -99,6 +105,22 @@ def as_selected(selected: Mapping[ChannelGroup, Selected], tensors: Mapping[str,
         for layer, M, kept in zip(chosen.reading.layers, chosen.selection.coefficients, chosen.kept, strict=True):
             weights |= layer.write(M * kept, {**tensors, **weights})
     return Refitted(weights, {})
+
+
+def _warn_of_few_samples(readings: Sequence[Reading], samples: int) -> None:
+    """Names the layers that have fewer than two rows a column to learn from; several rows of an image count."""
+    few: dict[str, int] = {}
+    for layer, halves in (pair for r in readings for pair in zip(r.layers, r.moments, strict=True)):
+        columns, seen = len(halves.fit.xx), halves.fit.count + halves.held.count
+        if seen < 2 * columns:
+            few[layer.consumer.name] = columns
+    if few and samples:
+        name, columns = max(few.items(), key=lambda entry: entry[1])
+        logger.warning(
+            "%d layers have fewer than two rows a column to learn from (%r has %d columns; there are %d calibration "
+            "samples): they stay near their original weights; give more samples",
+            len(few), name, columns, samples,
+        )  # fmt: skip
 
 
 def _independent(readings: Sequence[Reading]) -> list[list[Reading]]:

@@ -59,7 +59,7 @@ class Trials:
     example: Call
     refit: Refit | None
     bias: bool
-    logits: bool
+    logits: bool | None
     work: Work
 
     @property
@@ -162,7 +162,7 @@ def trials_of(
     samples: int,
     refit: Refit | None,
     bias: bool,
-    logits: bool,
+    logits: bool | None,
     work: Work,
 ) -> Trials:
     """Trials on the first calibration samples of each half: one is refitted to, the other judges.
