@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lnr_prune.calibration.calls import Call, samples_in
 from lnr_prune.runtime.processes import ALONE, Ranks
 
-STRETCHES = 64  # that all samples make
+STRETCHES = 64  # that all samples make, at most
 QUARTER = 4  # of these, one in four chooses the ridge of a refit
 HALF = 2  # one in two judges what was chosen on the others
 
@@ -44,11 +44,9 @@ class Place:
             rows: Number of rows.
             every: One stretch of samples of so many is held out.
         """
-        stretches = min(STRETCHES, self.samples)
+        length = max(1, -(-self.samples // STRETCHES))
         numbers = self.first + torch.arange(rows) * self.size // max(1, rows)
-        held, counts = (numbers * stretches // max(1, self.samples) % every == every - 1).unique_consecutive(
-            return_counts=True
-        )
+        held, counts = (numbers // length % every == every - 1).unique_consecutive(return_counts=True)
         yield from zip(map(bool, held), map(int, counts), strict=True)
 
 
