@@ -17,7 +17,7 @@ ENTRY_POINTS = "lnr_prune.adapters"
 
 
 class Adapter(Protocol):
-    """GroupPasses a consumer into the matrix form ``y = M x`` of the group lasso, and back.
+    """Turns a consumer into the matrix form ``y = M x`` of the group lasso, and back.
 
     An adapter decides which consumers it fits, how to read x and y from a call of the layer, which columns
     of x belong to which channel, and how a matrix becomes weights. `lnr_prune.testing.check_adapter`

@@ -24,7 +24,7 @@ class Calibration:
 
     Attributes:
         batches: The data, re-iterable.
-        as_call: GroupPasses a batch into the model's arguments.
+        as_call: Turns a batch into the model's arguments.
     """
 
     batches: Iterable[Any]
@@ -61,7 +61,7 @@ class Batches:
 
     Attributes:
         data: An iterable of batches.
-        inputs: GroupPasses a batch into ``(args, kwargs)`` of the model.
+        inputs: Turns a batch into ``(args, kwargs)`` of the model.
 
     Raises:
         TypeError: If inputs cannot be called.

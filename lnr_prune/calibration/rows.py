@@ -15,7 +15,7 @@ ROWS_PER_COLUMN = 64  # of a convolution's patches, about so many times d rows a
 
 
 class Reader(Protocol):
-    """GroupPasses a layer's call into rows of samples; an adapter does it for its layer."""
+    """Turns a layer's call into rows of samples; an adapter does it for its layer."""
 
     def inputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
         """x, one row a sample, (n, d), or some of the rows."""

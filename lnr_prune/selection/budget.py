@@ -101,9 +101,10 @@ class Budget:
             raise ValueError(f"a budget needs a limit: one or more of {', '.join(limits)}")
         for name, value in given.items():
             check_share(f"budget {name}", value)
-        for name, kind in (("grid", Grid), ("effort", Effort)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"budget {name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        if not isinstance(self.grid, Grid):
+            raise TypeError(f"budget grid must be settings such as Grid(round_to=8), got {self.grid!r}")
+        if not isinstance(self.effort, Effort):
+            raise TypeError(f"budget effort must be settings such as Effort(samples=512), got {self.effort!r}")
 
     def groups(self, graph: Graph) -> list[ChannelGroup]:
         """The groups that may lose channels.

@@ -88,10 +88,10 @@ class Trials:
 
         def measure() -> float:
             plan = make_plan({group: torch.arange(group.size) < size for group, size in sizes.items()})
-            restore = restore_point(self.target)
+            whole, restore = self._whole, restore_point(self.target)  # measured before anything shrinks
             try:
                 collapse(self.target, plan)
-                return self._seconds() / self._whole
+                return self._seconds() / whole
             finally:
                 restore()
 
