@@ -16,7 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -26,59 +26,17 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import lnr_prune as lnr
-from benchmarks.accuracy_plots import plot
-from benchmarks.methods import LEVELS, Level, Method, is_peer, methods
-from benchmarks.networks import load
-from benchmarks.sentences import minilm
-from benchmarks.tasks import Judged, Task, classifier, finetune
+from benchmarks.library.accuracy_plots import plot
+from benchmarks.library.methods import LEVELS, Level, Method, methods
+from benchmarks.library.networks import load
+from benchmarks.library.rows import Result, Row, compared
+from benchmarks.library.sentences import minilm
+from benchmarks.library.tasks import Judged, Task, classifier, finetune
 from lnr_prune.recipes import data as datasets
 from lnr_prune.selection import cost
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one budget; shares are fractions of the dense network, figures are means over calibration seeds.
-
-    Attributes:
-        network: Name of the network.
-        limited: What the budget limits, "params" or "macs"; "" for the dense network.
-        budget: The share that may be left of it.
-        method: Name of the method.
-        finetuned: Whether one epoch of training followed.
-        score: Accuracy or, of sentence embeddings, Spearman's correlation.
-        spread: Standard error of the score over the seeds; None with one seed.
-        ahead: How much the score is above the best peer's; None without peers.
-        ahead_error: Standard error of that over the test samples; of correlations, as if their ranks were given.
-    """
-
-    network: str
-    limited: str
-    budget: float
-    method: str
-    finetuned: bool
-    macs: float
-    params: float
-    latency: float
-    score: float
-    spread: float | None
-    agreement: float
-    divergence: float
-    seconds: float
-    samples: int
-    seeds: int
-    ahead: float | None = None
-    ahead_error: float | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """A row, and the mean terms of its score, to compare it with others test sample by test sample."""
-
-    row: Row
-    terms: Tensor
 
 
 def measure(
@@ -123,25 +81,6 @@ def _result(
         seconds, samples, len(runs),
     )  # fmt: skip
     return Result(row, torch.stack([each.terms for each in judged]).mean(0))
-
-
-def compared(results: Sequence[Result]) -> list[Row]:
-    """The rows, each with how far it is ahead of the best peer of the same network and budget."""
-    rows = []
-    for result in results:
-        row = result.row
-        rivals = [other for other in results if is_peer(other.row.method) and _race(other.row) == _race(row)]
-        if rivals:
-            best = max(rivals, key=lambda other: other.row.score)
-            difference = result.terms - best.terms
-            error = float(difference.std()) / len(difference) ** 0.5
-            row = replace(row, ahead=float(difference.mean()), ahead_error=error)
-        rows.append(row)
-    return rows
-
-
-def _race(row: Row) -> tuple[str, str, float, bool]:
-    return row.network, row.limited, row.budget, row.finetuned
 
 
 def table(rows: list[Row]) -> Table:
@@ -195,7 +134,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Calibration sets to average over.")] = 1,
     search: Annotated[int, typer.Option(help="Trials of the local search; 0 leaves the row out.")] = 0,
     refits: Annotated[int, typer.Option(help="Groups for which budgets measure what the refit leaves.")] = 100,
-    tandem: Annotated[int, typer.Option(help="Iterations in the row that refits in tandem.")] = 10,
+    iterations: Annotated[int, typer.Option(help="Of the row whose refit has a window of two layers.")] = 10,
     tune: Annotated[bool, typer.Option("--finetune", help="Every row again after one epoch of training.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One budget, 250 samples.")] = False,
     data_root: Annotated[
@@ -217,7 +156,7 @@ def main(
         results += measure(network, ("", 1.0), "dense", lambda *_: copy.deepcopy(dense), task, 0, 1, tune)  # noqa: B023
         levels = levels_of(budgets) if budgets else LEVELS[network]
         for level in levels[:1] if quick else levels:
-            every = methods(task, level, search=search, refits=refits, tandem=tandem)
+            every = methods(task, level, search=search, refits=refits, iterations=iterations)
             wanted = {name: prune for name, prune in every.items() if re.search(method, name)}
             title = f"{network} {level[0]} {level[1]:.1%}"
             for name, prune in track(wanted.items(), title, console=Console(stderr=True), transient=True):

@@ -123,7 +123,10 @@ def main(
         meter(doing)
 
     meter("graph")  # and the trial of the shrunk model
-    pruned = lnr.prune(model, data, lnr.Keep(keep), selector=selector, refit=lnr.Refit(ridge=None if ridge < 0 else ridge), into="model", run=lnr.Run(low_memory=low_memory, progress=tell))  # fmt: skip
+    pruned = lnr.prune(
+        model, data, lnr.Keep(keep), selector=selector, refit=lnr.Refit(ridge=None if ridge < 0 else ridge),
+        into="model", run=lnr.Run(low_memory=low_memory, progress=tell),
+    )  # fmt: skip
     gc.collect()
     meter("comparison")
     largest = difference(llama(hidden, inner, layers), pruned, call)

@@ -116,7 +116,7 @@ def measure(
             model,
             calibration,
             lnr.Keep(keep),
-            selector=method.selector,
+            selector=lnr.Random(seed) if method.selector == "random" else method.selector,
             refit=lnr.Refit() if method.refit else None,
             run=lnr.Run(progress=False),
         )

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 import lnr_prune as lnr
-from benchmarks.problems import FAMILIES, real_problems
+from benchmarks.library.problems import FAMILIES, real_problems
 from lnr_prune import GroupLasso
 from lnr_prune.recipes import data as datasets
 

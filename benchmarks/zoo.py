@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.zoo_models import SETS, Zoo
+from benchmarks.library.zoo_models import SETS, Zoo
 from lnr_prune.calibration.calls import Call, run
 from lnr_prune.collapse.collapse import collapse
 from lnr_prune.collapse.graph_module import pruned_graph
@@ -104,13 +104,13 @@ def _why(frozen: Mapping[str, str]) -> str:
     return f"nothing: {reasons.most_common(1)[0][0]}"
 
 
-def _supports(groups: Sequence[ChannelGroup]) -> list[tuple[ChannelGroup, Tensor]]:
+def _supports(groups: Sequence[ChannelGroup]) -> dict[ChannelGroup, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    supports = []
+    supports = {}
     for group in groups:
         support = torch.ones(group.size, dtype=torch.bool)
         support[torch.randperm(group.size, generator=generator)[: max(1, int(REMOVED * group.size))]] = False
-        supports.append((group, support))
+        supports[group] = support
     return supports
 
 
@@ -124,7 +124,7 @@ def _leftover(model: nn.Module, groups: Sequence[ChannelGroup], call: Call) -> f
     weights = {name: value.double() for name, value in random_weights(model).items()}
     weights |= masked_weights(supports, weights)
     before = _outputs(model, call, weights)
-    for group, support in supports:
+    for group, support in supports.items():
         leaves = ~torch.cat([support, torch.ones(1, dtype=torch.bool)])
         columns = {(consumer.weight, consumer.dim) for consumer in group.consumers}
         for (name, dim), channels in group.slots.items():

@@ -120,8 +120,7 @@ def inspect(model: nn.Module, example: Any) -> Inspection:
 
     Args:
         model: The model; it is left as it is.
-        example: A batch, in any form that `lnr_prune.prune` takes.
-        inputs: Turns a batch of any other form into ``(args, kwargs)`` of the model.
+        example: A batch, in any form that `lnr_prune.prune` takes; of any other form: ``Batches([batch], inputs)``.
 
     Returns:
         An `Inspection`, which prints as a table.

@@ -114,8 +114,8 @@ def prune(
         data, example = calibrated(model, data, settings, run, work)  # batches as calls of the model, and a small one
         logits = check_logits(model, example, logits)
         graph, target = prunable(model, example, into)  # the channel groups, and the module that will lose them
-        groups, tensors = losing(model, graph, settings, example), named_tensors(model)
-        with kept(run, model, data, settings, work) as (data, work):
+        groups, tensors = shrinking_groups(model, graph, settings, example), named_tensors(model)
+        with remembering(run, model, data, settings, work) as (data, work):
             samples = work.ranks.before(data.samples)[1] or 0
             memory = fitting_memory(graph, groups, tensors, settings, run)
             passes = read_in_passes(model, memory.passes, memory.lasting, data, bias=bias, work=work)  # second moments
@@ -163,7 +163,7 @@ def calibrated(model: nn.Module, data: Any, settings: Settings, run: Run, work: 
     return found, example
 
 
-def losing(model: nn.Module, graph: Graph, settings: Settings, example: Call) -> list[ChannelGroup]:
+def shrinking_groups(model: nn.Module, graph: Graph, settings: Settings, example: Call) -> list[ChannelGroup]:
     """The groups that may lose channels; a budget that they cannot keep is refused before anything is measured."""
     amount = settings.amount
     if not isinstance(amount, Budget):
@@ -174,7 +174,7 @@ def losing(model: nn.Module, graph: Graph, settings: Settings, example: Call) ->
 
 
 @contextmanager
-def kept(
+def remembering(
     run: Run, model: nn.Module, data: Calibration, settings: Settings, work: Work
 ) -> Iterator[tuple[Calibration, Work]]:
     """Within, what is found out is kept in the work folder, if there is one; the data must not change then."""

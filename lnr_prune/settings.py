@@ -1,5 +1,6 @@
 """The settings of a prune that its result depends on, and whether they go together."""
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -47,7 +48,8 @@ class Settings:
         if isinstance(self.amount, Budget):
             if self.amount.latency is not None and self.into == "graph":
                 raise ValueError(
-                    "a budget of latency is measured on the shrinking module: it cannot be combined with into='graph'"
+                    "a budget of latency is measured on the shrinking module: it cannot be combined with into='graph'; "
+                    "limit the macs instead"
                 )
             if self.amount.effort.search and self.refit is None:
                 raise ValueError(
@@ -84,8 +86,8 @@ def check_amount(amount: Any) -> None:
     """
     if isinstance(amount, Keep | Penalty | Budget):
         return
-    if isinstance(amount, int | float) and not isinstance(amount, bool):
-        share = amount if 0 < amount <= 1 else 0.5
+    if isinstance(amount, numbers.Real) and not isinstance(amount, bool):
+        share = amount if 0 < float(amount) <= 1 else 0.5
         raise TypeError(
             f"the amount is a bare number, {amount!r}, which could mean two things: lnr.Keep({amount!r}), so many "
             f"channels of every group, or lnr.Budget(macs={share!r}), such a share of the multiply-accumulates, "

@@ -15,9 +15,10 @@ from lnr_prune.calibration.divergence import check_logits, divergence, outputs
 from lnr_prune.prune import prune
 from lnr_prune.report.chart import LABELS
 from lnr_prune.report.frontier import Sweep, SweepPoint
-from lnr_prune.runtime.run import Run
+from lnr_prune.runtime.checks import check_flags, check_seed
+from lnr_prune.runtime.run import Run, check_run
 from lnr_prune.selection.amount import Keep, Penalty
-from lnr_prune.selection.budget import Budget
+from lnr_prune.selection.budget import Budget, Effort, Grid
 from lnr_prune.settings import Amount, Settings
 
 
@@ -55,7 +56,8 @@ def sweep(
         The `Sweep`: print it, or `Sweep.plot` it.
 
     Raises:
-        ValueError, TypeError: If there is no amount, cost is unknown, or ``into="model"`` is asked for.
+        ValueError, TypeError: If there is no amount, an argument is out of range or unknown, or ``into="model"`` is
+            asked for.
         LnrPruneError: What `prune` raises.
 
     Example:
@@ -67,6 +69,9 @@ def sweep(
         ['Keep(8)', 'Keep(16)', 'Keep(24)']
     """
     asked = _checked(amounts, options)
+    check_flags(maximize=maximize)
+    check_seed(seed)
+    check_run(run)
     if cost not in LABELS:
         raise ValueError(f"unknown cost {cost!r}; known costs: {', '.join(LABELS)}")
     for name, function in (("retrain", retrain), ("evaluate", evaluate)):
@@ -116,7 +121,10 @@ def _checked(amounts: Iterable[Amount], options: Mapping[str, Any]) -> list[Amou
         settings = {name: given.arguments[name] for name in ("selector", "refit", "bias", "logits", "into")}
         Settings.of(amount, **settings)
         if given.arguments["into"] == "model":
-            raise ValueError("a sweep prunes the original model again and again: it cannot shrink the model itself")
+            raise ValueError(
+                "a sweep prunes the original model again and again: it cannot be combined with into='model'; "
+                "use into='copy' or into='graph'"
+            )
     return asked
 
 
@@ -135,9 +143,13 @@ def _retrained(
     return SweepPoint(point.amount, model, point.report, point.value, value(model))
 
 
-def _words(amount: Amount) -> str:
+def _words(settings: Amount | Grid | Effort) -> str:
     """The settings that are not their defaults."""
-    if isinstance(amount, Keep):
-        return f"Keep({amount.channels})"
-    given = [(field, getattr(amount, field.name)) for field in fields(amount)]
-    return ", ".join(f"{field.name}={value}" for field, value in given if value != field.default)
+    if isinstance(settings, Keep):
+        return f"Keep({settings.channels})"
+    given = [(field, getattr(settings, field.name)) for field in fields(settings)]
+    return ", ".join(
+        _words(value) if isinstance(value, Grid | Effort) else f"{field.name}={value}"
+        for field, value in given
+        if value != field.default
+    )

@@ -24,6 +24,7 @@ X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(12, 2, 12, 12, generator=torch.Generator().manual_seed(1))
 NAN, INF = float("nan"), float("inf")
 OTHER = mlp(8, 3)
+HALF = lnr.Keep(0.5)
 
 
 def net() -> nn.Sequential:
@@ -135,21 +136,32 @@ def pruning(
     message: str = "",
     *,
     model: Callable[[], Any] = net,
+    amount: Any = HALF,
     **options: Any,
 ) -> Case:
-    amounts = options.keys() & {"keep", "lam", "lam_ratio", "budget"}
-    given = options if amounts else {**options, "keep": 0.5}
-    return Case(name, lambda of, _: lnr.prune(of, data(), **given), error, message, model)
+    return Case(name, lambda of, _: lnr.prune(of, data(), amount, **options), error, message, model)
 
 
-def saved(model: nn.Module, folder: Path) -> Path:
-    path = folder / "saved.safetensors"
-    lnr.prune(model, X, lnr.Keep(0.5)).save(path)
-    return path
+def pruned(model: nn.Module) -> lnr.Pruned:
+    return lnr.prune(model, X, lnr.Keep(4))
 
 
-def sweeping(name: str, budgets: Any, error: type[Exception], message: str, **options: Any) -> Case:
-    return Case(f"sweep: {name}", lambda of, _: lnr.sweep(of, X, budgets, **options), error, message)
+def setting(name: str, settings: Callable[..., Any], error: type[Exception], message: str, **values: Any) -> Case:
+    """Settings that check themselves."""
+    return Case(name, lambda *_: settings(**values), error, message)
+
+
+def sweeping(name: str, amounts: Any, error: type[Exception], message: str, **options: Any) -> Case:
+    return Case(f"sweep: {name}", lambda of, _: lnr.sweep(of, X, amounts, **options), error, message)
+
+
+def reading(name: str, inputs: Any, error: type[Exception] | None = None, message: str = "") -> Case:
+    """Batches of a form of their own."""
+    return pruning(f"inputs {name}", lambda: lnr.Batches([X], inputs), error, message)
+
+
+def never(model: nn.Module) -> float:
+    raise AssertionError("the model was looked at")
 
 
 DATA = [
@@ -158,12 +170,12 @@ DATA = [
     pruning("an empty batch alone", lambda: X[:0], CalibrationError, "holds no batch; give at least one"),
     pruning("no data", lambda: None, CalibrationError, "must be an iterable of batches, got NoneType; wrap a batch"),
     pruning("a number", lambda: 3, CalibrationError, "must be an iterable of batches, got int; wrap a batch"),
-    pruning("a text", lambda: "abc", CalibrationError, "a batch is a str, expected a tensor.*map it with inputs="),
-    pruning("a numpy array", X.numpy, CalibrationError, "a batch is a ndarray, expected a tensor.*inputs="),
+    pruning("a text", lambda: "abc", CalibrationError, r"a batch is a str, expected a tensor.*Batches\(data, inputs\)"),
+    pruning("a numpy array", X.numpy, CalibrationError, "a batch is a ndarray, expected a tensor.*wrap the data in"),
     pruning("a list of None", lambda: [None], CalibrationError, "a batch is a NoneType, expected a tensor"),
     pruning("an empty tuple", lambda: [()], CalibrationError, r"a tuple of 0.*forward's 1 required arguments"),
     pruning("an empty dict", lambda: [{}], CalibrationError, "a call without tensors.*missing 1 required"),
-    pruning("an unknown keyword", lambda: [{"y": X}], CalibrationError, "unexpected keyword argument 'y'.*inputs="),
+    pruning("an unknown keyword", lambda: [{"y": X}], CalibrationError, "unexpected keyword argument 'y'.*Batches"),
     pruning("a list in a list", lambda: [[[X]]], CalibrationError, "in layer '0': TypeError.*must be Tensor, not list"),
     pruning("NaN", lambda: [X, put(X, NAN)], CalibrationError, "inputs of layer '2' are not finite in batch 1: 1 of"),
     pruning("Inf", lambda: [put(X, INF)], CalibrationError, "layer '2'.*in batch 0.*NaN or Inf: leave out these"),
@@ -178,11 +190,12 @@ DATA = [
     pruning("tensors on meta", lambda: X.to("meta"), CalibrationError, "a meta tensor, which has no values"),
     pruning("sparse tensors", X.to_sparse, CalibrationError, "layout torch.sparse_coo, expected dense.*to_dense"),
     pruning("an iterator that breaks", breaks, OSError, "the disk is gone"),
-    pruning("inputs= no function", error=TypeError, message="inputs must be a function of a batch.*got 3", inputs=3),
-    pruning("inputs= gives a tensor", error=CalibrationError, message=r"returned Tensor, expected \(args, kwargs\)",
-            inputs=lambda batch: batch),
-    pruning("inputs= gives None", error=CalibrationError, message="returned NoneType, expected", inputs=lambda _: None),
-    pruning("inputs= fails", error=ZeroDivisionError, message="division", inputs=lambda _: 1 // 0),
+    reading("no function", 3, TypeError, r"inputs must be a function of a batch.* returns \(args, kwargs\), got 3"),
+    reading("give a tensor", lambda batch: batch, CalibrationError, r"returned Tensor, expected \(args, kwargs\)"),
+    reading("give None", lambda _: None, CalibrationError, "returned NoneType, expected"),
+    reading("fail", lambda _: 1 // 0, ZeroDivisionError, "division"),
+    pruning("inputs for no data", lambda: lnr.Batches(3, lambda batch: ((batch,), {})), CalibrationError,
+            "must be an iterable of batches, got int; wrap a batch"),
     # it works
     pruning("a generator", lambda: (batch for batch in X.split(10))),
     pruning("an iterable of one pass", Exhausted),
@@ -197,7 +210,7 @@ DATA = [
     pruning("inputs all zero", lambda: torch.zeros(40, 8)),
     pruning("tiny inputs", lambda: X * 1e-30),
     pruning("duplicated inputs", lambda: X[:, :1].expand(40, 8)),
-    pruning("inputs= gives lists", inputs=lambda batch: [[batch], {}]),
+    reading("give lists", lambda batch: [[batch], {}]),
 ]  # fmt: skip
 
 MODELS = [
@@ -228,106 +241,181 @@ MODELS = [
     pruning("weights all zero", model=zeroed),
 ]  # fmt: skip
 
-ARGUMENTS = [
-    Case("no amount", lambda of, _: lnr.prune(of, X), ValueError, "exactly one of keep, lam, lam_ratio, budget"),
-    pruning("two amounts", error=ValueError, message="exactly one of.*got keep, lam", keep=0.5, lam=0.1),
-    pruning("lam negative", error=ValueError, message="lam must be finite and >= 0, got -1", lam=-1),
-    pruning("lam NaN", error=ValueError, message="lam must be finite and >= 0, got nan", lam=NAN),
-    pruning("lam infinite", error=ValueError, message="lam must be finite and >= 0, got inf", lam=INF),
-    pruning("lam NaN for a layer", error=ValueError, message="lam must be finite", lam={"0": NAN}),
-    pruning("lam a text", error=TypeError, message="lam must be a number or a mapping of numbers, got 'a'", lam="a"),
-    pruning("lam a tensor", error=TypeError, message="lam must be a number", lam=torch.tensor(0.1)),
-    pruning("keep zero", error=ValueError, message="at least one channel, got keep=0", keep=0),
-    pruning("keep above one", error=ValueError, message=r"fraction in \(0, 1\], got 1.5", keep=1.5),
-    pruning("keep a list", error=TypeError, message=r"keep must be a number or a mapping.*got \[1\]", keep=[1]),
-    pruning("keep True", error=TypeError, message="keep must be a number", keep=True),
-    pruning("keep of an unknown layer", error=ValueError, message="'conv9', which is no prunable", keep={"conv9": 1}),
-    pruning("keep of a layer by number", error=ValueError, message="keep names 0, which is no", keep={0: 4}),
-    pruning("keep of the output", error=ValueError, message=r"\(output of the model\)", keep={"4": 2}),
-    pruning("no selector", error=ValueError, message="unknown selector None; known selectors", selector=None),
-    pruning("selectors", error=ValueError, message=r"unknown selector \['norm'\]; known", selector=["norm"]),
-    pruning("no solver", error=TypeError, message="solver must be a name.*got None", solver=None),
-    pruning("a solver's class", error=TypeError, message=r"settings such as Newton\(\), got <class", solver=lnr.Newton),
-    pruning("an unknown solver", error=ValueError, message="known solvers", selector="norm", solver="sgd"),
-    pruning("bias a text", error=TypeError, message="bias must be True or False, got 'no'", bias="no"),
-    pruning("debias None", error=TypeError, message="debias must be True or False, got None", debias=None),
-    pruning("inplace a number", error=TypeError, message="inplace must be True or False, got 2", inplace=2),
-    pruning("ridge a text", error=TypeError, message="ridge must be a number", ridge="a"),
-    pruning("ridge NaN", error=ValueError, message="ridge must be >= 0 and finite, got nan", ridge=NAN),
-    pruning("ridge infinite", error=ValueError, message="ridge must be >= 0 and finite, got inf", ridge=INF),
-    pruning("seed a fraction", error=TypeError, message="seed must be an int, got 1.5", seed=1.5),
-    pruning("seed too long", error=ValueError, message=r"seed must be in \[-2\^63, 2\^64\)", seed=2**70),
-    pruning("progress a text", error=TypeError, message="progress must be True, False, None or a", progress="yes"),
-    pruning("graph in place", error=ValueError, message="cannot be combined", inplace=True, as_graph=True),
+AMOUNTS = [
+    Case("no amount", lambda of, _: lnr.prune(of, X), TypeError, "missing 1 required positional argument: 'amount'"),  # type: ignore[call-arg]
+    pruning("amount None", error=TypeError, message=r"a Keep, a Penalty or a Budget, got None; such as lnr.Keep\(0.5\)",
+            amount=None),
+    pruning("amount a fraction", error=TypeError, message=r"0.5, .* things: .*lnr.Keep\(0.5\), .*Budget\(macs=0.5\)",
+            amount=0.5),
+    pruning("amount a count", error=TypeError, message=r"4, .* two things: .*lnr.Keep\(4\), .*Budget\(macs=0.5\)",
+            amount=4),
+    pruning("amount a fraction for a graph", error=TypeError, message="a bare number, 0.5, .*Write the one", amount=0.5,
+            into="graph"),
+    pruning("amount True", error=TypeError, message="a Penalty or a Budget, got True; such as", amount=True),
+    pruning("amount of layers", error=TypeError, message=r"got {'0': 4}; write lnr.Keep\({'0': 4}\) if it names layers",
+            amount={"0": 4}),
+    pruning("amount of limits", error=TypeError, message=r"got {'macs': 0.5}; .* lnr.Budget\(macs=0.5\) if it limits",
+            amount={"macs": 0.5}),
+    pruning("amount of limits for a graph", error=TypeError, message="must be a Keep, a Penalty or a Budget",
+            amount={"macs": 0.5}, into="graph"),
+    pruning("amount a class", error=TypeError, message="or a Budget, got <class .*Keep'>; such as", amount=lnr.Keep),
+    pruning("an amount by its name", error=TypeError, message="unexpected keyword argument 'keep'", keep=0.5),
+    setting("a penalty of nothing", lnr.Penalty, ValueError, "one of lam and ratio, got neither; such as Pen"),
+    setting("two penalties", lnr.Penalty, ValueError, "one of lam and ratio, got lam and ratio", lam=0.1, ratio=0.1),
+    setting("lam negative", lnr.Penalty, ValueError, "penalty's lam must be finite and >= 0, got -1", lam=-1),
+    setting("lam NaN", lnr.Penalty, ValueError, "penalty's lam must be finite and >= 0, got nan", lam=NAN),
+    setting("lam infinite", lnr.Penalty, ValueError, "penalty's lam must be finite and >= 0, got inf", lam=INF),
+    setting("lam NaN for a layer", lnr.Penalty, ValueError, "lam must be finite", lam={"0": NAN}),
+    setting("lam a text", lnr.Penalty, TypeError, "lam must be a number or a mapping of numbers, got 'a'", lam="a"),
+    setting("lam a tensor", lnr.Penalty, TypeError, "lam must be a number", lam=torch.tensor(0.1)),
+    setting("ratio negative", lnr.Penalty, ValueError, "penalty's ratio must be finite and >= 0, got -1", ratio=-1),
+    setting("ratio NaN", lnr.Penalty, ValueError, "penalty's ratio must be finite and >= 0, got nan", ratio=NAN),
+    setting("ratio a text", lnr.Penalty, TypeError, "penalty's ratio must be a number .*, got 'a'", ratio="a"),
+    pruning("lam of an unknown layer", error=ValueError, message="lam names 'conv9', which is no prunable",
+            amount=lnr.Penalty({"conv9": 0.1})),
+    pruning("a penalty of norms", error=ValueError, message=r"of the group lasso; Norm\(\) takes Keep or Budget",
+            amount=lnr.Penalty(0.1), selector="norm"),
+    pruning("a penalty of elimination", error=ValueError, message=r"lasso; Backward\(swaps=8\) takes Keep or Budget",
+            amount=lnr.Penalty(ratio=0.1), selector=lnr.Backward(swaps=8)),
+    setting("keep zero", lnr.Keep, ValueError, "at least one channel, got keep=0", channels=0),
+    setting("keep above one", lnr.Keep, ValueError, r"fraction in \(0, 1\], got 1.5", channels=1.5),
+    setting("keep NaN", lnr.Keep, ValueError, r"fraction in \(0, 1\], got nan", channels=NAN),
+    setting("keep a list", lnr.Keep, TypeError, r"keep must be a number or a mapping.*got \[1\]", channels=[1]),
+    setting("keep True", lnr.Keep, TypeError, "keep must be a number.*got True", channels=True),
+    setting("keep zero of a layer", lnr.Keep, ValueError, "at least one channel, got keep=0", channels={"0": 0}),
+    setting("keep a text of a layer", lnr.Keep, TypeError, "keep must be a number .*got 'all'", channels={"0": "all"}),
+    pruning("keep of an unknown layer", error=ValueError, message="'conv9', which is no .* producer; prunable: 0, 2",
+            amount=lnr.Keep({"conv9": 1})),
+    pruning("keep of a layer by number", error=ValueError, message="keep names 0, which is no",
+            amount=lnr.Keep({0: 4})),  # type: ignore[dict-item]
+    pruning("keep of the output", error=ValueError, message=r"\(output of the model\)", amount=lnr.Keep({"4": 2})),
     # it works
-    pruning("keep nothing in particular", keep={}),
-    pruning("keep far too many", keep=10**30),
-    pruning("keep of numpy", keep=np.float32(0.5)),
-    pruning("a negative seed", seed=-1),
-]
+    pruning("keep nothing in particular", amount=lnr.Keep({})),
+    pruning("a penalty for nothing in particular", amount=lnr.Penalty(ratio={})),
+    pruning("keep far too many", amount=lnr.Keep(10**30)),
+    pruning("keep of numpy", amount=lnr.Keep(np.float32(0.5))),
+]  # fmt: skip
+
+ARGUMENTS = [
+    pruning("no selector", error=TypeError, message=r"one of group_lasso.* as Backward\(swaps=8\), got None",
+            selector=None),
+    pruning("selectors", error=TypeError, message=r"one of group_lasso.*got \['norm'\]", selector=["norm"]),
+    pruning("an unknown selector", error=ValueError, message="selector 'best'; known selectors: group_lasso, backward",
+            selector="best"),
+    pruning("a selector's class", error=TypeError, message="such as .*, got <class .*Norm'>", selector=lnr.Norm),
+    setting("swaps negative", lnr.Backward, ValueError, "swaps must be at least 0, got -1", swaps=-1),
+    setting("swaps a text", lnr.Backward, TypeError, "swaps must be an int, got 'all'", swaps="all"),
+    setting("no solver", lnr.Lasso, TypeError, "solver must be a name.*got None", solver=None),
+    setting("a solver's class", lnr.Lasso, TypeError, r"settings such as Newton\(\), got <class", solver=lnr.Newton),
+    setting("an unknown solver", lnr.Lasso, ValueError, "unknown solver 'sgd'; known solvers: prox", solver="sgd"),
+    setting("seed a fraction", lnr.Random, TypeError, "seed must be an int, got 1.5", seed=1.5),
+    setting("seed too long", lnr.Random, ValueError, r"seed must be in \[-2\^63, 2\^64\), got 118", seed=2**70),
+    pruning("bias a text", error=TypeError, message="bias must be True or False, got 'no'", bias="no"),
+    pruning("logits a number", error=TypeError, message="logits must be True or False, got 2", logits=2),
+    pruning("refit True", error=TypeError, message=r"such as Refit\(window=2\), or None for no refit, got True",
+            refit=True),
+    pruning("refit a dict", error=TypeError, message="refit must be a Refit.*got {'ridge': 0.1}", refit={"ridge": 0.1}),
+    setting("ridge a text", lnr.Refit, TypeError, "ridge must be a number, got 'a'", ridge="a"),
+    setting("ridge NaN", lnr.Refit, ValueError, "ridge must be >= 0 and finite, got nan", ridge=NAN),
+    setting("ridge infinite", lnr.Refit, ValueError, "ridge must be >= 0 and finite, got inf", ridge=INF),
+    setting("ridge negative", lnr.Refit, ValueError, "ridge must be >= 0 and finite, got -1", ridge=-1),
+    setting("window 0", lnr.Refit, ValueError, "window must be at least 1, got 0", window=0),
+    setting("window 3", lnr.Refit, ValueError, r"1 \(each layer by itself\) or 2 \(with its maker\), got 3", window=3),
+    setting("window a fraction", lnr.Refit, TypeError, "window must be an int, got 1.5", window=1.5),
+    setting("no iterations", lnr.Refit, ValueError, "iterations must be at least 1, got 0", window=2, iterations=0),
+    setting("iterations a text", lnr.Refit, TypeError, "iterations must be an int, got 'a'", iterations="a"),
+    pruning("into a number", error=ValueError, message="into must be one of copy, model, graph, got 2", into=2),
+    pruning("into unknown", error=ValueError, message="must be one of copy, model, graph, got 'onnx'", into="onnx"),
+    pruning("run a folder", error=TypeError, message=r"run must be a Run, such as Run\(work='folder'\), got 'half'",
+            run="half"),
+    pruning("run None", error=TypeError, message="run must be a Run, .*got None", run=None),
+    setting("work a number", lnr.Run, TypeError, "work must be the path of a folder, or None, got 3", work=3),
+    setting("low_memory a text", lnr.Run, TypeError, "low_memory must be True or False, got 'no'", low_memory="no"),
+    setting("alone a number", lnr.Run, TypeError, "alone must be True or False, got 1", alone=1),
+    setting("progress a text", lnr.Run, TypeError, "True, False, None or a function.*got 'yes'", progress="yes"),
+    # it works
+    pruning("a negative seed", selector=lnr.Random(-1)),
+]  # fmt: skip
 
 BUDGETS = [
-    Case("budget without a limit", lambda *_: lnr.Budget(), ValueError, "needs a limit: one or more of params"),
-    Case("budget zero", lambda *_: lnr.Budget(macs=0), ValueError, r"macs must be a fraction in \(0, 1\], got 0"),
-    Case("budget above one", lambda *_: lnr.Budget(macs=2), ValueError, r"macs must be a fraction in \(0, 1\], got 2"),
-    Case("budget NaN", lambda *_: lnr.Budget(params=NAN), ValueError, "params must be a fraction"),
-    Case("budget a text", lambda *_: lnr.Budget(size="a"), TypeError, "size must be a number.*'a'"),  # type: ignore[arg-type]
-    Case("budget True", lambda *_: lnr.Budget(params=True), TypeError, "params must be a number"),
-    Case("budget round_to 0", lambda *_: lnr.Budget(params=0.5, grid=lnr.Grid(round_to=0)), ValueError, "round_to must be at least 1"),
-    Case("budget round_to 1.5", lambda *_: lnr.Budget(params=0.5, grid=lnr.Grid(round_to=1.5)), TypeError, "round_to must be an int"),  # type: ignore[arg-type]
-    Case("budget leave a number", lambda *_: lnr.Budget(params=0.5, grid=lnr.Grid(leave=3)), TypeError, "names of layers, got 3"),  # type: ignore[arg-type]
-    pruning("budget a number", error=TypeError, message=r"such as Budget\(macs=0.5\), got 0.5", budget=0.5),
-    pruning("budget a dict", error=TypeError, message="budget must be a Budget", budget={"macs": 0.5}),
-    pruning("budget a dict for a graph", error=TypeError, message="budget must be a Budget", budget={"macs": 0.5},
-            as_graph=True),
-    pruning("a search without a refit", error=ValueError, message=r"budget.search refits .* debias=False",
-            budget=lnr.Budget(macs=0.5, effort=lnr.Effort(search=2)), debias=False),
+    setting("budget without a limit", lnr.Budget, ValueError, "needs a limit: one or more of params"),
+    setting("budget zero", lnr.Budget, ValueError, r"macs must be a fraction in \(0, 1\], got 0", macs=0),
+    setting("budget above one", lnr.Budget, ValueError, r"macs must be a fraction in \(0, 1\], got 2", macs=2),
+    setting("budget NaN", lnr.Budget, ValueError, "params must be a fraction", params=NAN),
+    setting("budget a text", lnr.Budget, TypeError, "size must be a number.*'a'", size="a"),
+    setting("budget True", lnr.Budget, TypeError, "params must be a number", params=True),
+    setting("budget's grid a number", lnr.Budget, TypeError, r"such as Grid\(round_to=8\), got 8", macs=0.5, grid=8),
+    setting("budget's effort a text", lnr.Budget, TypeError, r"such as Effort\(samples=512\), got 'high'", macs=0.5,
+            effort="high"),
+    setting("grid round_to 0", lnr.Grid, ValueError, "round_to must be at least 1, got 0", round_to=0),
+    setting("grid round_to 1.5", lnr.Grid, TypeError, "round_to must be an int, got 1.5", round_to=1.5),
+    setting("grid minimum 0", lnr.Grid, ValueError, "minimum must be at least 1, got 0", minimum=0),
+    setting("grid leave a number", lnr.Grid, TypeError, "leave must be names of layers, got 3", leave=3),
+    setting("effort of no sample", lnr.Effort, ValueError, "samples must be at least 1, got 0", samples=0),
+    setting("effort refits negative", lnr.Effort, ValueError, "refits must be at least 0, got -1", refits=-1),
+    setting("effort search a fraction", lnr.Effort, TypeError, "search must be an int, got 0.5", search=0.5),
+    pruning("a search without a refit", error=ValueError,
+            message=r"refits the network in every trial: Effort\(search=...\) cannot be combined with refit=None",
+            amount=lnr.Budget(macs=0.5, effort=lnr.Effort(search=2)), refit=None),
     pruning("budget out of reach", error=ValueError, message="out of reach: the smallest.*params 4.8%.*Raise the limit",
-            budget=lnr.Budget(params=1e-9)),
+            amount=lnr.Budget(params=1e-9)),
     pruning("budget against its minimum", error=ValueError, message="asked for 0.1. Raise the limit, or lower minimum",
-            budget=lnr.Budget(macs=0.1, grid=lnr.Grid(minimum=12))),
-    pruning("budget leaves an unknown layer", error=ValueError, message="budget.leave names 'x', which is no prunable",
-            budget=lnr.Budget(params=0.5, grid=lnr.Grid(leave=("x",)))),
+            amount=lnr.Budget(macs=0.1, grid=lnr.Grid(minimum=12))),
+    pruning("budget leaves an unknown layer", error=ValueError, message="leave names 'x', which is no prunable",
+            amount=lnr.Budget(params=0.5, grid=lnr.Grid(leave=("x",)))),
     pruning("budget leaves everything", error=ValueError, message="names every channel group: nothing is left",
-            budget=lnr.Budget(params=0.5, grid=lnr.Grid(leave=("0", "2")))),
-    pruning("budget of latency for a graph", error=ValueError, message="cannot be had with as_graph=True",
-            budget=lnr.Budget(latency=0.5), as_graph=True),
-    pruning("budget of a tiny error", budget=lnr.Budget(error=1e-30)),
+            amount=lnr.Budget(params=0.5, grid=lnr.Grid(leave=("0", "2")))),
+    pruning("budget of latency for a graph", error=ValueError, message="cannot be combined with into='graph'",
+            amount=lnr.Budget(latency=0.5), into="graph"),
+    # it works
+    pruning("budget of a tiny error", amount=lnr.Budget(error=1e-30)),
+    pruning("budget without a refit", amount=lnr.Budget(macs=0.5), refit=None),
 ]  # fmt: skip
 
 OTHERS = [
     Case("inspect: no model", lambda of, _: lnr.inspect(of, X), TypeError, "got NoneType", lambda: None),
     Case("inspect: no example", lambda of, _: lnr.inspect(of, None), CalibrationError, "a batch is a NoneType"),
     Case("inspect: a wrong shape", lambda of, _: lnr.inspect(of, X[:, :3]), CalibrationError, r"\(40, 3\).*layer '0'"),
-    Case("save: a folder", lambda of, f: lnr.prune(of, X, lnr.Keep(4)).save(f), IsADirectoryError, "name a file in it"),
-    Case("save: no such folder", lambda of, f: lnr.prune(of, X, lnr.Keep(4)).save(f / "a" / "b"), FileNotFoundError,
+    Case("save: a folder", lambda of, f: pruned(of).save(f), IsADirectoryError, "name a file in it"),
+    Case("save: no such folder", lambda of, f: pruned(of).save(f / "a" / "b"), FileNotFoundError,
          "its folder does not exist; make it first: .*b"),
-    Case("save: not writable", lambda of, _: lnr.prune(of, X, lnr.Keep(4)).save("/proc/pruned"), OSError, "/proc"),
-    Case("save: no path", lambda of, _: lnr.prune(of, X, lnr.Keep(4)).save(None), TypeError, "not NoneType"),  # type: ignore[arg-type]
-    Case("plan: no such folder", lambda of, f: lnr.save_plan(f / "a" / "b", lnr.prune(of, X, lnr.Keep(4)).plan), FileNotFoundError,
+    Case("save: not writable", lambda of, _: pruned(of).save("/proc/pruned"), OSError, "/proc"),
+    Case("save: no path", lambda of, _: pruned(of).save(None), TypeError, "not NoneType"),  # type: ignore[arg-type]
+    Case("save_plan: no such folder", lambda of, f: lnr.save_plan(f / "a" / "b", pruned(of).plan), FileNotFoundError,
          "make it first"),
-    Case("apply: no model", lambda of, _: lnr.apply_plan(lnr.prune(of, X, lnr.Keep(4)).plan, None), TypeError, "got NoneType"),  # type: ignore[arg-type]
-    Case("apply: another model", lambda of, _: lnr.apply_plan(lnr.prune(of, X, lnr.Keep(4)).plan, OTHER), PlanError,
+    Case("load_plan: nothing", lambda _, f: lnr.load_plan(f / "none"), OSError, "none"),
+    Case("apply: no model", lambda of, _: lnr.apply_plan(pruned(of).plan, None), TypeError, "got NoneType"),  # type: ignore[arg-type]
+    Case("apply: another model", lambda of, _: lnr.apply_plan(pruned(of).plan, OTHER), PlanError,
          "not of the architecture.*Give a new instance"),
+    Case("apply: into a graph", lambda of, _: lnr.apply_plan(pruned(of).plan, of, into="graph"), ValueError,
+         "into must be one of copy, model, got 'graph'"),
     Case("load: a number", lambda of, _: lnr.load(3, of), TypeError, "not int"),  # type: ignore[arg-type]
     Case("load: nothing", lambda of, f: lnr.load(f / "none", of), OSError, "none"),
     Case("load: no model", lambda of, f: lnr.load(f, of), TypeError, "got NoneType", lambda: None),
-    sweeping("no budgets", [], ValueError, "at least one budget, got none"),
-    sweeping("a number", 3, TypeError, "must be a list of budgets.*got 3; wrap"),
-    sweeping("one budget", lnr.Budget(params=0.5), TypeError, "must be a list of budgets"),
-    sweeping("fractions", [0.5], TypeError, r"a mapping such as \{'keep': 0.5\}, got 0.5"),
-    sweeping("an unknown amount", [{"kep": 0.5}], TypeError, "unexpected keyword argument 'kep'"),
-    sweeping("a bad second point", [{"keep": 0.5}, {"keep": -1}], ValueError, "at least one channel, got keep=-1"),
-    sweeping("an unknown cost", [{"keep": 0.5}], ValueError, "known costs: params, macs", cost="money"),
-    sweeping("in place", [{"keep": 0.5}], ValueError, "inplace=True", inplace=True),
-    sweeping("evaluate no function", [{"keep": 0.5}], TypeError, "evaluate must be a function", evaluate=3),
-    sweeping("evaluate gives a text", [{"keep": 0.5}], TypeError, "evaluate must return a number, got 'good'",
+    Case("load: into a graph", lambda of, f: lnr.load(f / "none", of, into="graph"), ValueError,
+         "into must be one of copy, model, got 'graph'"),
+    sweeping("no amounts", [], ValueError, "at least one amount, got none"),
+    sweeping("a number", 3, TypeError, "must be a list of amounts.*got 3; wrap"),
+    sweeping("one budget", lnr.Budget(params=0.5), TypeError, "must be a list of amounts.*; wrap it in a list"),
+    sweeping("fractions", [0.5], TypeError, r"a bare number, 0.5, .*lnr.Keep\(0.5\)"),
+    sweeping("dicts", [{"keep": 0.5}], TypeError, "must be a Keep, a Penalty or a Budget, got {'keep': 0.5}"),
+    sweeping("a bad second point", [HALF, lnr.Penalty(0.1)], ValueError, r"Norm\(\) takes Keep or Budget",
+             selector="norm", evaluate=never),
+    sweeping("an unknown argument", [HALF], TypeError, "unexpected keyword argument 'slector'", slector="norm"),
+    sweeping("an unknown cost", [HALF], ValueError, "'money'; known costs: params, macs", cost="money"),
+    sweeping("into the model", [HALF], ValueError, "cannot be combined with into='model'; use into='copy'",
+             into="model"),
+    sweeping("maximize a text", [HALF], TypeError, "maximize must be True or False, got 'no'", maximize="no"),
+    sweeping("seed a fraction", [HALF], TypeError, "seed must be an int, got 1.5", seed=1.5, evaluate=never),
+    sweeping("run a folder", [HALF], TypeError, "run must be a Run, .*got 'half'", run="half", evaluate=never),
+    sweeping("evaluate no function", [HALF], TypeError, "evaluate must be a function", evaluate=3),
+    sweeping("evaluate gives a text", [HALF], TypeError, "evaluate must return a number, got 'good'",
              evaluate=lambda _: "good"),
-    sweeping("retrain gives a number", [{"keep": 0.5}], TypeError, "retrain must return a model.*got int",
+    sweeping("retrain gives a number", [HALF], TypeError, "retrain must return a model.*got int",
              retrain=lambda _: 5),
 ]  # fmt: skip
 
-CASES = [*DATA, *MODELS, *ARGUMENTS, *BUDGETS, *OTHERS]
+CASES = [*DATA, *MODELS, *AMOUNTS, *ARGUMENTS, *BUDGETS, *OTHERS]
 
 
 def attempt(case: Case, folder: Path) -> str:

@@ -15,13 +15,14 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import lnr_prune as lnr
-from benchmarks import peers
-from benchmarks.accuracy import Result, Row, compared, levels_of, table
-from benchmarks.accuracy_plots import plot
-from benchmarks.methods import methods
-from benchmarks.networks import Trained
-from benchmarks.sentences import of_equal_length, spearman_terms
-from benchmarks.tasks import Task, classifier, finetune
+from benchmarks.accuracy import levels_of, table
+from benchmarks.library import peers
+from benchmarks.library.accuracy_plots import plot
+from benchmarks.library.methods import methods
+from benchmarks.library.networks import Trained
+from benchmarks.library.rows import Result, Row, compared
+from benchmarks.library.sentences import of_equal_length, spearman_terms
+from benchmarks.library.tasks import Task, classifier, finetune
 from lnr_prune.calibration.calls import run
 from lnr_prune.selection import cost
 
@@ -130,21 +131,33 @@ def test_every_method_keeps_within_the_budget() -> None:
         assert cost.macs(model, task.example) <= 0.5 * whole, name
 
 
-def test_the_settings_of_the_budget_and_the_tandem_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_are_those_that_the_rows_are_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
-    def noted(*_: object, **settings: Any) -> SimpleNamespace:
-        asked.append(settings)
-        return SimpleNamespace(model=None)
+    def noted(model: nn.Module, data: object, amount: lnr.Budget | lnr.Keep, **settings: Any) -> SimpleNamespace:
+        asked.append({"amount": amount, **settings})
+        return SimpleNamespace(model=model)
 
-    every = methods(small(), ("macs", 0.5), search=4, refits=3, tandem=2)
+    every = methods(small(), ("macs", 0.5), search=4, refits=3, iterations=2)
     monkeypatch.setattr(lnr, "prune", noted)
-    names = [name for name in every if name.startswith("budget")]
-    for name in names:
-        every[name]([], 0)
-    assert {(settings["budget"].macs, settings["budget"].refits) for settings in asked} == {(0.5, 3)}
-    assert [settings.get("tandem", 0) for settings in asked] == [2 * name.endswith("tandem") for name in names]
-    assert [settings["budget"].search for settings in asked] == [4 * name.endswith("4 trials") for name in names]
+
+    def asked_for(kind: str) -> list[tuple[str, dict[str, Any]]]:
+        asked.clear()
+        names = [name for name in every if name.startswith(kind)]
+        for name in names:
+            every[name]([], 7)
+        return list(zip(names, asked, strict=True))
+
+    budgets = asked_for("budget")
+    assert len(budgets) == 5
+    for name, settings in budgets:
+        effort = settings["amount"].effort
+        assert (settings["amount"].macs, effort.refits, effort.search) == (0.5, 3, 4 * name.endswith("4 trials"))
+        assert settings["refit"].joint_iterations == 2 * name.endswith("window 2")
+    uniform = dict(asked_for("uniform"))
+    assert {settings["refit"] for settings in uniform.values()} == {lnr.Refit(iterations=2)}
+    assert uniform["uniform, backward, 8 swaps"]["selector"] == lnr.Backward(swaps=8)
+    assert uniform["uniform, random"]["selector"] == lnr.Random(seed=7)
 
 
 def test_images_are_mirrored_by_chance_as_the_seed_says() -> None:

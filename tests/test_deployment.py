@@ -19,11 +19,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 }
 
 
-@pytest.fixture(params=[(name, as_graph) for name in CASES for as_graph in (False, True)], ids=str)
+@pytest.fixture(params=[(name, into) for name in CASES for into in ("copy", "graph")], ids=str)
 def pruned(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
-    name, as_graph = request.param
+    name, into = request.param
     make, x = CASES[name]
-    return lnr.prune(randomised(make()), [x], lnr.Keep(0.5), into="graph" if as_graph else "copy").model, x
+    return lnr.prune(randomised(make()), [x], lnr.Keep(0.5), into=into).model, x
 
 
 def test_torch_export(pruned: tuple[nn.Module, Tensor]) -> None:

@@ -15,7 +15,7 @@ TUTORIALS = sorted((DOCS / "tutorials").glob("*.py"))
 
 def test_every_public_name_is_in_the_reference() -> None:
     text = (DOCS / "api.md").read_text(encoding="utf-8")
-    documented = re.findall(r"^\.\. auto(?:class|function):: (\w+)$", text, re.MULTILINE)
+    documented = re.findall(r"^\.\. auto(?:class|function|data):: (\w+)$", text, re.MULTILINE)
     assert sorted(documented) == sorted(lnr_prune.__all__)
 
 

@@ -3,10 +3,8 @@
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +12,8 @@ from torch import Tensor, nn
 
 import lnr_prune as lnr
 from lnr_prune.errors import CalibrationError, GraphError, LnrPruneError
+from lnr_prune.settings import Amount
+from tests.helpers.faults import failing, owner_of
 from tests.helpers.models import randomised
 from tests.helpers.untouched import Untouched
 
@@ -55,19 +55,6 @@ class Breaking:
         return 4
 
 
-def failing(at: int, error: BaseException, real: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, but its n-th call fails."""
-    calls = []
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == at:
-            raise error
-        return real(*args, **kwargs)
-
-    return function
-
-
 @pytest.fixture
 def model() -> nn.Module:
     model = net().train()
@@ -81,60 +68,52 @@ def untouched(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return Untouched(model, tmp_path)
 
 
-def batches_read(**options: Any) -> int:
+def batches_read(amount: Amount) -> int:
     data = Breaking(-1, FaultError())
     with torch.random.fork_rng():
-        lnr.prune(net(), data, **options)
+        lnr.prune(net(), data, amount)
     return data.read
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_an_exception_at_any_batch(inplace: bool, model: nn.Module, untouched: Untouched) -> None:
-    last = batches_read(keep=0.5)
+@pytest.mark.parametrize("into", ["copy", "model"])
+def test_an_exception_at_any_batch(into: str, model: nn.Module, untouched: Untouched) -> None:
+    last = batches_read(lnr.Keep(0.5))
     assert last > 8  # at least two passes
     for at in range(1, last + 1):
         with pytest.raises(FaultError):
-            lnr.prune(model, Breaking(at, FaultError()), lnr.Keep(0.5), into="model" if inplace else "copy")
+            lnr.prune(model, Breaking(at, FaultError()), lnr.Keep(0.5), into=into)
         untouched.check()
 
 
 @pytest.mark.parametrize("error", [FaultError(), OUT_OF_MEMORY, MemoryError(), KeyboardInterrupt()])
 def test_an_exception_in_the_middle_of_a_search(error: BaseException, model: nn.Module, untouched: Untouched) -> None:
     budget = lnr.Budget(params=0.5, effort=lnr.Effort(search=2))
-    for at in (2, 6, batches_read(budget=budget)):
+    for at in (2, 6, batches_read(budget)):
         with pytest.raises(type(error)):
             lnr.prune(model, Breaking(at, error), budget)
         untouched.check()
 
 
 STEPS = [
-    "lnr_prune.prune.find_groups",
-    "lnr_prune.prune.copied",
-    "lnr_prune.prune.shrinkable",
-    "lnr_prune.statistics.SecondMoments.with_rows",
-    "lnr_prune.supports.gather",
-    "lnr_prune.path.solve",
-    "lnr_prune.problem.GroupLasso.error",
-    "lnr_prune.target.ridge_regression",
-    "lnr_prune.target._moments",
-    "lnr_prune.registry.AdaptedLayer.write",
-    "lnr_prune.registry.AdaptedLayer.inputs",
-    "lnr_prune.prune.make_plan",
-    "lnr_prune.prune.fingerprint",
+    "lnr_prune.collapse.trial.find_groups",
+    "lnr_prune.collapse.trial.copied",
+    "lnr_prune.collapse.trial.shrinkable",
+    "lnr_prune.calibration.moments.SecondMoments.with_rows",
+    "lnr_prune.calibration.reading.gather",
+    "lnr_prune.lasso.path.solve",
+    "lnr_prune.lasso.problem.GroupLasso.error",
+    "lnr_prune.refit.fit.ridge_regression",
+    "lnr_prune.refit.refit.target_of",
+    "lnr_prune.calibration.adapter.AdaptedLayer.write",
+    "lnr_prune.calibration.adapter.AdaptedLayer.inputs",
+    "lnr_prune.collapse.plan.make_plan",
+    "lnr_prune.collapse.plan.fingerprint",
     "lnr_prune.prune.output_error",
-    "lnr_prune.prune.collapse",
-    "lnr_prune.verify.Reference.check",
-    "lnr_prune.cost.side_by_side",
+    "lnr_prune.collapse.remove.collapse",
+    "lnr_prune.collapse.verify.Reference.check",
+    "lnr_prune.selection.cost.side_by_side",
 ]
-
-
-def owner_of(path: str) -> tuple[Any, str]:
-    """The module or class, and the name in it."""
-    owner, name = path.rsplit(".", 1)
-    try:
-        return import_module(owner), name
-    except ImportError:
-        return getattr(*owner_of(owner)), name
+ONLY_OF_COPIES = ("lnr_prune.collapse.trial.copied", "lnr_prune.selection.cost.side_by_side")
 
 
 def break_at(path: str, error: BaseException, patch: pytest.MonkeyPatch) -> None:
@@ -143,18 +122,18 @@ def break_at(path: str, error: BaseException, patch: pytest.MonkeyPatch) -> None
     patch.setattr(owner, name, failing(1, error, getattr(owner, name)))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("into", ["copy", "model"])
 @pytest.mark.parametrize("step", STEPS)
 def test_an_exception_in_any_step(
-    step: str, inplace: bool, model: nn.Module, untouched: Untouched, monkeypatch: pytest.MonkeyPatch
+    step: str, into: str, model: nn.Module, untouched: Untouched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if inplace and step in ("lnr_prune.prune.copied", "lnr_prune.cost.side_by_side"):
-        pytest.skip("has no part in pruning in place")
+    if into == "model" and step in ONLY_OF_COPIES:
+        pytest.skip("has no part in shrinking the model itself")
     for error in (FaultError(), OUT_OF_MEMORY):
         with monkeypatch.context() as patch:
             break_at(step, error, patch)
             with pytest.raises((type(error), CalibrationError, GraphError)):
-                lnr.prune(model, IMAGES.split(4), lnr.Keep(0.5), into="model" if inplace else "copy")
+                lnr.prune(model, IMAGES.split(4), lnr.Keep(0.5), into=into)
         untouched.check()
 
 
@@ -173,7 +152,7 @@ def test_out_of_memory_in_a_layer_says_what_to_do(
     assert errors == {(CalibrationError, "give smaller batches"), (GraphError, "give smaller batches")}
 
 
-WRITES = ["save_file", "os.fsync", "os.chmod", "os.replace"]
+WRITES = ["lnr_prune.collapse.files.save_file", "os.fsync", "os.chmod", "os.replace"]
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -185,8 +164,7 @@ def test_an_exception_in_a_write(write: str, existing: bool, tmp_path: Path, mon
         path.write_bytes(b"as it was")
     before = Untouched(pruned.model, tmp_path)
     with monkeypatch.context() as patch:
-        owner, name = (os, write[3:]) if write.startswith("os.") else (files, write)
-        patch.setattr(owner, name, failing(1, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), getattr(owner, name)))
+        break_at(write, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), patch)
         with pytest.raises(OSError, match="No space left"):
             pruned.save(path)
     before.check()
@@ -195,15 +173,15 @@ def test_an_exception_in_a_write(write: str, existing: bool, tmp_path: Path, mon
     assert isinstance(lnr.load(path, net()), nn.Sequential)
 
 
-@pytest.mark.parametrize("step", ["lnr_prune.shrink.collapse", "lnr_prune.shrink.replace_tensors"])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("step", ["lnr_prune.collapse.apply.collapse", "lnr_prune.collapse.apply.replace_tensors"])
+@pytest.mark.parametrize("into", ["copy", "model"])
 def test_an_exception_while_a_file_is_loaded(
-    step: str, inplace: bool, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, into: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lnr.prune(model, IMAGES, lnr.Keep(0.5)).save(tmp_path / "pruned.safetensors")
     before = Untouched(model, tmp_path)
     with monkeypatch.context() as patch:
         break_at(step, FaultError(), patch)
         with pytest.raises(FaultError):
-            lnr.load(tmp_path / "pruned.safetensors", model, into="model" if inplace else "copy")
+            lnr.load(tmp_path / "pruned.safetensors", model, into=into)
     before.check()

@@ -29,6 +29,7 @@ from lnr_prune.testing.networks import PATTERNS, networks, random_network
 
 COUNT = int(os.environ.get("LNR_PRUNE_FUZZ", "40"))
 FIRST = int(os.environ.get("LNR_PRUNE_FUZZ_FROM", "0"))
+REFITS = (lnr.Refit(), lnr.Refit(window=2, iterations=1), lnr.Refit(window=2, iterations=2))
 FREEZES = {
     "slice": "named in slice",  # names single positions
     "token mixing": "mixed by add",  # an element has a token's owner or a channel's, not both
@@ -49,18 +50,18 @@ def prune_at_random(model: nn.Module, x: Tensor, seed: int) -> None:
     groups, refused = shrinkable(model, graph.groups, ((x,), {}))
     assert not refused  # the patterns hold no sizes: only a wrong group fails its trial
     generator = torch.Generator().manual_seed(seed)
-    supports = []
+    supports = {}
     for group in groups:
         support = torch.rand(group.size, generator=generator) < 0.6
         support[int(torch.randint(group.size, (1,), generator=generator))] = True
-        supports.append((group, support))
+        supports[group] = support
     masked = masked_weights(supports, named_tensors(model))
     reference = Reference(model, masked, ((x,), {}))
     assert reference.wide
     pruned, plan = copy.deepcopy(model), make_plan(supports)
     collapse(pruned, plan, masked)
     reference.check(pruned)
-    sizes = {group.name: int(support.sum()) for group, support in supports}
+    sizes = {group: int(support.sum()) for group, support in supports.items()}
     for kind, measured in (("params", cost.parameters(pruned)), ("macs", cost.macs(pruned, ((x,), {})))):
         predicted = cost_of(model, graph, kind, len(x), sizes.keys())(sizes)
         assert predicted == pytest.approx(measured, abs=1)
@@ -86,12 +87,7 @@ def test_random_budgets(seed: int) -> None:
     budget = lnr.Budget(**limit, effort=lnr.Effort(samples=len(x), refits=seed % 5, search=seed % 2))
     try:
         report = lnr.prune(
-            model,
-            list(batches),
-            budget,
-            selector="backward",
-            refit=lnr.Refit(window=2 if seed % 3 else 1),
-            run=lnr.Run(progress=False),
+            model, list(batches), budget, selector="backward", refit=REFITS[seed % 3], run=lnr.Run(progress=False)
         ).report
     except ValueError as error:
         if "out of reach" not in str(error):

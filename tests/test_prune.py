@@ -1,8 +1,9 @@
 """The front door, end to end on small nets."""
 
 import copy
-import random
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,9 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lnr_prune as lnr
+from lnr_prune.collapse.verify import Reference
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph.module import named_tensors
+from lnr_prune.settings import Amount
+from tests.helpers.faults import failing
 from tests.helpers.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
+from tests.helpers.untouched import Untouched
 
 IMAGES = torch.randn(40, 2, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -36,13 +41,11 @@ def equals_masked(model: nn.Module, pruned: lnr.Pruned, x: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("refit", [lnr.Refit(), None])
 @pytest.mark.parametrize("selector", ["group_lasso", "norm", "random"])
-def test_every_selector_and_form_gives_the_masked_model(selector: str, debias: bool, bias: bool) -> None:
+def test_every_selector_and_form_gives_the_masked_model(selector: str, refit: lnr.Refit | None, bias: bool) -> None:
     model = randomised(cnn())
-    pruned = lnr.prune(
-        model, IMAGES.split(16), lnr.Keep(0.5), selector=selector, refit=lnr.Refit() if debias else None, bias=bias
-    )
+    pruned = lnr.prune(model, IMAGES.split(16), lnr.Keep(0.5), selector=selector, refit=refit, bias=bias)
     assert rows(pruned) == {"0": (6, 3), "3": (8, 4), "6": (6, 3), "10": (10, 5)}
     assert type(pruned.model) is nn.Sequential
     assert equals_masked(model, pruned, IMAGES)
@@ -59,26 +62,33 @@ def test_without_bias_the_consumers_keep_theirs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "expected"),
+    ("amount", "expected"),
     [
-        ({"keep": 5}, {"0": 5, "2": 5}),
-        ({"keep": 0.25}, {"0": 3, "2": 2}),
-        ({"keep": 0.01}, {"0": 1, "2": 1}),
-        ({"keep": 100}, {"0": 12, "2": 8}),
-        ({"keep": 1.0}, {"0": 12, "2": 8}),
-        ({"keep": {"0": 4}}, {"0": 4, "2": 8}),
-        ({"keep": {"2": np.int64(3), "0": np.float64(0.5)}}, {"0": 6, "2": 3}),
-        ({"lam": 0.0}, {"0": 12, "2": 8}),
-        ({"lam_ratio": {"2": 1.0}}, {"0": 12, "2": 1}),
-        ({"lam": {"2": 1e9}}, {"0": 12, "2": 1}),
+        (lnr.Keep(5), {"0": 5, "2": 5}),
+        (lnr.Keep(0.25), {"0": 3, "2": 2}),
+        (lnr.Keep(0.01), {"0": 1, "2": 1}),
+        (lnr.Keep(100), {"0": 12, "2": 8}),
+        (lnr.Keep(1.0), {"0": 12, "2": 8}),
+        (lnr.Keep({"0": 4}), {"0": 4, "2": 8}),
+        (lnr.Keep({"2": np.int64(3), "0": np.float64(0.5)}), {"0": 6, "2": 3}),
+        (lnr.Penalty(0.0), {"0": 12, "2": 8}),
+        (lnr.Penalty(ratio={"2": 1.0}), {"0": 12, "2": 1}),
+        (lnr.Penalty({"2": 1e9}), {"0": 12, "2": 1}),
     ],
 )
-def test_how_much_is_kept(argument: dict[str, Any], expected: dict[str, int]) -> None:
+def test_how_much_is_kept(amount: Amount, expected: dict[str, int]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
-    pruned = lnr.prune(model, torch.randn(200, 6), **argument)
+    pruned = lnr.prune(model, torch.randn(200, 6), amount)
     assert {name: kept for name, (_, kept) in rows(pruned).items()} == expected
     assert equals_masked(model, pruned, torch.randn(9, 6))
+
+
+@pytest.mark.parametrize("amount", [lnr.Keep({}), lnr.Penalty({}), lnr.Penalty(ratio={})])
+def test_a_mapping_that_names_no_layer_leaves_all_whole_and_solves_nothing(amount: Amount) -> None:
+    pruned = lnr.prune(mlp(8, 16, 4), torch.randn(100, 8), amount)
+    assert [(row.kept, row.gap) for row in pruned.report.groups] == [(16, None)]
+    assert not pruned.plan
 
 
 def test_a_matrix_that_comes_out_zero_keeps_one_channel_and_says_so() -> None:
@@ -89,87 +99,75 @@ def test_a_matrix_that_comes_out_zero_keeps_one_channel_and_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "error", "message"),
+    ("settings", "values", "error", "message"),
     [
-        ({}, ValueError, "exactly one of keep, lam, lam_ratio, budget, got none"),
-        ({"keep": 1, "lam": 0.1}, ValueError, "got keep, lam"),
-        ({"keep": 0}, ValueError, "at least one channel"),
-        ({"keep": -2}, ValueError, "at least one channel"),
-        ({"keep": 0.0}, ValueError, r"fraction in \(0, 1\], got 0.0"),
-        ({"keep": 1.5}, ValueError, r"fraction in \(0, 1\]"),
-        ({"keep": float("nan")}, ValueError, r"fraction in \(0, 1\]"),
-        ({"keep": True}, TypeError, "must be a number"),
-        ({"keep": "half"}, TypeError, "must be a number"),
-        ({"keep": {"0": 0}}, ValueError, "at least one channel"),
-        ({"keep": {"nobody": 3}}, ValueError, "'nobody', which is no prunable producer; prunable: 0"),
-        ({"keep": {"2": 3}}, ValueError, r"'2', which is no prunable producer \(output of the model\)"),
-        ({"lam": -1.0}, ValueError, "lam must be finite and >= 0"),
-        ({"lam": float("inf")}, ValueError, "lam must be finite and >= 0"),
-        ({"lam_ratio": float("nan")}, ValueError, "lam_ratio must be finite"),
-        ({"keep": 3, "selector": "best"}, ValueError, "known selectors: group_lasso, backward, backward_swap"),
-        ({"lam": 1.0, "selector": "norm"}, ValueError, "penalty of the group lasso"),
-        ({"keep": 3, "solver": "sgd"}, ValueError, "known solvers: proximal_gradient, fista"),
-        ({"keep": 3, "ridge": -1.0}, ValueError, "ridge must be >= 0"),
+        (lnr.Penalty, {}, ValueError, "one of lam and ratio, got neither"),
+        (lnr.Penalty, {"lam": 0.1, "ratio": 0.1}, ValueError, "got lam and ratio"),
+        (lnr.Keep, {"channels": 0}, ValueError, "at least one channel"),
+        (lnr.Keep, {"channels": -2}, ValueError, "at least one channel"),
+        (lnr.Keep, {"channels": 0.0}, ValueError, r"fraction in \(0, 1\], got 0.0"),
+        (lnr.Keep, {"channels": 1.5}, ValueError, r"fraction in \(0, 1\]"),
+        (lnr.Keep, {"channels": float("nan")}, ValueError, r"fraction in \(0, 1\]"),
+        (lnr.Keep, {"channels": True}, TypeError, "must be a number"),
+        (lnr.Keep, {"channels": "half"}, TypeError, "must be a number"),
+        (lnr.Keep, {"channels": {"0": 0}}, ValueError, "at least one channel"),
+        (lnr.Penalty, {"lam": -1.0}, ValueError, "lam must be finite and >= 0"),
+        (lnr.Penalty, {"lam": float("inf")}, ValueError, "lam must be finite and >= 0"),
+        (lnr.Penalty, {"ratio": float("nan")}, ValueError, "ratio must be finite"),
+        (lnr.Lasso, {"solver": "sgd"}, ValueError, "known solvers: proximal_gradient, fista"),
+        (lnr.Refit, {"ridge": -1.0}, ValueError, "ridge must be >= 0"),
     ],
 )
-def test_bad_arguments(argument: dict[str, Any], error: type[Exception], message: str) -> None:
-    model = mlp(4, 6, 3)
+def test_settings_check_themselves(
+    settings: Callable[..., object], values: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
-        lnr.prune(model, torch.randn(20, 4), **argument)
+        settings(**values)
+
+
+@pytest.mark.parametrize(
+    ("amount", "selector", "message"),
+    [
+        (lnr.Keep({"nobody": 3}), "norm", "'nobody', which is no prunable producer; prunable: 0"),
+        (lnr.Keep({"2": 3}), "norm", r"'2', which is no prunable producer \(output of the model\)"),
+        (lnr.Keep(3), "best", "known selectors: group_lasso, backward"),
+        (lnr.Penalty(1.0), "norm", "a penalty is that of the group lasso"),
+    ],
+)
+def test_bad_arguments(amount: Amount, selector: str, message: str) -> None:
+    model = mlp(4, 6, 3)
+    with pytest.raises(ValueError, match=message):
+        lnr.prune(model, torch.randn(20, 4), amount, selector=selector)
     assert repr(model) == repr(mlp(4, 6, 3))
 
 
-class Snapshot:
-    """Everything about a model that a prune must leave alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.tensors = {name: (id(t), t.detach().clone()) for name, t in named_tensors(model).items()}
-        self.modes = [module.training for module in model.modules()]
-        self.text = repr(model)
-        self.random = torch.get_rng_state(), random.getstate()
-
-    def check(self) -> None:
-        assert repr(self.model) == self.text
-        assert [module.training for module in self.model.modules()] == self.modes
-        for name, tensor in named_tensors(self.model).items():
-            assert (id(tensor), True) == (self.tensors[name][0], torch.equal(tensor, self.tensors[name][1]))
-        assert torch.equal(torch.get_rng_state(), self.random[0])
-        assert random.getstate() == self.random[1]
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
-
-
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("into", ["copy", "model"])
 def test_the_users_model_is_untouched_unless_asked_and_whenever_something_fails(
-    inplace: bool, monkeypatch: pytest.MonkeyPatch
+    into: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = randomised(cnn()).train()
     model[3].eval()
-    before = Snapshot(model)
+    modes, before = [module.training for module in model.modules()], Untouched(model, tmp_path)
     with pytest.raises(CalibrationError):
-        lnr.prune(model, [IMAGES, IMAGES * float("nan")], lnr.Keep(0.5), into="model" if inplace else "copy")
+        lnr.prune(model, [IMAGES, IMAGES * float("nan")], lnr.Keep(0.5), into=into)
     before.check()
 
-    def fails(self: Any, pruned: nn.Module, calls: list[int] = []) -> None:  # noqa: B006
-        calls.append(1)
-        if len(calls) > 1:  # the trial passes, the final check does not
-            raise VerificationError("broken on purpose")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lnr_prune.verify.Reference.check", fails)
+    with monkeypatch.context() as patch:  # the trial passes, the final check does not
+        fails = failing(2, VerificationError("broken on purpose"), Reference.check)
+        patch.setattr("lnr_prune.collapse.verify.Reference.check", fails)
         with pytest.raises(VerificationError, match="on purpose"):
-            lnr.prune(model, [IMAGES], lnr.Keep(0.5), into="model" if inplace else "copy")
+            lnr.prune(model, [IMAGES], lnr.Keep(0.5), into=into)
     before.check()
-    pruned = lnr.prune(model, [IMAGES], lnr.Keep(0.5), into="model" if inplace else "copy")
-    assert (pruned.model is model) == inplace
-    assert [module.training for module in pruned.model.modules()] == before.modes
-    if not inplace:
+    pruned = lnr.prune(model, [IMAGES], lnr.Keep(0.5), into=into)
+    assert (pruned.model is model) == (into == "model")
+    assert [module.training for module in pruned.model.modules()] == modes
+    if into == "copy":
         before.check()
 
 
 def test_the_reference_model_is_refused_as_a_copy_and_pruned_in_place() -> None:
     model, x = ReferenceLeNet5().eval(), torch.randn(30, 1, 28, 28)
-    with pytest.raises(GraphError, match="inplace=True"):
+    with pytest.raises(GraphError, match="into='model'"):
         lnr.prune(model, [x], lnr.Keep(0.5))
     original = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
     pruned = lnr.prune(model, [(x, torch.zeros(30))], lnr.Keep(0.5), into="model")
@@ -250,24 +248,23 @@ def test_later_layers_aim_from_the_pruned_inputs_at_the_original_outputs() -> No
     torch.manual_seed(0)
     model, x = mlp(8, 20, 20, 4).double(), torch.randn(300, 8, dtype=torch.float64)
     model.requires_grad_(False)
-    pruned = cast(
-        nn.Sequential, lnr.prune(model, [x], lnr.Keep({"0": 4}), refit=lnr.Refit(ridge=0.0)).model
-    )  # the last layer loses nothing
+    found = lnr.prune(model, [x], lnr.Keep({"0": 4}), refit=lnr.Refit(ridge=0.0))  # the last layer loses nothing
+    pruned = cast(nn.Sequential, found.model)
     hidden = torch.cat([pruned[:4](x), torch.ones(300, 1)], 1)
     residual = model(x) - pruned(x)
     assert float(residual.abs().mean()) > 1e-3
     torch.testing.assert_close(hidden.T @ residual / 300, torch.zeros(21, 4, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-def test_debias_and_lasso_lower_the_error() -> None:
+def test_refit_and_lasso_lower_the_error() -> None:
     torch.manual_seed(0)
     model, x = mlp(8, 40, 6), torch.randn(500, 8)
 
     def error(**options: Any) -> float:
         return distance(lnr.prune(model, [x], lnr.Keep(10), **options).model, model, x)
 
-    assert error() < error(selector="random") < error(selector="random", debias=False)
-    assert error() < error(debias=False)
+    assert error() < error(selector="random") < error(selector="random", refit=None)
+    assert error() < error(refit=None)
     assert error() < error(bias=False)
 
 
@@ -356,13 +353,13 @@ class Caching(nn.Module):
         return {"logits": self.down(hidden), "cache": cache}
 
 
-@pytest.mark.parametrize("as_graph", [False, True])
-def test_a_cache_among_the_outputs_shrinks_along(as_graph: bool) -> None:
+@pytest.mark.parametrize("into", ["copy", "graph"])
+def test_a_cache_among_the_outputs_shrinks_along(into: str) -> None:
     model = Caching()
-    pruned = lnr.prune(model, torch.randn(50, 4), lnr.Keep(0.5), into="graph" if as_graph else "copy")
+    pruned = lnr.prune(model, torch.randn(50, 4), lnr.Keep(0.5), into=into)
     assert rows(pruned) == {"up": (8, 4)}
     cache = pruned.model(torch.randn(3, 4))["cache"]
-    assert cache is None if as_graph else cache.entries[0].shape == (3, 4)
+    assert cache is None if into == "graph" else cache.entries[0].shape == (3, 4)
     assert "forward" not in vars(model)
 
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 import lnr_prune as lnr
 from lnr_prune.errors import GraphError, PlanError
+from lnr_prune.settings import Amount
 from lnr_prune.testing.networks import networks
 from tests.helpers.untouched import Untouched
 
 COUNT = int(os.environ.get("LNR_PRUNE_STATEFUL", "4"))
+REFITS = (lnr.Refit(), lnr.Refit(window=2, iterations=2), None)
 
 
 class Verbs(RuleBasedStateMachine):
@@ -46,13 +48,13 @@ class Verbs(RuleBasedStateMachine):
         assert 0 <= found.reachable <= 1
 
     @rule(keep=st.sampled_from([0.3, 0.6, 1, 0.99]), selector=st.sampled_from(["group_lasso", "norm", "random"]),
-          batch=st.sampled_from([1, 5, 12]), debias=st.booleans(), tandem=st.sampled_from([0, 2]))  # fmt: skip
-    def prune(self, keep: float, selector: str, batch: int, debias: bool, tandem: int) -> None:
-        self._prune(self.model, keep=keep, selector=selector, batch=batch, debias=debias, tandem=debias * tandem)
+          batch=st.sampled_from([1, 5, 12]), refit=st.sampled_from(REFITS))  # fmt: skip
+    def prune(self, keep: float, selector: str, batch: int, refit: lnr.Refit | None) -> None:
+        self._prune(self.model, lnr.Keep(keep), batch, selector, refit)
 
-    @rule(lam_ratio=st.sampled_from([0.0, 0.05, 0.5, 2.0]), batch=st.sampled_from([4, 12]))
-    def prune_by_penalty(self, lam_ratio: float, batch: int) -> None:
-        self._prune(self.model, lam_ratio=lam_ratio, batch=batch)
+    @rule(ratio=st.sampled_from([0.0, 0.05, 0.5, 2.0]), batch=st.sampled_from([4, 12]))
+    def prune_by_penalty(self, ratio: float, batch: int) -> None:
+        self._prune(self.model, lnr.Penalty(ratio=ratio), batch)
 
     @precondition(lambda self: self.pruned is not None)
     @rule(keep=st.sampled_from([0.5, 1]))
@@ -60,7 +62,7 @@ class Verbs(RuleBasedStateMachine):
         assert self.pruned
         model = self.pruned.model
         before = Untouched(model, Path(self.folder.name, "none"))
-        self._prune(model, keep=keep)
+        self._prune(model, lnr.Keep(keep))
         before.check()
 
     @precondition(lambda self: self.pruned is not None)
@@ -117,9 +119,16 @@ class Verbs(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.folder.cleanup()
 
-    def _prune(self, model: nn.Module, batch: int = 12, **options: float | str | bool) -> None:
+    def _prune(
+        self,
+        model: nn.Module,
+        amount: Amount,
+        batch: int = 12,
+        selector: str = "group_lasso",
+        refit: lnr.Refit | None = REFITS[0],
+    ) -> None:
         try:
-            pruned = lnr.prune(model, self.data.split(batch), **options)  # type: ignore[arg-type]
+            pruned = lnr.prune(model, self.data.split(batch), amount, selector=selector, refit=refit)
         except GraphError:
             assert not self.prunable or model is not self.model  # the first prune may have left nothing to take
             return

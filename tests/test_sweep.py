@@ -1,4 +1,4 @@
-"""The sweep: every budget once, the frontier as its definition says, retraining that depends on the seed alone."""
+"""The sweep: every amount once, the frontier as its definition says, retraining that depends on the seed alone."""
 
 import json
 import math
@@ -14,12 +14,12 @@ import lnr_prune as lnr
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.report.frontier import Sweep, SweepPoint
 from lnr_prune.report.report import Report
-from lnr_prune.sweep import Amounts
+from lnr_prune.settings import Amount
 
 REPORT = Report((), (), 0.0, {}, 1000, 1000, 1000, 1000)
-BUDGETS: list[Amounts] = [
+AMOUNTS: list[Amount] = [
     lnr.Budget(params=0.7),
-    {"keep": 0.5},
+    lnr.Keep(0.5),
     lnr.Budget(macs=0.6, grid=lnr.Grid(minimum=2, leave=("0",))),
 ]
 
@@ -54,14 +54,13 @@ def test_the_frontier_is_what_nothing_else_beats(points: list[tuple[int, float]]
     assert [p.share("params") for p in found] == sorted(p.share("params") for p in found)
 
 
-def test_every_budget_is_pruned_once_and_the_model_is_left_alone() -> None:
+def test_every_amount_is_pruned_once_and_the_model_is_left_alone() -> None:
     model, data = _problem()
     before = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
-    swept = lnr.sweep(model, data, BUDGETS, selector="backward")
-    assert [point.amount for point in swept.points] == ["params=0.7", "keep=0.5", "macs=0.6, minimum=2, leave=('0',)"]
-    for point, budget in zip(swept.points, BUDGETS, strict=True):
-        amount = {"budget": budget} if isinstance(budget, lnr.Budget) else budget
-        alone = lnr.prune(model, data, selector="backward", **amount)
+    swept = lnr.sweep(model, data, AMOUNTS, selector="backward")
+    assert [point.amount for point in swept.points] == ["params=0.7", "Keep(0.5)", "macs=0.6, minimum=2, leave=('0',)"]
+    for point, amount in zip(swept.points, AMOUNTS, strict=True):
+        alone = lnr.prune(model, data, amount, selector="backward")
         assert point.report == alone.report
         assert point.value == pytest.approx(alone.report.error)
         assert point.retrained is None
@@ -86,14 +85,14 @@ def test_retraining_follows_the_seed_and_is_what_counts() -> None:
             for parameter in pruned.parameters():
                 parameter.add_(torch.randn(parameter.shape), alpha=0.1)
 
-    def swept(budgets: list[dict[str, float]]) -> Sweep:
-        return lnr.sweep(model, data, budgets, retrain=retrain, seed=3)
+    def swept(amounts: list[Amount]) -> Sweep:
+        return lnr.sweep(model, data, amounts, retrain=retrain, seed=3)
 
     state = torch.random.get_rng_state()
-    first = swept([{"keep": 6}, {"keep": 4}])
+    first = swept([lnr.Keep(6), lnr.Keep(4)])
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.randn(7)
-    second = swept([{"keep": 4}])
+    second = swept([lnr.Keep(4)])
     assert second.points[0].retrained == first.points[1].retrained
     for point in first.points:
         assert point.retrained != point.value
@@ -116,16 +115,16 @@ def test_the_users_measure() -> None:
     swept = lnr.sweep(model, iter(data), [lnr.Keep(4), lnr.Keep(6), lnr.Keep(5)], evaluate=accuracy, cost="macs")
     assert swept.measure == "accuracy"
     assert swept.dense == accuracy(model)
-    assert [point.amount for point in swept.pareto] == ["keep=4", "keep=5", "keep=6"]
+    assert [point.amount for point in swept.pareto] == ["Keep(4)", "Keep(5)", "Keep(6)"]
     less = lnr.sweep(model, data, [lnr.Keep(4), lnr.Keep(6)], evaluate=accuracy, maximize=False)
-    assert [point.amount for point in less.pareto] == ["keep=4"]
+    assert [point.amount for point in less.pareto] == ["Keep(4)"]
 
 
 def test_it_prints_and_is_plain_data() -> None:
     model, data = _problem()
     swept = lnr.sweep(model, data, [lnr.Keep(4)], retrain=lambda pruned: pruned)
     text = str(swept)
-    assert "keep=4" in text
+    assert "Keep(4)" in text
     assert "retrained" in text
     (point,) = json.loads(json.dumps(swept.to_dict()))["points"]
     assert Report.from_dict(point["report"]) == swept.points[0].report
@@ -133,15 +132,15 @@ def test_it_prints_and_is_plain_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budgets", "options", "message"),
+    ("amounts", "options", "message"),
     [
-        ([], {}, "at least one budget"),
-        ([{"keep": 4}], {"cost": "money"}, "unknown cost 'money'; known costs: params, macs"),
-        ([{"keep": 4}], {"inplace": True}, "inplace=True"),
-        ([{}], {}, "exactly one of keep"),
+        ([], {}, "at least one amount"),
+        ([lnr.Keep(4)], {"cost": "money"}, "unknown cost 'money'; known costs: params, macs"),
+        ([lnr.Keep(4)], {"into": "model"}, "into='model'"),
+        ([lnr.Penalty(0.1)], {"selector": "norm"}, "takes Keep or Budget"),
     ],
 )
-def test_mistakes(budgets: list[dict[str, float]], options: dict[str, Any], message: str) -> None:
+def test_mistakes(amounts: list[Amount], options: dict[str, Any], message: str) -> None:
     model, data = _problem()
     with pytest.raises(ValueError, match=message):
-        lnr.sweep(model, data, budgets, **options)
+        lnr.sweep(model, data, amounts, **options)

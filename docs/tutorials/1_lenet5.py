@@ -47,7 +47,7 @@ print(lnr.prox_group_lasso(M, 1.0))
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 for run in toy.compare_solvers(problem, max_iterations=300):
     solution = run.solution
-    solution.plot_convergence(axes)
+    lnr.plot_convergence(solution, axes)
     print(f"{run.solver:36} P = {solution.history[-1]:.10f}, gap {solution.gap:.1e}, {solution.iterations} iterations")
 axes.set_title("300 iterations at most")
 axes.legend()
@@ -57,7 +57,7 @@ axes.legend()
 
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 for q, run in zip(toy.MOMENTA, toy.compare_momenta(problem, max_iterations=300), strict=True):
-    run.solution.plot_convergence(axes)
+    lnr.plot_convergence(run.solution, axes)
     axes.lines[-1].set_label(f"q = {q:g}")
 axes.set_title("")
 axes.legend()
@@ -85,14 +85,14 @@ calibration = data.train_images.split(250)
 # %%
 # One layer: fc2
 # --------------
-# ``lam={"fc1": ...}`` penalises the columns of whoever reads fc1's outputs: fc2. With ``debias=False`` they
+# ``Penalty({"fc1": ...})`` penalises the columns of whoever reads fc1's outputs: fc2. With ``refit=None`` they
 # stay as the lasso leaves them, too short. Refitting the kept columns by least squares, the default, takes that
 # back. The session divides its moments by the number of columns d and the library does not, so its 0.01 is
 # ``0.01 d`` here.
 
-penalty = {"lam": {"fc1": 0.01 * 500}}
-shrunk = lnr.prune(model, calibration, refit=None, bias=False, **penalty)
-pruned = lnr.prune(model, calibration, bias=False, **penalty)
+penalty = lnr.Penalty({"fc1": 0.01 * 500})
+shrunk = lnr.prune(model, calibration, penalty, refit=None, bias=False)
+pruned = lnr.prune(model, calibration, penalty, bias=False)
 group = pruned.report.groups[-1]
 print(f"fc2 reads {group.kept} of {group.size} columns")
 
@@ -108,7 +108,7 @@ def masked(x):
 
 print(f"masked    {lenet5.accuracy(masked, data):.4f}")
 print(f"collapsed {lenet5.accuracy(shrunk.model, data):.4f}")
-print(f"debiased  {lenet5.accuracy(pruned.model, data):.4f}")
+print(f"refitted  {lenet5.accuracy(pruned.model, data):.4f}")
 print(f"parameters {pruned.report.params_after / pruned.report.params_before:.2%}")
 
 # %%
@@ -120,8 +120,8 @@ print(f"fc2 reads {pruned.report.groups[-1].kept} columns, accuracy {lenet5.accu
 # %%
 # The whole network
 # -----------------
-# fc2 is a hundredth of the network. ``lam_ratio`` penalises every layer by a fraction of the penalty that removes
-# everything from it: filters of conv1 and conv2 go together with the kernels and columns that read them.
+# fc2 is a hundredth of the network. ``Penalty(ratio=...)`` penalises every layer by a fraction of the penalty that
+# removes everything from it: filters of conv1 and conv2 go together with the kernels and columns that read them.
 
 pruned = lnr.prune(model, calibration, lnr.Penalty(ratio=0.1))
 print(f"accuracy {lenet5.accuracy(pruned.model, data):.4f}")

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 import lnr_prune as lnr
 from lnr_prune.recipes import data as datasets
-from lnr_prune.runtime import optional
+from lnr_prune.runtime.optional import import_torchvision
 
 # %%
 # A trained model
 # ---------------
 # `import_torchvision` is ``import torchvision``, and also works where torchvision's build does not fit torch's.
 
-torchvision = optional.import_torchvision()
+torchvision = import_torchvision()
 torch.manual_seed(0)
 model = torchvision.models.resnet18(num_classes=10)
 model.layer3 = model.layer4 = nn.Identity()
@@ -100,7 +100,7 @@ print(f"accuracy after one epoch {accuracy(small.eval()):.4f}")
 # -------------
 # ``Budget(params=0.3)``, ``Budget(size=0.3)`` and ``Budget(latency=0.7)`` limit other costs, and several
 # together must all hold; ``Budget(error=0.01)`` prunes as much as one percent of squared error at the outputs
-# allows. ``round_to=8`` keeps multiples of eight channels, which accelerators like.
+# allows. ``Grid(round_to=8)`` keeps multiples of eight channels, which accelerators like.
 
 pruned = lnr.prune(model, calibration, lnr.Budget(macs=0.6, grid=lnr.Grid(round_to=8)))
 print({group.name: group.kept for group in pruned.report.groups})

@@ -116,4 +116,4 @@ print(f"six heads each: {accuracy(pruned.model):.2%}")
 #
 #     bert = transformers.AutoModel.from_pretrained("my-bert")
 #     batches = [tokenizer(texts, return_tensors="pt") for texts in of_equal_length]
-#     pruned = lnr.prune(bert, batches, budget=lnr.Budget(params=0.8))
+#     pruned = lnr.prune(bert, batches, lnr.Budget(params=0.8))

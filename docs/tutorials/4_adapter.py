@@ -23,7 +23,7 @@ from torch import nn
 
 import lnr_prune as lnr
 from lnr_prune.calibration.adapter import adapters, unregister
-from lnr_prune.testing.adapters import check_adapter
+from lnr_prune.testing import check_adapter
 
 ours = adapters()["columns_bias"]
 

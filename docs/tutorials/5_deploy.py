@@ -113,6 +113,6 @@ with torch.no_grad():
 # Is it faster?
 # -------------
 # Measure on the machine that will run it; ``lnr-prune bench MODEL small.safetensors --shape 1,12,12`` does it in
-# turns with the original. ``round_to=8`` in a budget keeps sizes that kernels are made for.
+# turns with the original. ``Grid(round_to=8)`` in a budget keeps sizes that kernels are made for.
 
 print(f"{1e3 * pruned.report.latency_before:.2f} ms -> {1e3 * pruned.report.latency_after:.2f} ms (rough)")

@@ -40,6 +40,7 @@ def apply_plan(plan: Plan, model: nn.Module, *, example: Any = None, into: str =
         into: What is shrunk: a "copy", or the "model" itself, which is as before if anything fails.
 
     Raises:
+        ValueError: If ``into`` is neither.
         PlanError: If the model is of another architecture.
         CalibrationError: If the model does not accept the example.
         VerificationError: If the smaller model does not equal the masked one.
@@ -52,6 +53,7 @@ def apply_plan(plan: Plan, model: nn.Module, *, example: Any = None, into: str =
         >>> lnr.apply_plan(plan, model, example=torch.randn(2, 8))[0]
         Linear(in_features=8, out_features=16, bias=True)
     """
+    check_into(into)
     call = _checked(model, plan, example)
     target = _target(model, call, into)
     reference = Reference(model, _masked(plan, named_tensors(model)), call) if call else None
@@ -115,9 +117,17 @@ def _checked(model: nn.Module, plan: Plan, example: Any) -> Call | None:
     return None if example is None else calibrate(model, [example]).example()
 
 
-def _target(model: nn.Module, call: Call | None, into: str) -> nn.Module:
+def check_into(into: object) -> None:
+    """Refuses anything but what a plan can be applied to.
+
+    Raises:
+        ValueError: It says what can be given.
+    """
     if into not in INTO:
         raise ValueError(f"into must be one of {', '.join(INTO)}, got {into!r}")
+
+
+def _target(model: nn.Module, call: Call | None, into: str) -> nn.Module:
     if into == "model":
         return model
     if call is not None:

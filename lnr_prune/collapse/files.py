@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lnr_prune._version import __version__
 from lnr_prune.calibration.calls import check_model
-from lnr_prune.collapse.apply import filled, filled_graph
+from lnr_prune.collapse.apply import check_into, filled, filled_graph
 from lnr_prune.collapse.graph_module import PrunedGraph
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.record import FORMAT, Record, check_shapes, check_values, original_of, read_record, write_record
@@ -64,6 +64,7 @@ def load(path: StrPath, model: nn.Module, *, example: Any = None, into: str = "c
         The pruned model, on the devices of ``model``, in its mode, with its ``requires_grad``.
 
     Raises:
+        ValueError: If ``into`` is neither.
         PlanError: If the file is damaged, none of ours, or of another model.
         GraphError: If the model cannot be copied or, for a pruned graph, traced.
         CalibrationError: If the model does not accept the example.
@@ -80,12 +81,13 @@ def load(path: StrPath, model: nn.Module, *, example: Any = None, into: str = "c
         True
     """
     check_model(model)
+    check_into(into)
     with _naming(path), opened(path) as file:
         record = _model_record(file.metadata())
         plan = record.plan
         original_of(plan).check(model)
         if into == "model" and record.as_graph:
-            raise PlanError("the pruned model is a graph, a new model: it cannot be loaded with into='model'")
+            raise PlanError("the pruned model is a graph, which is a new model: load it without into='model'")
         check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, record)  # noqa: SIM118
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not of the mapped file)
         check_values(tensors, record)

@@ -115,7 +115,7 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             state.owners.freeze(state.owners.slots[site.columns], "its weight also produces the channels that it reads")
     label = close(state.owners)
     reasons = _frozen_reasons(state.owners, label)
-    labelled = _labelled_slots(state.owners, label)
+    labelled = labelled_slots(state.owners, label)
     slots: dict[int, set[Slot]] = defaultdict(set)
     for slot, labels in labelled.items():
         for unit in torch.unique(labels).tolist():
@@ -243,7 +243,7 @@ def _frozen_reasons(owners: Owners, label: Tensor) -> dict[int, str]:
     return reasons
 
 
-def _labelled_slots(owners: Owners, label: Tensor) -> dict[Slot, Tensor]:
+def labelled_slots(owners: Owners, label: Tensor) -> dict[Slot, Tensor]:
     """Unit of every index of every dimension of every parameter that ownership has reached."""
     labelled = {slot: label[ids] for slot, ids in owners.slots.items()}
     for name, ids in owners.elements.items():

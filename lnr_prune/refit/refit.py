@@ -32,10 +32,10 @@ class Refit:
         ridge: Ridge towards the original weights, as a fraction of the inputs' mean second moment; None = chosen on
             held-out samples, layer by layer.
         window: Layers that are refitted together. 1 = each by itself, by least squares. 2 = a layer that alone reads
-            what another one makes is refitted once more, together with that one: less is lost, the more is pruned the
-            more so.
-        iterations: Of a window of two. 10 give most of it, and take as long as about thirty forward passes of the
-            calibration data.
+            what another one makes is refitted once more, together with that one. This loses less, above all where much
+            is pruned.
+        iterations: For each window of two; 10 give most of the gain, and take as long as about thirty forward passes
+            of the calibration data.
 
     Raises:
         ValueError, TypeError: If a setting is out of range or no number.

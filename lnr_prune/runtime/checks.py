@@ -30,6 +30,18 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_seed(seed: Any) -> None:
+    """Refuses what no generator of torch starts from.
+
+    Raises:
+        ValueError, TypeError: If it is no int, or outside of [-2^63, 2^64).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    if not -(2**63) <= int(seed) < 2**64:
+        raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
+
+
 def check_share(name: str, value: Any) -> None:
     """Refuses anything but a fraction in (0, 1].
 

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,5 +100,10 @@ class Identity:
                 return
 
 
-def _argument(value: object) -> str:
-    return printed(dict(sorted(value.items())) if isinstance(value, Mapping) else value)  # in whatever order
+def _argument(value: Any) -> str:
+    """As it is printed, with the names in a mapping in one order, whichever they were given in."""
+    if is_dataclass(value) and not isinstance(value, type):
+        given = {field.name: getattr(value, field.name) for field in fields(value)}
+        by_name = {name: dict(sorted(of.items())) for name, of in given.items() if isinstance(of, Mapping)}
+        value = replace(value, **by_name) if by_name else value
+    return printed(value)

@@ -47,6 +47,16 @@ class Run:
             raise TypeError(f"work must be the path of a folder, or None, got {self.work!r}")
 
 
+def check_run(run: object) -> None:
+    """Refuses what is no `Run`.
+
+    Raises:
+        TypeError: It says what is one.
+    """
+    if not isinstance(run, Run):
+        raise TypeError(f"run must be a Run, such as Run(work='folder'), got {run!r}")
+
+
 @contextmanager
 def started(run: Run) -> Iterator[Work]:
     """Within, all processes that prune together leave well, or all raise; progress is shown.
@@ -55,8 +65,7 @@ def started(run: Run) -> Iterator[Work]:
         TypeError: If run is something else.
         RankError: If another process has failed, or is lost.
     """
-    if not isinstance(run, Run):
-        raise TypeError(f"run must be a Run, such as Run(work='folder'), got {run!r}")
+    check_run(run)
     ranks = ALONE if run.alone else Ranks.of_process_group()
     with ranks.together(), shown(run.progress, ranks.rank == 0) as step:
         yield Work(ranks, step)

@@ -67,7 +67,8 @@ class Penalty:
     def __post_init__(self) -> None:
         given = {name: value for name, value in (("lam", self.lam), ("ratio", self.ratio)) if value is not None}
         if len(given) != 1:
-            raise ValueError(f"a penalty is given by one of lam and ratio, got {' and '.join(given) or 'neither'}")
+            got = " and ".join(given) or "neither"
+            raise ValueError(f"a penalty is given by one of lam and ratio, got {got}; such as Penalty(ratio=0.05)")
         for name, of in given.items():
             for value in _values(f"the penalty's {name}", of):
                 if not (math.isfinite(value) and value >= 0):

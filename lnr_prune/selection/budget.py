@@ -39,11 +39,10 @@ class Effort:
     """How carefully a budget is shared out.
 
     Attributes:
-        samples: Calibration samples on which the outputs are measured, three times for every group. With few of
-            them the sizes depend on which they are.
-        refits: Groups, evenly along the depth, whose errors are measured again when all layers are refitted, to as many
-            other samples: what this leaves of an error is what counts. The best is as many as there are groups; 0
-            takes the errors as they are.
+        samples: Calibration samples that judge the outputs, three times for every group, and as many others that
+            trials are refitted to. With few of them the sizes depend on which they are.
+        refits: Groups, evenly along the depth, for which it is measured what a refit of all layers leaves of their
+            error. The best is as many as there are groups; 0 takes the errors as they are.
         search: Trials of a local search, which refits the whole network at other sizes within the budget and
             keeps them if the outputs suffer less; 0 = none. A trial costs as much as a refit to ``samples``.
 
@@ -101,9 +100,10 @@ class Budget:
             raise ValueError(f"a budget needs a limit: one or more of {', '.join(limits)}")
         for name, value in given.items():
             check_share(f"budget {name}", value)
-        for name, kind in (("grid", Grid), ("effort", Effort)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"budget {name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        if not isinstance(self.grid, Grid):
+            raise TypeError(f"budget grid must be settings such as Grid(round_to=8), got {self.grid!r}")
+        if not isinstance(self.effort, Effort):
+            raise TypeError(f"budget effort must be settings such as Effort(samples=512), got {self.effort!r}")
 
     def groups(self, graph: Graph) -> list[ChannelGroup]:
         """The groups that may lose channels.

@@ -1,6 +1,5 @@
 """Selectors: which channels of a group are kept, and the coefficients before the refit."""
 
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -14,7 +13,7 @@ from lnr_prune.lasso.path import lam_for_count
 from lnr_prune.lasso.problem import GroupLasso, debias
 from lnr_prune.lasso.prox import Matrices
 from lnr_prune.lasso.solve import Solver, find_solver, solve
-from lnr_prune.runtime.checks import check_count
+from lnr_prune.runtime.checks import check_count, check_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +96,7 @@ class Backward:
     """The groups that backward elimination keeps, refitted; better than the lasso at strong pruning.
 
     Attributes:
-        swaps: Dropped groups that are tried in place of a kept one, while that helps; 0 = none. 8 are a good number.
+        swaps: Dropped groups that are tried in place of a kept one, while that helps; 0 = none. 8 is a good number.
 
     Raises:
         ValueError, TypeError: If swaps is no number, or below 0.
@@ -140,10 +139,7 @@ class Random:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
-            raise TypeError(f"seed must be an int, got {self.seed!r}")
-        if not -(2**63) <= int(self.seed) < 2**64:
-            raise ValueError(f"seed must be in [-2^63, 2^64), got {self.seed}")
+        check_seed(self.seed)
 
     def choose(self, candidates: Candidates, count: int) -> Selection:
         """``count`` of them."""

@@ -43,7 +43,8 @@ class Trials:
         fit: Calibration data that trials are refitted to.
         judge: Full-size weights -> how far the outputs are from the original's, on other samples.
         example: The call whose latency counts.
-        refit: How the layers will be refitted; None = not at all.
+        refit: How the layers will be refitted; None = not at all. Trials are by plain least squares, but the last one,
+            whose error is promised.
         bias: Whether biases are refitted.
         logits: Whether the outputs are logits.
         work: The processes, who is told, and where what was measured is kept.
@@ -134,10 +135,10 @@ class Trials:
 
         def measure() -> float:
             plan = make_plan({group: torch.arange(group.size) < size for group, size in sizes.items()})
-            restore = restore_point(self.target)
+            whole, restore = self._whole, restore_point(self.target)  # measured before anything shrinks
             try:
                 collapse(self.target, plan)
-                return self._seconds() / self._whole
+                return self._seconds() / whole
             finally:
                 restore()
 

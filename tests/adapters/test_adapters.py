@@ -191,10 +191,17 @@ def test_exactly_one_adapter_must_fit() -> None:
         find(Consumer("rnn", "rnn.weight", None, "lstm", torch.arange(4)))
 
 
-def test_an_empty_registry_says_to_install_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lnr_prune.registry._adapters", {})
-    with pytest.raises(AdapterError, match=r"no adapters found: install the package \(pip install -e \.\)"):
-        find(CONSUMER)
+def test_an_empty_registry_says_to_install_the_package() -> None:
+    known = adapters()
+    for name in known:
+        unregister(name)
+    try:
+        with pytest.raises(AdapterError, match=r"no adapters found: install the package \(pip install -e \.\)"):
+            find(CONSUMER)
+    finally:
+        for adapter in known.values():
+            lnr.register(adapter)
+    assert adapters() == known
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.calibration.calls import run, shortened
-from lnr_prune.calibration.data import calibrate
+from lnr_prune.calibration.data import Batches, calibrate
 from lnr_prune.errors import CalibrationError
 from tests.helpers.models import ReferenceLeNet5, mlp
 
@@ -43,7 +43,7 @@ def test_a_single_tensor_is_one_batch_and_an_iterator_is_kept() -> None:
 
 
 def test_inputs_maps_any_other_batch() -> None:
-    data = calibrate(Two(), [{"left": X, "right": X}], inputs=lambda b: ((b["left"],), {"b": b["right"]}))
+    data = calibrate(Two(), Batches([{"left": X, "right": X}], lambda b: ((b["left"],), {"b": b["right"]})))
     assert data.example() == ((X,), {"b": X})
 
 

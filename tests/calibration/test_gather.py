@@ -1,5 +1,7 @@
 """Second moments are sums: of every consumer, in one pass, from any split of the data."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,19 +9,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lnr_prune.calibration import rows
-from lnr_prune.calibration.adapter import AdaptedLayer, find
+from lnr_prune.calibration.adapter import AdaptedLayer
 from lnr_prune.calibration.data import calibrate
 from lnr_prune.calibration.gather import gather
 from lnr_prune.calibration.moments import SecondMoments
+from lnr_prune.calibration.reading import adapted
+from lnr_prune.calibration.watch import LayerCall
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.groups import find_groups
 from lnr_prune.graph.module import named_tensors
+from lnr_prune.runtime.work import Work
 from tests.helpers.models import Functional, cnn, mlp, randomised
 
 
 def readers_of(model: nn.Module, example: Tensor) -> dict[str, AdaptedLayer]:
     consumers = [c for group in find_groups(model, (example,), {}).groups for c in group.consumers]
-    return {consumer.weight: AdaptedLayer(consumer, find(consumer)) for consumer in consumers}
+    return {consumer.weight: adapted(consumer, bias=True) for consumer in consumers}
 
 
 @given(n=st.integers(2, 20), cut=st.integers(1, 19), seed=st.integers(0, 99))
@@ -35,7 +40,7 @@ def test_halves_merge_to_the_whole(n: int, cut: int, seed: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2**23])
 def test_every_consumer_at_once_and_any_split_of_the_data(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "CHUNK", chunk)
+    monkeypatch.setattr(rows, "CHUNK", chunk)
     model, x = randomised(cnn()).double(), torch.randn(7, 2, 12, 12, dtype=torch.float64)
     readers = readers_of(model, x)
     whole = gather(model, readers, calibrate(model, [x]))
@@ -59,7 +64,7 @@ def test_moments_of_a_linear_layer_are_those_of_its_samples() -> None:
 
 @pytest.mark.parametrize("cut", [1, 3, 6])
 def test_the_rows_that_are_read_do_not_depend_on_the_batches(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "ROWS_PER_COLUMN", 2)
+    monkeypatch.setattr(rows, "ROWS_PER_COLUMN", 2)
     model, x = randomised(cnn()).double(), torch.randn(7, 2, 12, 12, dtype=torch.float64)
     readers = readers_of(model, x)
     whole, split = (gather(model, readers, calibrate(model, data)) for data in ([x], [x[:cut], x[cut:]]))
@@ -68,14 +73,34 @@ def test_the_rows_that_are_read_do_not_depend_on_the_batches(cut: int, monkeypat
         torch.testing.assert_close(whole[name].xx, split[name].xx)
 
 
-def test_every_sample_reads_other_positions_and_all_are_read_alike() -> None:
-    read = rows._positions(positions=10, wanted=3, first=7, count=100).view(100, 3) - 10 * torch.arange(100)[:, None]
-    assert bool(((read >= 0) & (read < 10)).all())
+class Positions:
+    """Reads a call whose values are numbers of positions."""
+
+    def inputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+        x = call.input.reshape(-1, 1)
+        return x if rows is None else x[rows]
+
+    def outputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
+        return self.inputs(call, rows)
+
+    def second_moments(self, calls: Sequence[LayerCall]) -> None:
+        return None
+
+
+def test_every_sample_reads_other_positions_and_all_are_read_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "ROWS_PER_COLUMN", 3 * 107)
+
+    def read_of(first: int, count: int) -> Tensor:
+        """Which three of ten positions are read of some of 107 samples."""
+        x = torch.arange(10.0).repeat(count, 1)
+        call = LayerCall(x, x, torch.ones(1, 1), None, {}, nn.functional.linear)
+        return torch.cat([read for read, _ in rows.rows(Positions(), call, 107, first)]).view(count, 3).long()
+
+    read = read_of(first=7, count=100)
     assert all(len(set(sample)) == 3 for sample in read.tolist())
     assert len({tuple(sample) for sample in read.tolist()}) == 10
     assert torch.bincount(read.flatten()).tolist() == pytest.approx([30] * 10, abs=4)
-    later = rows._positions(positions=10, wanted=3, first=57, count=50).view(50, 3) - 10 * torch.arange(50)[:, None]
-    assert torch.equal(later, read[50:])
+    assert torch.equal(read_of(first=57, count=50), read[50:])
 
 
 def test_functional_calls_and_shared_weights_are_seen() -> None:
@@ -124,10 +149,10 @@ def test_empty_batches_and_unbatched_inputs_are_fine() -> None:
 
 
 def test_progress_is_reported_after_every_batch() -> None:
-    model, seen = mlp(4, 6, 3), []
+    model, seen = mlp(4, 6, 3), list[str]()
     x = torch.randn(5, 4)
-    gather(model, readers_of(model, x), calibrate(model, [x, x]), progress=lambda: seen.append(1))
-    assert len(seen) == 2
+    gather(model, readers_of(model, x), calibrate(model, [x, x]), Work(step=seen.append))
+    assert seen == ["statistics"] * 2
 
 
 @given(
@@ -146,8 +171,8 @@ def test_products_in_single_precision_keep_to_their_bound(
     scale = (spread * torch.randn(sum(calls), d, generator=generator)).exp()
     x, y = ((x + mean) * scale).to(kind), y.to(kind)
     moments = SecondMoments.zeros(2, d, x.device)
-    for rows in zip(x.split(calls), y.split(calls), strict=True):
-        moments = moments.with_rows(*rows)
+    for of_call in zip(x.split(calls), y.split(calls), strict=True):
+        moments = moments.with_rows(*of_call)
     check_bound(moments, x, y, max(calls))
 
 
@@ -169,7 +194,7 @@ def test_the_rounding_does_not_grow_with_the_number_of_calls() -> None:
 
 
 def test_a_chunk_holds_no_more_elements_than_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "CHUNK", 50)
+    monkeypatch.setattr(rows, "CHUNK", 50)
     sizes = []
     with_rows = SecondMoments.with_rows
 

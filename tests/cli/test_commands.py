@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import lnr_prune as lnr
 from lnr_prune.cli.main import app
 from lnr_prune.cli.models import build
-from lnr_prune.cli.options import amount, shape_of
+from lnr_prune.cli.options import amount, selector_of, shape_of
 from lnr_prune.collapse.files import report_of
 
 NETS = """
@@ -41,6 +41,7 @@ class Net(nn.Module):
 """
 MODEL, DATA = "nets.py:Net", ("--data", "x.npy")
 WIDE = {"COLUMNS": "200", "TERM": "dumb"}
+HOUR = 3600.0  # only a process that hangs takes so long
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def run(*arguments: str) -> Any:
 
 def shell(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
     """In a process of its own."""
-    command = [sys.executable, "-c", "from lnr_prune.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from lnr_prune.cli.main import main; main()", *arguments]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -75,7 +76,19 @@ def shell(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
 
 def test_from_files_to_a_smaller_file() -> None:
     options = (*DATA, "--weights", "w.safetensors", "--keep", "first=3", "--keep", "second=0.5", "--samples", "64")
-    done = run("prune", MODEL, *options, "--out", "m.safetensors", "--report-html", "r.html", "--selector", "backward")
+    done = run(
+        "prune",
+        MODEL,
+        *options,
+        "--out",
+        "m.safetensors",
+        "--report-html",
+        "r.html",
+        "--selector",
+        "backward",
+        "--swaps",
+        "2",
+    )
     assert done.exit_code == 0, done.output
     assert "wrote m.safetensors" in done.stdout
     assert "wrote r.html" in done.stdout
@@ -87,7 +100,7 @@ def test_from_files_to_a_smaller_file() -> None:
 
     data = batches(Source(Path("x.npy"), samples=64))
     model = build(MODEL, weights=Path("w.safetensors"))
-    alone = lnr.prune(model, data, lnr.Keep({"first": 3, "second": 0.5}), selector="backward")
+    alone = lnr.prune(model, data, lnr.Keep({"first": 3, "second": 0.5}), selector=lnr.Backward(swaps=2))
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(small(x), alone.model(x), rtol=0, atol=0)
     assert report_of("m.safetensors") == alone.report
@@ -122,7 +135,7 @@ def test_bench_prints_a_table_and_reads_data() -> None:
 
 
 def test_a_graph_is_saved_and_timed_too() -> None:
-    done = run("prune", MODEL, *DATA, "--keep", "0.5", "--as-graph", "--out", "m.safetensors")
+    done = run("prune", MODEL, *DATA, "--keep", "0.5", "--into", "graph", "--out", "m.safetensors")
     assert done.exit_code == 0, done.output
     timed = run("bench", MODEL, "m.safetensors", "--shape", "3,8,8", "--batch-size", "2", "--rounds", "1")
     assert timed.exit_code == 0, timed.output
@@ -168,12 +181,12 @@ def test_the_seed_draws_the_samples() -> None:
     assert kept("1") == kept("1") != kept("2")
 
 
-def test_tandem_leaves_less_of_an_error() -> None:
+def test_a_window_of_two_leaves_less_of_an_error() -> None:
     def error(*options: str) -> float:
         done = run("prune", MODEL, *DATA, "--keep", "0.5", *options, "--dry-run", "--json")
         return float(json.loads(done.stdout)["report"]["error"])
 
-    assert error("--tandem", "5") < error()
+    assert error("--window", "2", "--iterations", "5") < error()
 
 
 def test_the_same_command_writes_the_same_bytes() -> None:
@@ -203,6 +216,9 @@ MISTAKES = [
     ([*DATA, "--dry-run", "--macs", "1.5"], 2, "budget macs must be a fraction"),
     ([*DATA, "--dry-run", "--macs", "0.01"], 2, "out of reach"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--selector", "luck"], 2, "unknown selector 'luck'"),
+    ([*DATA, "--dry-run", "--keep", "0.5", "--swaps", "8"], 2, "--swaps belongs to --selector backward"),
+    ([*DATA, "--dry-run", "--keep", "0.5", "--window", "3"], 2, "window must be 1 (each layer by itself) or 2"),
+    ([*DATA, "--dry-run", "--keep", "0.5", "--into", "onnx"], 2, "into must be one of copy, model, graph"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--mean", "red"], 2, "--mean takes numbers"),
     ([*DATA, "--keep", "0.5", "--out", "nowhere/m.safetensors"], 2, "a folder that exists"),
     ([*DATA, "--keep", "0.5", "--weights", "w.safetensors", "--out", "w.safetensors"], 2, "would overwrite"),
@@ -257,19 +273,32 @@ def test_random_inputs_need_a_shape() -> None:
 
 def test_amounts_are_those_of_the_api() -> None:
     none: dict[str, Any] = {"keep": None, "lam": None, "lam_ratio": None}
-    assert amount({**none, "keep": ["8"]}, {}) == {"keep": 8}
-    assert isinstance(amount({**none, "keep": ["1"]}, {})["keep"], int)  # one channel, not all
-    assert isinstance(amount({**none, "keep": ["1.0"]}, {})["keep"], float)
-    assert amount({**none, "lam": ["a.b=1e-3", "c=2"]}, {}) == {"lam": {"a.b": 1e-3, "c": 2}}
-    assert amount({**none, "lam_ratio": ["0.1"]}, {"macs": None}) == {"lam_ratio": 0.1}
+
+    def kept(text: str) -> Any:
+        asked = amount({**none, "keep": [text]}, {}, {}, {})
+        assert isinstance(asked, lnr.Keep)
+        return asked.channels
+
+    assert kept("8") == 8
+    assert isinstance(kept("1"), int)  # one channel, not all
+    assert isinstance(kept("1.0"), float)
+    assert amount({**none, "lam": ["a.b=1e-3", "c=2"]}, {}, {}, {}) == lnr.Penalty({"a.b": 1e-3, "c": 2})
+    assert amount({**none, "lam_ratio": ["0.1"]}, {"macs": None}, {}, {}) == lnr.Penalty(ratio=0.1)
     limits = {"params": 0.5, "macs": None, "size": 0.4}
-    wanted = lnr.Budget(params=0.5, size=0.4, grid=lnr.Grid(round_to=8, leave=("a",)))
-    assert amount(none, limits, round_to=8, minimum=None, leave=("a",)) == {"budget": wanted}
+    grid, effort = {"round_to": 8, "minimum": None, "leave": ("a",)}, {"refits": 4, "search": None}
+    wanted = lnr.Budget(params=0.5, size=0.4, grid=lnr.Grid(round_to=8, leave=("a",)), effort=lnr.Effort(refits=4))
+    assert amount(none, limits, grid, effort) == wanted
+
+
+def test_selectors_are_those_of_the_api() -> None:
+    assert selector_of("backward", 8, 0) == lnr.Backward(swaps=8)
+    assert selector_of("random", None, 3) == lnr.Random(seed=3)
+    assert selector_of("norm", None, 3) == "norm"
 
 
 def test_a_real_process_prints_plain_lines_and_exits_with_0() -> None:
     process = shell("prune", MODEL, *DATA, "--keep", "0.5", "--out", "m.safetensors", "--json")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HOUR)
     assert process.returncode == 0, err
     assert json.loads(out)["out"] == "m.safetensors"
     assert [line for line in err.splitlines() if line.endswith(" ...")] == [
@@ -279,7 +308,7 @@ def test_a_real_process_prints_plain_lines_and_exits_with_0() -> None:
     ]
 
 
-@pytest.mark.parametrize("writer", ["lnr_prune.files.save_file", "pathlib.Path.write_text"])
+@pytest.mark.parametrize("writer", ["lnr_prune.collapse.files.save_file", "pathlib.Path.write_text"])
 def test_an_interrupted_writing_leaves_what_was_there(
     writer: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +350,7 @@ def test_an_interruption_exits_with_130_and_leaves_nothing(stage: str, folder: P
             break
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HOUR)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1] == "interrupted: nothing was left half-written"
     assert {path.name for path in folder.iterdir()} - before <= {"__pycache__"}

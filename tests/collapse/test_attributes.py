@@ -28,7 +28,7 @@ TOKENS = torch.randn(4, 5, 12)
 def prune_first_channels(
     model: nn.Module, groups: tuple[ChannelGroup, ...], call: Call, dropped: int = 1
 ) -> tuple[Plan, Reference]:
-    supports = [(group, torch.arange(group.size) >= dropped) for group in groups]
+    supports = {group: torch.arange(group.size) >= dropped for group in groups}
     masked = masked_weights(supports, named_tensors(model))
     reference, plan = Reference(model, masked, call), make_plan(supports)
     collapse(model, plan, masked)
@@ -39,7 +39,7 @@ class Kind(Enum):
     TWO = 2
 
 
-class AdaptedLayer(NamedTuple):
+class Pair(NamedTuple):
     first: int
     second: str
 
@@ -75,14 +75,14 @@ def test_a_restore_point_undoes_attributes_too() -> None:
 
 
 @pytest.mark.parametrize("kind", [held.Settings, SimpleNamespace])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_settings_that_submodules_share_are_never_written_to(kind: Any, inplace: bool) -> None:
+@pytest.mark.parametrize("into", ["copy", "model"])
+def test_settings_that_submodules_share_are_never_written_to(kind: Any, into: str) -> None:
     settings = kind(heads=4, width=12)
     model = held.HeldBySettings(settings).eval()
-    pruned = lnr.prune(model, [TOKENS], lnr.Keep({"blocks.1.qkv": 2}), into="model" if inplace else "copy").model
+    pruned = lnr.prune(model, [TOKENS], lnr.Keep({"blocks.1.qkv": 2}), into=into).model
     assert (settings.heads, settings.width) == (4, 12)
     assert heads_of(pruned) == [4, 4, 2]
-    assert not inplace or pruned.settings is settings
+    assert into == "copy" or pruned.settings is settings
 
 
 def test_entries_of_tuples_and_ints_of_outer_modules() -> None:
@@ -100,7 +100,7 @@ def test_sizes_that_no_attribute_changes_are_refused_and_the_rest_goes() -> None
     groups, refused = shrinkable(model, find_groups(model, *call).groups, call)
     assert [group.name for group in groups] == ["up"]
     assert list(refused) == ["qkv"]
-    assert "as_graph=True" in refused["qkv"]
+    assert "into='graph'" in refused["qkv"]
     model = held.MergedHeads()
     groups, refused = shrinkable(model, find_groups(model, *call).groups, call)
     assert not groups
@@ -115,7 +115,7 @@ def test_one_reference_and_one_trial_where_no_forward_holds_a_size(monkeypatch: 
         runs.append(model)
         return original(model, *args, **kwargs)
 
-    monkeypatch.setattr("lnr_prune.verify.outputs_of", counted)
+    monkeypatch.setattr("lnr_prune.collapse.verify.outputs_of", counted)
     for model, x in ((models.cnn(), torch.randn(2, 2, 12, 12)), (patterns.PackedAttention(), TOKENS)):
         runs.clear()
         shrinkable(model, find_groups(model, (x,), {}).groups, ((x,), {}))
@@ -145,7 +145,7 @@ def test_equal_blocks_share_their_trials(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_where_the_ints_are_found_and_how_they_are_written() -> None:
     module = nn.Identity()
     shared = {
-        "count": 3, "flag": True, "sizes": [4, (5, 6)], "pair": AdaptedLayer(7, "x"), "settings": held.Settings(8, 9), "f": len,
+        "count": 3, "flag": True, "sizes": [4, (5, 6)], "pair": Pair(7, "x"), "settings": held.Settings(8, 9), "f": len,
     }  # fmt: skip
     vars(module).update(shared, kind=Kind.TWO, code=json)  # neither of the two has copies
     assert dict(ints(module)) == {
@@ -156,11 +156,11 @@ def test_where_the_ints_are_found_and_how_they_are_written() -> None:
         assign(module, path, 1)
     written = {name: vars(module)[name] for name in shared}
     assert written == {
-        "count": 1, "flag": True, "sizes": [1, (1, 1)], "pair": AdaptedLayer(1, "x"), "settings": held.Settings(1, 1), "f": len,
+        "count": 1, "flag": True, "sizes": [1, (1, 1)], "pair": Pair(1, "x"), "settings": held.Settings(1, 1), "f": len,
     }  # fmt: skip
     assert (shared["sizes"], shared["pair"], shared["settings"]) == (
         [4, (5, 6)],
-        AdaptedLayer(7, "x"),
+        Pair(7, "x"),
         held.Settings(8, 9),
     )
 

@@ -22,11 +22,11 @@ from tests.helpers.patterns import GroupedUpsampling
 
 def prune_at_random(model: nn.Module, graph: Graph, seed: int) -> tuple[Plan, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    supports = []
+    supports = {}
     for group in graph.groups:
         support = torch.rand(group.size, generator=generator) < 0.6
         support[torch.randint(group.size, (1,), generator=generator)] = True
-        supports.append((group, support))
+        supports[group] = support
     return make_plan(supports), masked_weights(supports, named_tensors(model))
 
 
@@ -47,7 +47,7 @@ def test_attributes_state_dict_deepcopy_and_save_are_those_of_a_smaller_model() 
     model, x = randomised(Residual()), torch.randn(2, 3, 8, 8)
     model.head.bias.requires_grad_(False)
     stream, side, squeeze = find_groups(model, (x,), {}).groups
-    plan = make_plan([(stream, torch.arange(8) % 2 == 0), (side, torch.arange(4) < 3), (squeeze, torch.arange(6) > 3)])
+    plan = make_plan({stream: torch.arange(8) % 2 == 0, side: torch.arange(4) < 3, squeeze: torch.arange(6) > 3})
     collapse(model, plan)
     assert repr(model.stem) == "Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))"
     assert repr(model.depthwise) == "Conv2d(4, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=4)"
@@ -68,7 +68,7 @@ def test_attributes_state_dict_deepcopy_and_save_are_those_of_a_smaller_model() 
 def test_attributes_of_transposed_convolutions_in_groups() -> None:
     model, x = GroupedUpsampling(), torch.randn(2, 3, 4, 4)
     (group,) = find_groups(model, (x,), {}).groups
-    collapse(model, make_plan([(group, torch.arange(4) > 0)]))
+    collapse(model, make_plan({group: torch.arange(4) > 0}))
     assert repr(model.up) == "ConvTranspose2d(6, 9, kernel_size=(2, 2), stride=(2, 2), groups=3)"
     assert repr(model.depthwise) == "ConvTranspose2d(9, 9, kernel_size=(3, 3), stride=(1, 1), groups=9, bias=False)"
 
@@ -92,15 +92,15 @@ def test_tied_parameters_stay_tied() -> None:
     model[5].register_parameter("twin", nn.Parameter(torch.empty(0)))
     model[5].twin = model[4].weight
     (group,) = (g for g in find_groups(model, (torch.randn(2, 3),), {}).groups if g.name == "2")
-    collapse(model, make_plan([(group, torch.arange(5) < 2)]))
+    collapse(model, make_plan({group: torch.arange(5) < 2}))
     assert model[5].twin is model[4].weight
     assert model[4].weight.shape == (2, 2)
 
 
 def test_the_plan_names_nothing_that_stays_whole() -> None:
     (group,) = find_groups(mlp(4, 6, 3), (torch.randn(2, 4),), {}).groups
-    assert not make_plan([(group, torch.ones(6, dtype=torch.bool))])
-    plan = make_plan([(group, torch.arange(6) < 2)])
+    assert not make_plan({group: torch.ones(6, dtype=torch.bool)})
+    plan = make_plan({group: torch.arange(6) < 2})
     assert plan.channels == {"0": (0, 1)}
     assert plan.indices == {"0.weight": {0: (0, 1)}, "0.bias": {0: (0, 1)}, "2.weight": {1: (0, 1)}}
 
@@ -179,7 +179,7 @@ def test_the_trial_finds_a_wrong_group_that_real_weights_would_hide() -> None:
 
 def test_a_copy_that_runs_on_the_originals_layers_is_refused() -> None:
     example: Call = ((torch.randn(2, 1, 28, 28),), {})
-    with pytest.raises(GraphError, match=r"deep copy of ReferenceLeNet5.*conv1.*inplace=True"):
+    with pytest.raises(GraphError, match=r"deep copy of ReferenceLeNet5.*conv1.*into='model'"):
         copied(ReferenceLeNet5(), example)
     assert isinstance(copied(mlp(28, 3), example), nn.Sequential)
 
@@ -187,5 +187,5 @@ def test_a_copy_that_runs_on_the_originals_layers_is_refused() -> None:
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = mlp(4, 2)
     model.stream = (i for i in range(3))  # type: ignore[assignment]
-    with pytest.raises(GraphError, match=r"cannot be deep-copied.*inplace=True"):
+    with pytest.raises(GraphError, match=r"cannot be deep-copied.*into='model'"):
         copied(model, ((torch.randn(2, 4),), {}))

@@ -60,8 +60,8 @@ def fresh(name: str, seed: int = 0) -> nn.Module:
     return randomised(CASES[name][0](), seed)
 
 
-def pruned_mlp(**options: Any) -> lnr.Pruned:
-    return lnr.prune(fresh("mlp"), [CASES["mlp"][1]], **{"keep": 0.5, **options})
+def pruned_mlp(keep: Any = 0.5, selector: str = "group_lasso") -> lnr.Pruned:
+    return lnr.prune(fresh("mlp"), [CASES["mlp"][1]], lnr.Keep(keep), selector=selector)
 
 
 def with_gelu() -> nn.Module:
@@ -94,10 +94,9 @@ def test_a_loaded_model_is_the_pruned_one(name: str, verified: bool, tmp_path: P
         assert torch.equal(own[key], tensor)
         assert (type(own[key]), own[key].requires_grad) == (type(tensor), tensor.requires_grad)
     assert len({id(tensor) for tensor in own.values()}) == len(load_file(path))
-    assert files.plan_of(path) == pruned.plan
+    assert lnr.load_plan(path) == pruned.plan
     assert files.report_of(path) == pruned.report
-    inplace = lnr.load(path, other, into="model")
-    assert inplace is other
+    assert lnr.load(path, other, into="model") is other
     torch.testing.assert_close(other(x), pruned.model(x), rtol=0, atol=0)
 
 
@@ -111,7 +110,7 @@ def test_a_loaded_graph_is_the_pruned_one(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x[:3]), pruned.model(x[:3]), rtol=0, atol=0)
     with pytest.raises(PlanError, match="give a batch as example="):
         lnr.load(path, fresh(name))
-    with pytest.raises(PlanError, match="inplace"):
+    with pytest.raises(PlanError, match="without into='model'"):
         lnr.load(path, fresh(name), example=x, into="model")
 
 
@@ -173,10 +172,10 @@ def test_a_plan_fits_another_checkpoint(name: str, tmp_path: Path) -> None:
             gone = [index for index in range(masked[key].shape[dim]) if index not in kept]
             masked[key].index_fill_(dim, torch.tensor(gone, dtype=torch.long), 0)
     expected = torch.func.functional_call(other, masked, (x,))
-    for example, inplace in ((None, False), (x, False), (x, True)):
-        small = lnr.apply_plan(plan, other, example=example, into="model" if inplace else "copy")
+    for example, into in ((None, "copy"), (x, "copy"), (x, "model")):
+        small = lnr.apply_plan(plan, other, example=example, into=into)
         torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-5)
-        assert (small is other) == inplace
+        assert (small is other) == (into == "model")
 
 
 def test_a_weight_that_is_normed_is_no_obstacle(tmp_path: Path) -> None:
@@ -201,14 +200,14 @@ def test_the_plan_of_a_model_is_read_from_its_file_too(tmp_path: Path) -> None:
 
 
 def test_a_plan_can_be_read_by_people() -> None:
-    first, second = pruned_mlp(keep={"0": 4}, selector="norm").plan, pruned_mlp(keep={"0": 3, "2": 5}).plan
+    first, second = pruned_mlp({"0": 4}, "norm").plan, pruned_mlp({"0": 3, "2": 5}).plan
     kept = first.channels["0"]
     assert f"0: keeps 4 channels: {kept[0]}" in str(first)
     assert "0.weight: (9, 4) -> (4, 4)" in str(first)
     assert "2.weight: (8, 9) -> (8, 4)" in str(first)
     assert "whole here, keeps 5 channels" in first.diff(second)
     assert "in both" in first.diff(second)
-    assert str(pruned_mlp(keep=1.0).plan) == "nothing is removed"
+    assert str(pruned_mlp(1.0).plan) == "nothing is removed"
     x = CASES["attributes"][1]
     assert "num_heads = 2" in str(lnr.prune(fresh("attributes"), [x], lnr.Keep(0.5)).plan)
     assert (
@@ -240,11 +239,11 @@ def test_a_model_of_another_architecture_is_refused(
     pruned.save(tmp_path / "m.safetensors")
     model = other()
     before = repr(model), {name: id(tensor) for name, tensor in named_tensors(model).items()}
-    for inplace in (False, True):
+    for into in ("copy", "model"):
         with pytest.raises(PlanError, match=message):
-            lnr.load(tmp_path / "m.safetensors", model, into="model" if inplace else "copy")
+            lnr.load(tmp_path / "m.safetensors", model, into=into)
         with pytest.raises(PlanError, match=message):
-            lnr.apply_plan(pruned.plan, model, into="model" if inplace else "copy")
+            lnr.apply_plan(pruned.plan, model, into=into)
     assert (repr(model), {name: id(tensor) for name, tensor in named_tensors(model).items()}) == before
 
 
@@ -268,7 +267,7 @@ def test_a_copy_that_would_run_on_the_original_is_refused(tmp_path: Path) -> Non
     pruned = lnr.prune(models.ReferenceLeNet5(), [x], lnr.Keep(0.5), into="model")
     pruned.save(tmp_path / "m.safetensors")
     for example in (None, x):
-        with pytest.raises(GraphError, match="inplace=True"):
+        with pytest.raises(GraphError, match="into='model'"):
             lnr.load(tmp_path / "m.safetensors", models.ReferenceLeNet5(), example=example)
     loaded = lnr.load(tmp_path / "m.safetensors", models.ReferenceLeNet5(), into="model")
     torch.testing.assert_close(loaded(x), pruned.model(x), rtol=0, atol=0)
@@ -290,9 +289,9 @@ def test_an_example_shows_a_forward_that_differs(tmp_path: Path) -> None:
     pruned = lnr.prune(Net(last=False), [x], lnr.Keep(0.5))
     pruned.save(tmp_path / "m.safetensors")
     model: Any = Net(last=True)
-    for act in (partial(lnr.load, tmp_path / "m.safetensors"), pruned.plan.apply):
+    for act in (partial(lnr.load, tmp_path / "m.safetensors"), partial(lnr.apply_plan, pruned.plan)):
         with pytest.raises(VerificationError, match="differs from the masked one"):
-            act(model, example=x, inplace=True)
+            act(model, example=x, into="model")
     assert model.up.out_features == 8
 
 
@@ -315,7 +314,7 @@ def test_a_model_that_changed_its_shape_since_is_not_saved(tmp_path: Path) -> No
     with pytest.raises(PlanError, match="on meta, expected dense values"):
         pruned.save(path)
     with pytest.raises(PlanError, match="does not say what architecture"):
-        lnr.Plan({}, {}).save(path)
+        lnr.save_plan(path, lnr.Plan({}, {}))
     assert list(tmp_path.iterdir()) == []
 
 

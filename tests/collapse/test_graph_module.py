@@ -51,11 +51,11 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor]] = [
 
 def at_random(model: nn.Module, call: Call, seed: int = 0) -> tuple[Plan, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    supports = []
+    supports = {}
     for group in find_groups(model, *call).groups:
         support = torch.rand(group.size, generator=generator) < 0.5
         support[torch.randint(group.size, (1,), generator=generator)] = True
-        supports.append((group, support))
+        supports[group] = support
     return make_plan(supports), masked_weights(supports, named_tensors(model))
 
 
@@ -155,6 +155,6 @@ def test_a_forward_that_holds_the_batch_size_says_so() -> None:
 def test_wrong_ints_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model, call = held.HeldHeads(), ((torch.randn(4, 5, 16),), {})  # type: ignore[var-annotated]
     plan, masked = at_random(model, call)
-    monkeypatch.setattr("lnr_prune.pruned_graph.counts", lambda *_: iter(()))
+    monkeypatch.setattr("lnr_prune.collapse.graph_module.counts", lambda *_: iter(()))
     with pytest.raises(VerificationError):
         pruned_graph(model, plan, masked, call)

@@ -82,7 +82,7 @@ def test_a_graphviz_that_fails_or_takes_too_long_says_so(tmp_path: Path, monkeyp
     fake.chmod(0o755)
     with pytest.raises(lnr.LnrPruneError, match="broken on purpose"):
         found.draw(tmp_path / "groups.svg")
-    fake.write_text("#!/bin/sh\nexec sleep 5\n", encoding="utf-8")
-    monkeypatch.setattr("lnr_prune.drawing.LIMIT", 0.1)
+    fake.write_text("#!/bin/sh\nexec sleep 3600\n", encoding="utf-8")
+    monkeypatch.setattr("lnr_prune.graph.drawing.LIMIT", 0.1)
     with pytest.raises(lnr.LnrPruneError, match="too large"):
         found.draw(tmp_path / "groups.svg")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import lnr_prune as lnr
 from lnr_prune.errors import GraphError
-from lnr_prune.graph.closure import _in_proportion, _ragged, close
+from lnr_prune.graph.closure import _ragged, close
 from lnr_prune.graph.groups import Graph, find_groups
 from lnr_prune.graph.owners import Cut, Owners
 from tests.helpers.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
@@ -134,7 +134,7 @@ class Lambda(nn.Module):
 def test_unknown_operations_are_listed_with_the_line_that_calls_them() -> None:
     graph = groups_of(Applies(Lambda("sort")), 3, 4)
     assert "no rule for sort (operation" in graph.frozen["first"]
-    assert "test_graph.py" in graph.frozen["first"]
+    assert "test_groups.py" in graph.frozen["first"]
     recurrent = groups_of(Recurrent(), 3, 2, 4).frozen
     assert all(
         "no rule for lstm (lstm" in recurrent[layer] for layer in ("a", "lstm.weight_ih_l0", "lstm.weight_hh_l0")
@@ -161,11 +161,20 @@ def test_parts_in_proportion_need_not_shrink_alike() -> None:
     assert group.slots["first.weight", 0].tolist() == [0] * 4 + [1] * 4 + [0, 0, 1, 1] * 2
 
 
-@pytest.mark.parametrize(("pieces", "expected"), [(1, False), (2, True), (4, True)])
-def test_proportion_of_many_parts(pieces: int, expected: bool) -> None:
-    units = torch.arange(128) % 2
-    assert _in_proportion(units, Cut(units, 0, tuple(range(pieces, 129, pieces)), "")) == expected
-    assert not _in_proportion(torch.arange(128), Cut(units, 0, tuple(range(2, 129, 2)), ""))
+OF_TWO = torch.tensor([0, 1, 1, 0]).repeat(32)  # both own as much of every two channels, but not the same one
+
+
+@pytest.mark.parametrize(
+    ("units", "size", "left"), [(OF_TWO, 1, 1), (OF_TWO, 2, 2), (OF_TWO, 4, 2), (torch.arange(128), 2, 2)]
+)
+def test_units_that_own_as_much_of_every_part_stay_apart(units: Tensor, size: int, left: int) -> None:
+    """Others are joined with those at the same place in other parts, of which there are many."""
+    owners = Owners({"weight": torch.zeros(128, 1)})
+    ids = owners.slot("weight", 0)
+    for of_unit in (ids[units == unit] for unit in units.unique()):
+        owners.couple(of_unit, of_unit[:1].expand_as(of_unit), "to start with")
+    owners.cuts.append(Cut(ids, 0, tuple(range(size, 129, size)), "parts"))
+    assert len(close(owners)[ids].unique()) == left
 
 
 @pytest.mark.parametrize(

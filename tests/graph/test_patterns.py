@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 import lnr_prune as lnr
+from lnr_prune.calibration.attention import FewerHeads, visible_attention
 from lnr_prune.calibration.watch import watch
 from lnr_prune.collapse.collapse import collapse
 from lnr_prune.collapse.masks import masked_weights
 from lnr_prune.collapse.plan import make_plan
 from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.collapse.verify import Reference
-from lnr_prune.graph.groups import find_groups
+from lnr_prune.graph.groups import ChannelGroup, find_groups
 from lnr_prune.graph.module import named_tensors
 from tests.helpers import patterns
 from tests.helpers.models import randomised
@@ -67,17 +68,17 @@ def test_pruned_equals_masked(make: Callable[[], nn.Module], x: Tensor, sizes: S
     model = randomised(make())
     groups, refused = shrinkable(model, find_groups(model, (x,), {}).groups, ((x,), {}))
     assert not refused
-    supports = []
+    supports = dict[ChannelGroup, Tensor]()
     for group in groups:
         support = torch.rand(group.size) < 0.5
         support[torch.randint(group.size, (1,))] = True
-        supports.append((group, support))
+        supports[group] = support
     masked = masked_weights(supports, named_tensors(model))
     reference = Reference(model, masked, ((x,), {}))
     assert reference.wide
     collapse(model, make_plan(supports), masked)
     reference.check(model)
-    assert not any(support.all() and group.size > 4 for group, support in supports)
+    assert not any(support.all() and group.size > 4 for group, support in supports.items())
 
 
 @pytest.mark.parametrize(("make", "x", "sizes"), CASES, ids=IDS)
@@ -140,15 +141,16 @@ def test_attention_with_fewer_heads_computes_the_same_function(masking: str, nee
         "float": {"attn_mask": torch.randn(6, 5, 5, dtype=torch.float64)},
         "padding": {"key_padding_mask": torch.arange(5).expand(2, 5) > 3},
     }[masking]
-    same = copy.deepcopy(dense)
-    same.__class__ = lnr.multihead.FewerHeads
     expected, weights = dense(x, x, x, need_weights=need_weights, **options)
-    output, same_weights = same(x, x, x, need_weights=need_weights, **options)
+    of_one, _ = dense(x[0], x[0], x[0])
+    with visible_attention(dense):
+        assert type(dense) is FewerHeads
+        output, same_weights = dense(x, x, x, need_weights=need_weights, **options)
+        unbatched, _ = dense(x[0], x[0], x[0], need_weights=need_weights)
     torch.testing.assert_close(output, expected)
     if need_weights:
         torch.testing.assert_close(same_weights, weights)
-    unbatched, _ = same(x[0], x[0], x[0], need_weights=need_weights)
-    torch.testing.assert_close(unbatched, dense(x[0], x[0], x[0])[0])
+    torch.testing.assert_close(unbatched, of_one)
 
 
 def test_the_packed_weight_of_visible_self_attention_can_be_seen() -> None:

@@ -58,8 +58,8 @@ def test_ints_of_the_smaller_model(name: str) -> None:
     for seed in range(2):
         support = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
         support[seed % size], support[(seed + 1) % size] = True, False
-        masked = masked_weights([(group, support)], named_tensors(model))
-        graph = pruned_graph(model, make_plan([(group, support)]), masked, call)
+        masked = masked_weights({group: support}, named_tensors(model))
+        graph = pruned_graph(model, make_plan({group: support}), masked, call)
         assert graph.batch_size is None
         assert graph.get_parameter("a.weight").shape[0] == 8 * int(support.sum()) // size
         torch.testing.assert_close(graph(x[:1]), functional_call(model, masked, (x[:1],)))

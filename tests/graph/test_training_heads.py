@@ -132,7 +132,7 @@ def test_googlenets_auxiliary_heads() -> None:
     reached = {slot[0] for group in groups for slot in group.slots}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     assert sum(size for name, size in sizes.items() if name in reached) > 0.999 * sum(sizes.values())
-    supports = [(group, torch.arange(group.size) % 3 > 0) for group in groups]
+    supports = {group: torch.arange(group.size) % 3 > 0 for group in groups}
     weights = random_weights(model)
     masked = {**weights, **masked_weights(supports, weights)}
     reference = Reference(model, masked, call, training=True)

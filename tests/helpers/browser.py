@@ -13,6 +13,7 @@ import pytest
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+LIMIT = 3600  # seconds: it ends a browser that hangs
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *(
@@ -55,7 +56,7 @@ def measured(page: str, width: int) -> dict[str, Any]:
         file = Path(folder, "frame.html")
         file.write_text(text, encoding="utf-8")
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder}/profile", "--dump-dom", file.as_uri()]
-        dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT).stdout
     found = re.search(r"<title>(.*?)</title>", dom)
     assert found, "the page did not load"
     layout: dict[str, Any] = json.loads(unescape(found.group(1)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lnr_prune.graph.closure import close
-from lnr_prune.graph.groups import _labelled_slots
+from lnr_prune.graph.groups import labelled_slots
 from lnr_prune.graph.owners import along
 from lnr_prune.graph.rules import propagate
 from lnr_prune.graph.trace import trace
@@ -74,7 +74,7 @@ def probe(operation: Operation, shape: tuple[int, ...], axis: int, along_axis: i
     channels = label[state.owners.slots["produce", 0]]
     node = next(node for node in state.trace.nodes if node.op == "output").all_input_nodes[0]
     owners = label[state.of(node)].expand(result.shape)
-    slots = {slot: units for slot, units in _labelled_slots(state.owners, label).items() if slot[0] != "produce"}
+    slots = {slot: units for slot, units in labelled_slots(state.owners, label).items() if slot[0] != "produce"}
     units = [unit for unit in torch.unique(channels).tolist() if unit not in stays]
     for unit in units:
         gone = channels == unit

@@ -1,4 +1,4 @@
-"""What `test_memory` measures, on its own: ``python -m tests.helpers.peaks [[SIZES,SELECTOR,BIAS,TANDEM],...]``."""
+"""What `test_memory` measures, on its own: ``python -m tests.helpers.peaks [[SIZES,SELECTOR,BIAS,ITERATIONS],...]``."""
 
 import gc
 import json
@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lnr_prune.calibration import outputs
 from lnr_prune.calibration.data import calibrate
 from lnr_prune.calibration.outputs import outputs_of
 from lnr_prune.calibration.reading import read
+from lnr_prune.collapse.masks import Supports
 from lnr_prune.graph.groups import find_groups
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.refit.network import refit_network
-from lnr_prune.selection.amount import choose_channels
+from lnr_prune.refit.refit import Refit
+from lnr_prune.selection.amount import Keep
 from lnr_prune.selection.memory import memory_plan
-from lnr_prune.selection.select import select
+from lnr_prune.selection.select import select, supports_of
+from lnr_prune.selection.selectors import SELECTORS, Backward
 from tests.helpers.models import mlp
 
 STATUS = Path("/proc/self/status")
+CHOOSING = {**SELECTORS, "backward_swap": Backward(swaps=8)}
 
 
 def resident(field: str) -> int:
@@ -42,26 +45,30 @@ def peak(found: Callable[[int], Any]) -> Iterator[None]:
     found(resident("VmHWM") - before)
 
 
-def measured(sizes: list[int], selector: str, bias: bool, tandem: int = 0) -> dict[str, int]:
-    """Bytes that selection and refit take, and those that the plan says."""
+def measured(sizes: list[int], selector: str, bias: bool, iterations: int = 0) -> dict[str, int]:
+    """Bytes that selection and refit take, and those that the plan says.
+
+    Args:
+        sizes: Of the layers.
+        selector: Name of the selector, of those in `CHOOSING`.
+        bias: Whether the layers have biases.
+        iterations: In which two layers are refitted together; 0 = each is by itself.
+    """
     torch.manual_seed(0)
     model, found = mlp(*sizes, bias=bias), dict[str, int]()
     x = torch.randn(sizes[1], sizes[0])
     graph, data, tensors = find_groups(model, (x,), {}), calibrate(model, x.split(64)), named_tensors(model)
-    plan = memory_plan(graph, graph.groups, tensors, bias=bias, tandem=tandem)
-    choices = choose_channels(graph, keep=0.9, selector=selector)
-    supports: dict[str, Tensor] = {}
+    refit = Refit(window=2, iterations=iterations) if iterations else Refit()
+    plan = memory_plan(graph, graph.groups, tensors, bias=bias, refit=refit)
 
-    def pruned() -> None:
+    def supports() -> Supports:
         readings = read(model, graph.groups, data, bias=bias)
-        generator = torch.Generator()
-        chosen = select([readings], choices, tensors, solver="newton", generator=generator, progress=lambda _: None)
-        supports.update({name: selected.selection.support for name, selected in chosen.items()})
+        return supports_of(select([readings], Keep(0.9).choices(graph, CHOOSING[selector]), tensors))
 
     with peak(lambda count: found.update(selection=count)):
-        pruned()
+        kept = supports()
     with peak(lambda count: found.update(refit=count)):
-        refit_network(model, graph, supports, data, repeated={}, bias=bias, tandem=tandem)
+        refit_network(model, graph, kept, data, settings=refit, repeated={}, bias=bias)
     return {**found, "planned_selection": plan.at_once + plan.solve, "planned_refit": plan.refit}
 
 

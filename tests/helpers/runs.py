@@ -1,4 +1,4 @@
-"""What the processes of `test_resume` do: a prune with a work folder, which may be killed on the way."""
+"""What the processes of `test_work` do: a prune with a work folder, which may be killed on the way."""
 
 import os
 import signal
@@ -14,24 +14,25 @@ from torch import distributed as dist
 
 import lnr_prune as lnr
 from lnr_prune.calibration import rows
-from lnr_prune.runtime import processes, work
+from lnr_prune.runtime import work
 from lnr_prune.runtime.disk import locked
+from lnr_prune.runtime.processes import Ranks
 from tests.helpers.models import Functional, Residual, cnn, mlp, randomised
 
 BATCHES = (6, 4, 9, 5, 8, 4)
-AMOUNTS: dict[str, dict[str, Any]] = {
-    "lasso": {"keep": 0.5},
-    "penalty": {"lam_ratio": 0.1, "ridge": 1e-3},
-    "backward": {"keep": {"0": 3, "10": 0.5}, "selector": "backward_swap", "logits": True},
-    "random": {"keep": 0.6, "selector": "random", "seed": 3, "debias": False},
-    "budget": {"budget": lnr.Budget(macs=0.6, effort=lnr.Effort(search=4)), "selector": "backward"},
-    "logits": {"budget": lnr.Budget(params=0.5, effort=lnr.Effort(search=2)), "logits": True},
-    "graph": {"keep": 0.5, "as_graph": True},
-    "residual": {"budget": lnr.Budget(params=0.6)},
-    "repeated": {"keep": 0.5},
-    "batch norm": {"keep": 0.5},
-    "tandem": {"keep": 0.5, "tandem": 3},
-    "bfloat16": {"keep": 0.5},
+AMOUNTS: dict[str, dict[str, Any]] = {  # arguments of a prune
+    "lasso": {"amount": lnr.Keep(0.5)},
+    "penalty": {"amount": lnr.Penalty(ratio=0.1), "refit": lnr.Refit(ridge=1e-3)},
+    "backward": {"amount": lnr.Keep({"0": 3, "10": 0.5}), "selector": lnr.Backward(swaps=8), "logits": True},
+    "random": {"amount": lnr.Keep(0.6), "selector": lnr.Random(seed=3), "refit": None},
+    "budget": {"amount": lnr.Budget(macs=0.6, effort=lnr.Effort(search=4)), "selector": "backward"},
+    "logits": {"amount": lnr.Budget(params=0.5, effort=lnr.Effort(search=2)), "logits": True},
+    "graph": {"amount": lnr.Keep(0.5), "into": "graph"},
+    "residual": {"amount": lnr.Budget(params=0.6)},
+    "repeated": {"amount": lnr.Keep(0.5)},
+    "batch norm": {"amount": lnr.Keep(0.5)},
+    "tandem": {"amount": lnr.Keep(0.5), "refit": lnr.Refit(window=2, iterations=3)},
+    "bfloat16": {"amount": lnr.Keep(0.5)},
 }
 
 
@@ -71,12 +72,14 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return tensors and one["plan"] == other["plan"] and one["report"] == other["report"]
 
 
-def pruned(name: str, work: Path | None, **more: Any) -> dict[str, Any]:
+def pruned(name: str, folder: Path | None, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """What a run ends with, of this process's part of the data."""
     model, data = network(name)
     per_column = rows.ROWS_PER_COLUMN
     rows.ROWS_PER_COLUMN = 2 if name == "budget" else per_column  # which rows: that depends on the sample
     try:
-        return result(lnr.prune(model, processes.shard(data), run=lnr.Run(work=work), **{**AMOUNTS[name], **more}))
+        mine = Ranks.of_process_group().shard(data)
+        return result(lnr.prune(model, mine, run=lnr.Run(work=folder, progress=progress), **AMOUNTS[name]))
     finally:
         rows.ROWS_PER_COLUMN = per_column
 
@@ -96,7 +99,7 @@ def dying(at: int, when: str, real: Callable[[Any, Any], None]) -> Callable[[Any
     return replace
 
 
-def work(name: str, folder: Path, out: Path, at: int = 0, when: str = "after") -> None:
+def alone(name: str, folder: Path, out: Path, at: int = 0, when: str = "after") -> None:
     """Prunes; the result is saved. With ``at`` the process is killed at its n-th file."""
     prepare()
     setattr(os, "replace", dying(at, when, os.replace))  # noqa: B010  (mypy takes no assignment)
@@ -127,7 +130,7 @@ def forking(lock: Path) -> None:
     with locked(lock):
         child = os.fork()
         if child == 0:
-            time.sleep(60)
+            time.sleep(3600)  # the test ends it
             os._exit(0)
         lock.with_suffix(".worker").write_text(str(child), encoding="ascii")
         os.kill(os.getpid(), signal.SIGKILL)

@@ -34,7 +34,7 @@ def test_errors_are_those_of_the_refit(case: Case) -> None:
 @settings(max_examples=30)
 @given(cases(**REGULAR, uneven=False))
 def test_every_step_is_the_cheapest(case: Case) -> None:
-    result = backward(case.problem)
+    result = backward(case.problem, ridge=1e-12)  # whose own share of the errors is below what is compared
     for count in range(case.problem.n_groups, 0, -1):
         support = result.support(count)
         errors = [references.without(case, support, g) for g in support.nonzero()[:, 0].tolist()]

@@ -13,10 +13,10 @@ from lnr_prune.calibration.data import calibrate
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.refit import fit
 from lnr_prune.refit.downstream import Downstream, Replay, Steps
-from lnr_prune.refit.follow import wiring
-from lnr_prune.refit.refit import refit
+from lnr_prune.refit.follow import wiring_of
+from lnr_prune.refit.refit import Refit, refit
+from tests.helpers.layers import layers_of
 from tests.helpers.models import randomised
-from tests.refit.test_refit import layers_of
 
 After = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -39,7 +39,7 @@ class Through(nn.Module):
 def seen(after: After) -> tuple[Downstream, Through, Tensor]:
     torch.manual_seed(0)
     model, x = randomised(Through(after)).eval().requires_grad_(False), torch.randn(7, 4)
-    return wiring(model, ["layer.weight"], ((x,), {})).layers["layer.weight"], model, x
+    return wiring_of(model, ["layer.weight"], ((x,), {})).layers["layer.weight"], model, x
 
 
 AFTER: dict[str, tuple[After, int, int, Callable[[Tensor], Tensor] | None]] = {
@@ -66,14 +66,14 @@ AFTER: dict[str, tuple[After, int, int, Callable[[Tensor], Tensor] | None]] = {
 @pytest.mark.parametrize("name", AFTER)
 def test_a_layers_output_is_followed_as_far_as_it_is_not_mixed(name: str) -> None:
     after, steps, shortcuts, activation = AFTER[name]
-    onward, _, _ = seen(after)
-    assert len(onward.affine.functions) == steps
-    assert len([shortcut for shortcut in onward.affine.shortcuts if shortcut]) == shortcuts
-    assert (onward.activation is None) == (activation is None)
-    if activation is not None and onward.activation is not None:
+    downstream, _, _ = seen(after)
+    assert len(downstream.affine.functions) == steps
+    assert len([shortcut for shortcut in downstream.affine.shortcuts if shortcut]) == shortcuts
+    assert (downstream.activation is None) == (activation is None)
+    if activation is not None and downstream.activation is not None:
         z = torch.randn(7, 6)
-        torch.testing.assert_close(onward.activation(z), activation(z))
-    assert onward.mean == ("norm.running_mean" if name in ("batch norm", *BATCH_NORM_FIRST) else None)
+        torch.testing.assert_close(downstream.activation(z), activation(z))
+    assert downstream.mean == ("norm.running_mean" if name in ("batch norm", *BATCH_NORM_FIRST) else None)
 
 
 BATCH_NORM_FIRST = ("shortcut in place, twice", "shortcut made on the way")
@@ -82,40 +82,42 @@ BATCH_NORM_FIRST = ("shortcut in place, twice", "shortcut made on the way")
 @pytest.mark.parametrize("name", [name for name, (_, steps, _, _) in AFTER.items() if steps])
 def test_the_affine_part_is_what_the_model_does(name: str) -> None:
     after = AFTER[name][0]
-    onward, model, x = seen(after)
+    downstream, model, x = seen(after)
     x = torch.randn(11, 4)  # another number of samples than the one recorded
-    recorded = wiring(model, ["layer.weight"], ((x[:2],), {}))
-    following = Replay(recorded)
-    with following, torch.no_grad():
+    recorded = wiring_of(model, ["layer.weight"], ((x[:2],), {}))
+    replay = Replay(recorded)
+    with replay, torch.no_grad():
         model(x)
-    onward, h = recorded.layers["layer.weight"], model.before(x).sigmoid()
+    downstream, h = recorded.layers["layer.weight"], model.before(x).sigmoid()
     y, other = model.layer(h), torch.randn(11, 6)
-    added, _ = following.added("layer.weight", y)
+    added, _ = replay.added("layer.weight", y)
     assert added is not None
-    assert following.added("layer.weight", y)[0] == ([] if not added else None)  # what no later layer needs is let go
-    z = onward.affine(y.clone(), added)
+    assert replay.added("layer.weight", y)[0] == ([] if not added else None)  # what no later layer needs is let go
+    z = downstream.affine(y.clone(), added)
     if name not in ("layer after the layer", "steep"):
-        torch.testing.assert_close(z if onward.activation is None else onward.activation(z), after(model, y.clone(), h))
+        torch.testing.assert_close(
+            z if downstream.activation is None else downstream.activation(z), after(model, y.clone(), h)
+        )
     nothing = [torch.zeros_like(s) for s in added]
-    alpha = onward.affine(torch.ones_like(y), nothing) - onward.affine(torch.zeros_like(y), nothing)
-    torch.testing.assert_close(z - onward.affine(other, added), alpha * (y - other))
+    alpha = downstream.affine(torch.ones_like(y), nothing) - downstream.affine(torch.zeros_like(y), nothing)
+    torch.testing.assert_close(z - downstream.affine(other, added), alpha * (y - other))
 
 
 def test_a_forward_that_takes_another_path_is_not_followed() -> None:
-    onward, model, x = seen(lambda m, y, h: y + (h if len(y) < 9 else -h))
-    following = Replay(wiring(model, ["layer.weight"], ((x,), {})))
-    with following, torch.no_grad():
+    downstream, model, x = seen(lambda m, y, h: y + (h if len(y) < 9 else -h))
+    replay = Replay(wiring_of(model, ["layer.weight"], ((x,), {})))
+    with replay, torch.no_grad():
         (x + 1).sum()
         model(x)
-    assert following.added("layer.weight", x)[0] is None
-    assert onward.affine.added({}, x) is None
+    assert replay.added("layer.weight", x)[0] is None
+    assert downstream.affine.added({}, x) is None
 
 
 def test_a_shortcut_of_parameters_alone_is_known_at_the_recorded_size() -> None:
-    onward, model, x = seen(lambda m, y, h: y + m.gain.expand(len(y), 6))
-    added = onward.affine.added({}, model.layer(model.before(x)))
+    downstream, model, x = seen(lambda m, y, h: y + m.gain.expand(len(y), 6))
+    added = downstream.affine.added({}, model.layer(model.before(x)))
     torch.testing.assert_close(added, [model.gain.expand(7, 6)])
-    assert onward.affine.added({}, torch.zeros(11, 6)) is None
+    assert downstream.affine.added({}, torch.zeros(11, 6)) is None
 
 
 def test_a_layer_that_runs_twice_is_not_followed() -> None:
@@ -140,12 +142,14 @@ def test_a_later_block_undoes_the_error_of_the_shortcut(monkeypatch: pytest.Monk
     kept = {"layers.2.weight": torch.arange(7) % 6 > 2}
 
     def error() -> float:
-        weights = refit(model, layers_of(model, x[:2]), kept, calibrate(model, x.split(100)), ridge=1e-9).weights
-        streams: list[Tensor] = []
-        model.layers[5].register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0]))
+        weights = refit(
+            model, layers_of(model, x[:2]), kept, calibrate(model, x.split(100)), settings=Refit(ridge=1e-9)
+        ).weights
+        reached: list[Tensor] = []
+        model.layers[5].register_forward_pre_hook(lambda module, inputs: reached.append(inputs[0]))
         model(x)
         torch.func.functional_call(model, dict(weights), (x,))
-        return float((streams[0] - streams[1]).square().mean())
+        return float((reached[0] - reached[1]).square().mean())
 
     corrected = error()
     monkeypatch.setattr(Steps, "added", lambda *_: None)
@@ -161,8 +165,10 @@ def test_what_an_activation_lets_through_is_what_is_fitted(monkeypatch: pytest.M
     prolonged = fit.STEP
 
     def error(step: float) -> float:
-        monkeypatch.setattr(target, "STEP", step)
-        weights = refit(model, layers_of(model, x[:2]), kept, calibrate(model, x.split(500)), ridge=1e-9).weights
+        monkeypatch.setattr(fit, "STEP", step)
+        weights = refit(
+            model, layers_of(model, x[:2]), kept, calibrate(model, x.split(500)), settings=Refit(ridge=1e-9)
+        ).weights
         return float((torch.func.functional_call(model, dict(weights), (x,)) - model(x)).square().mean())
 
     assert error(1.0) < 0.97 * error(0.0)
@@ -178,7 +184,9 @@ def test_a_running_mean_takes_up_the_intercept(bias: bool) -> None:
     model.get_parameter("0.bias")[2:4] = 0.7
     x = torch.randn(40, 3, 8, 8, dtype=torch.float64)
     kept = {"2.weight": ~torch.isin(torch.arange(54) // 9, torch.tensor([2, 3]))}
-    done = refit(model, layers_of(model, x[:2]), kept, calibrate(model, x.split(10)), bias=bias, ridge=1e-9)
+    done = refit(
+        model, layers_of(model, x[:2]), kept, calibrate(model, x.split(10)), bias=bias, settings=Refit(ridge=1e-9)
+    )
     assert ("3.running_mean" in done.weights) == bias
     z = torch.func.functional_call(model, dict(done.weights), (x,))
     exact = torch.allclose(z, model(x), atol=1e-6)
@@ -191,7 +199,7 @@ def test_a_row_that_nothing_comes_of_stays() -> None:
     model = randomised(model.double()).eval().requires_grad_(False)
     model.get_parameter("3.weight")[2] = 0
     x, kept = torch.randn(300, 5, dtype=torch.float64), torch.arange(12) > 4
-    done = refit(model, layers_of(model, x[:2]), {"2.weight": kept}, calibrate(model, [x]), ridge=1e-9)
+    done = refit(model, layers_of(model, x[:2]), {"2.weight": kept}, calibrate(model, [x]), settings=Refit(ridge=1e-9))
     M, W = done.weights["2.weight"], model.get_parameter("2.weight")
     torch.testing.assert_close(M[2], W[2] * kept)
     assert not torch.isclose(M, W * kept)[[0, 1, 3, 4, 5]][:, kept].any()

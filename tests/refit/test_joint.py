@@ -10,19 +10,32 @@ from torch.func import functional_call
 import lnr_prune as lnr
 from lnr_prune.calibration.data import calibrate
 from lnr_prune.graph.module import named_tensors
-from lnr_prune.refit.refit import Refit, refit
+from lnr_prune.refit.refit import Refit, Refitted, refit
 from tests.helpers import references
+from tests.helpers.layers import layers_of
 from tests.helpers.models import cnn, randomised
-from tests.refit.test_refit import layers_of
 
 ITERATIONS = 100
 
 
-def refitted(model: nn.Module, data: list[Tensor], kept: dict[str, Tensor], tandem: int, **settings: Any) -> Refit:
-    return refit(model, layers_of(model, data[0][:2]), kept, calibrate(model, data), tandem=tandem, **settings)
+def settings(iterations: int, ridge: float | None = None) -> Refit:
+    """Two layers together in so many iterations; 0 = each is by itself."""
+    return Refit(ridge, window=2, iterations=iterations) if iterations else Refit(ridge)
 
 
-def error(model: nn.Module, x: Tensor, done: Refit, last: nn.Module | None = None) -> float:
+def refitted(
+    model: nn.Module,
+    data: list[Tensor],
+    kept: dict[str, Tensor],
+    iterations: int,
+    ridge: float | None = None,
+    **options: Any,
+) -> Refitted:
+    how = settings(iterations, ridge)
+    return refit(model, layers_of(model, data[0][:2]), kept, calibrate(model, data), settings=how, **options)
+
+
+def error(model: nn.Module, x: Tensor, done: Refitted, last: nn.Module | None = None) -> float:
     """Mean squared error of the outputs, put through one more module."""
     wanted, got = model(x), functional_call(model, dict(done.weights), (x,))
     return float((wanted - got if last is None else last(wanted) - last(got)).square().sum(1).mean())
@@ -83,7 +96,7 @@ def test_the_batches_do_not_matter() -> None:
 def test_rows_that_nothing_comes_of_do_not_count() -> None:
     model, x = linear(0)
     alive = torch.arange(6) < 2  # two outputs need two channels
-    done = refitted(model, [x], {"1.weight": first(2, 12)}, ITERATIONS, rows={"1.weight": alive})
+    done = refitted(model, [x], {"1.weight": first(2, 12)}, ITERATIONS, alive={"1.weight": alive})
     wanted, got = (y[:, alive] for y in (model(x), functional_call(model, dict(done.weights), (x,))))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
@@ -96,9 +109,9 @@ def test_samples_that_are_held_out_decide() -> None:
         model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 2)).double().requires_grad_(False)
         named_tensors(model)["0.weight"].mul_(4)
         few, many = torch.randn(14, 8, dtype=torch.float64), torch.randn(4000, 8, dtype=torch.float64)
-        for tandem in unseen:
-            done = refitted(model, [few], {"2.weight": first(4, 12)}, tandem, ridge=1e-2)
-            unseen[tandem] += error(model, many, done)
+        for iterations in unseen:
+            done = refitted(model, [few], {"2.weight": first(4, 12)}, iterations, ridge=1e-2)
+            unseen[iterations] += error(model, many, done)
     assert unseen[1000] < 1.1 * unseen[0]
 
 
@@ -108,7 +121,7 @@ def test_logits_are_fitted_by_their_divergence() -> None:
     named_tensors(model)["2.weight"].mul_(4)
     x, kept = torch.randn(2000, 8, dtype=torch.float64), {"2.weight": first(5, 20)}
 
-    def divergence(done: Refit) -> float:
+    def divergence(done: Refitted) -> float:
         p, q = (y.log_softmax(1) for y in (model(x), functional_call(model, dict(done.weights), (x,))))
         return float((p.exp() * (p - q)).sum(1).mean())
 
@@ -165,9 +178,9 @@ def test_a_way_that_cannot_be_gone_again_is_left(way: str) -> None:
     torch.manual_seed(0)
     model, x = Ways(way).double().requires_grad_(False), torch.randn(600, 6, dtype=torch.float64)
     results = []
-    for tandem in (0, 30):
+    for iterations in (0, 30):
         torch.manual_seed(1)
-        results.append(refitted(model, list(x.split(200)), {"b.weight": first(4, 12)}, tandem).weights)
+        results.append(refitted(model, list(x.split(200)), {"b.weight": first(4, 12)}, iterations).weights)
     alone, both = results
     assert alone.keys() == both.keys()
     if way != "random":
@@ -179,8 +192,7 @@ def test_a_whole_network() -> None:
     model, data = randomised(cnn()), [torch.randn(32, 2, 12, 12) for _ in range(4)]
     assert all(parameter.requires_grad for parameter in model.parameters())
     alone, both = (
-        lnr.prune(model, data, lnr.Keep(0.4), refit=lnr.Refit(window=2 if n else 1), run=lnr.Run(progress=False))
-        for n in (0, 10)
+        lnr.prune(model, data, lnr.Keep(0.4), refit=settings(n), run=lnr.Run(progress=False)) for n in (0, 10)
     )
     assert both.report.error < 0.95 * alone.report.error
     assert both.plan == alone.plan
@@ -204,29 +216,23 @@ def test_in_half_precision() -> None:
     model = randomised(nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 4))).bfloat16()
     data = [torch.randn(256, 8).bfloat16()]
     alone, both = (
-        lnr.prune(
-            model, data, lnr.Keep(0.3), refit=lnr.Refit(window=2 if n else 1), run=lnr.Run(progress=False)
-        ).report.error
+        lnr.prune(model, data, lnr.Keep(0.3), refit=settings(n), run=lnr.Run(progress=False)).report.error
         for n in (0, 10)
     )
     assert both < alone
 
 
 @pytest.mark.parametrize(
-    ("tandem", "kind", "words"),
+    ("given", "kind", "words"),
     [
-        (-1, ValueError, "tandem must be at least 0, got -1"),
-        (2.5, TypeError, "tandem must be an int"),
-        (True, TypeError, "tandem must be an int"),
+        ({"window": 2, "iterations": 0}, ValueError, "iterations must be at least 1, got 0"),
+        ({"window": 2, "iterations": 2.5}, TypeError, "iterations must be an int, got 2.5"),
+        ({"window": 2, "iterations": True}, TypeError, "iterations must be an int, got True"),
+        ({"window": 0}, ValueError, "window must be at least 1, got 0"),
+        ({"window": 3}, ValueError, r"window must be 1 \(each layer by itself\) or 2 \(with its maker\), got 3"),
+        ({"window": 2.0}, TypeError, "window must be an int, got 2.0"),
     ],
 )
-def test_what_is_no_number_of_iterations(tandem: Any, kind: type[Exception], words: str) -> None:
-    model, x = linear(0)
+def test_what_is_no_number_of_layers_or_iterations(given: dict[str, Any], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
-        lnr.prune(model, [x], lnr.Keep(0.5), refit=lnr.Refit(window=2 if tandem else 1))
-
-
-def test_it_needs_the_refit() -> None:
-    model, x = linear(0)
-    with pytest.raises(ValueError, match="tandem is a refit"):
-        lnr.prune(model, [x], lnr.Keep(0.5), refit=None)
+        lnr.Refit(**given)

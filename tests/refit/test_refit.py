@@ -9,21 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lnr_prune.calibration import gather
-from lnr_prune.calibration.adapter import AdaptedLayer, find
+from lnr_prune.calibration import rows
+from lnr_prune.calibration.adapter import AdaptedLayer
 from lnr_prune.calibration.data import calibrate
+from lnr_prune.calibration.gather import gather
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.groups import find_groups
 from lnr_prune.refit.coroutine import suspended
 from lnr_prune.refit.fit import STEP
-from lnr_prune.refit.refit import refit
+from lnr_prune.refit.refit import Refit, refit
 from lnr_prune.refit.regression import RIDGES, ridge_regression, softmax_regression
+from tests.helpers.layers import layers_of
 from tests.helpers.models import Functional, cnn, mlp, randomised
-
-
-def layers_of(model: nn.Module, x: Tensor) -> dict[str, AdaptedLayer]:
-    return {layer.weight: AdaptedLayer(layer, find(layer)) for layer in find_groups(model, (x,), {}).layers}
 
 
 def moments(x: Tensor, y: Tensor) -> SecondMoments:
@@ -43,7 +41,11 @@ def first_four(d: int) -> Tensor:
 def test_one_sweep_does_what_one_pass_a_layer_would(batches: int) -> None:
     model, x = net()
     done = refit(
-        model, layers_of(model, x), {"2.weight": first_four(12)}, calibrate(model, x.split(200 // batches)), ridge=1e-3
+        model,
+        layers_of(model, x),
+        {"2.weight": first_four(12)},
+        calibrate(model, x.split(200 // batches)),
+        settings=Refit(ridge=1e-3),
     )
     assert set(done.weights) == {"2.weight", "2.bias", "4.weight", "4.bias"}  # layer 0 has nothing to undo
     hidden, inputs = model[:2](x), {"2": model[:2](x)}
@@ -64,11 +66,12 @@ def test_one_sweep_does_what_one_pass_a_layer_would(batches: int) -> None:
 
 
 def test_the_batches_do_not_matter_where_only_some_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "ROWS_PER_COLUMN", 2)
+    monkeypatch.setattr(rows, "ROWS_PER_COLUMN", 2)
     model, x = randomised(cnn()).double().requires_grad_(False), torch.randn(24, 2, 12, 12, dtype=torch.float64)
     kept = {"3.weight": torch.arange(37) % 3 > 0}
     whole, split = (
-        refit(model, layers_of(model, x[:2]), kept, calibrate(model, data), ridge=1e-3) for data in ([x], x.split(7))
+        refit(model, layers_of(model, x[:2]), kept, calibrate(model, data), settings=Refit(ridge=1e-3))
+        for data in ([x], x.split(7))
     )
     assert whole.layers["3.weight"].samples < 24 * 42
     for name, weight in whole.weights.items():
@@ -94,7 +97,14 @@ def test_a_repeated_layer_is_fitted_to_all_its_calls() -> None:
     assert graph.repeated == {"w1", "w2"}
     sums = SecondMoments.of(torch.rand(60, 8), torch.empty(60, 0))
     kept = torch.arange(8) < 5
-    done = refit(model, layers_of(model, x), {"w2": kept}, calibrate(model, [x]), repeated={"w2": sums}, ridge=1e-9)
+    done = refit(
+        model,
+        layers_of(model, x),
+        {"w2": kept},
+        calibrate(model, [x]),
+        repeated={"w2": sums},
+        settings=Refit(ridge=1e-9),
+    )
     expected, _ = ridge_regression(sums.through(model.w2), None, kept, torch.ones(8, dtype=torch.bool), model.w2, 1e-9)
     torch.testing.assert_close(done.weights["w2"], expected)
 
@@ -111,7 +121,9 @@ def test_batches_may_take_different_paths() -> None:
 
     model, x = Branching().requires_grad_(False), torch.randn(50, 4)
     layers = layers_of(model, x[:30])
-    done = refit(model, layers, {"b.weight": first_four(6)}, calibrate(model, [x[:20], x[20:]]), ridge=0.0)
+    done = refit(
+        model, layers, {"b.weight": first_four(6)}, calibrate(model, [x[:20], x[20:]]), settings=Refit(ridge=0.0)
+    )
     assert set(done.weights) == {"b.weight", "b.bias", "c.weight", "c.bias"}
     assert done.layers["b.weight"].samples == 30
     assert done.layers["c.weight"].samples == 50
@@ -263,12 +275,12 @@ def test_products_of_shifted_images_change_nothing(bias: bool, monkeypatch: pyte
 
     monkeypatch.setattr(AdaptedLayer, "second_moments", watched)
     one = refit(model, layers, kept, data)
-    sums = gather.gather(model, layers, data)
+    sums = gather(model, layers, data)
     assert 54 + bias in used
     monkeypatch.setattr(AdaptedLayer, "second_moments", lambda *_: None)
     other = refit(model, layers, kept, data)
     for name, weight in other.weights.items():
         torch.testing.assert_close(one.weights[name], weight, rtol=1e-6, atol=1e-9)
-    for name, of in gather.gather(model, layers, data).items():
+    for name, of in gather(model, layers, data).items():
         torch.testing.assert_close(sums[name].xx, of.xx)
         assert sums[name].count == of.count

@@ -1,8 +1,10 @@
 """Reports as HTML: self-contained, escaped, whole; and, where Chromium is there, looked at."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +13,18 @@ from hypothesis import strategies as st
 
 import lnr_prune as lnr
 from lnr_prune.report import chart, html
-from lnr_prune.report.report import GroupReport, LayerReport, Report
+from lnr_prune.report.report import Report
+from lnr_prune.report.rows import GroupReport, LayerReport
 from tests.helpers.browser import measured, needs_chromium
 from tests.helpers.models import FixedView
 
 SECTIONS = ["Channels", "Refitted layers", "Left whole"]
 
 
-def _pruned(**amount: object) -> lnr.Pruned:
+def _pruned(amount: lnr.Keep | lnr.Budget, **options: Any) -> lnr.Pruned:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 3))
-    return lnr.prune(model, [torch.randn(64, 6)], **amount)  # type: ignore[arg-type]
+    return lnr.prune(model, [torch.randn(64, 6)], amount, **options)
 
 
 def _large(name: str = "", note: str = "", reason: str = "output of the model") -> Report:
@@ -73,16 +76,16 @@ class _Tags(HTMLParser):
 
 
 def test_the_page_says_everything() -> None:
-    pruned = _pruned(budget=lnr.Budget(params=0.4))
-    html = pruned.report.to_html(title="A & B")
-    text = " ".join(_Tags(html).text)
+    pruned = _pruned(lnr.Budget(params=0.4))
+    page = pruned.report.to_html(title="A & B")
+    text = " ".join(_Tags(page).text)
     assert "A & B" in text
     for section in (*SECTIONS, "Parameters", "MACs a sample", "Size", "Latency", "Error of the outputs"):
         assert section in text
     for group in pruned.report.groups:
         assert f"{group.kept:,} of {group.size:,}" in text
         label, width = f"{group.kept} of {group.size} channels kept", f"{group.kept / group.size:.2%}"
-        assert f'aria-label="{label}"><rect class="a" width="{width}"' in html
+        assert f'aria-label="{label}"><rect class="a" width="{width}"' in page
     assert html.percent(pruned.report.error) in text
     assert f"predicted {html.percent(sum(group.predicted or 0 for group in pruned.report.groups))}" in text
     assert "output of the model" in text
@@ -90,15 +93,15 @@ def test_the_page_says_everything() -> None:
 
 
 def test_it_says_when_nothing_was_refitted_or_frozen() -> None:
-    report = _pruned(keep=0.5, debias=False).report
+    report = _pruned(lnr.Keep(0.5), refit=None).report
     assert "as the selector left them" in report.to_html()
-    assert "Nothing: the outputs of every layer" in html.frozen({})
+    assert "Nothing: the outputs of every layer" in replace(report, frozen={}).to_html()
 
 
 def test_it_is_written_and_asks_nothing_of_the_network(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     swept = lnr.sweep(*_problem(), [lnr.Keep(6), lnr.Keep(3)])
-    text = swept.points[0].report.to_html(path, sweep=swept)
+    text = swept.points[0].report.to_html(path, also=[swept])
     assert path.read_text(encoding="utf-8") == text
     assert not re.search(r"https?:|//|\bsrc=|\bhref=|url\(|@import|<script|\bon\w+=", text)
     assert "default-src 'none'" in text
@@ -140,16 +143,13 @@ def test_reports_of_strange_numbers_make_a_page() -> None:
 
 
 def test_notebooks_get_a_fragment_of_each() -> None:
-    pruned = _pruned(keep=0.5)
+    pruned = _pruned(lnr.Keep(0.5))
     found = lnr.inspect(FixedView(), (torch.randn(2, 1, 8, 8), torch.zeros(2)))
-    R = torch.eye(4, dtype=torch.float64)
-    solved = lnr.solve(lnr.GroupLasso((lnr.Block(R, R[:2], 2.0),)), 0.5)
     swept = lnr.sweep(*_problem(), [lnr.Keep(6)])
     fragments = {
         "channels kept": pruned.report._repr_html_(),
         "fixed in the model's forward": found._repr_html_(),
-        "relative duality gap": solved._repr_html_(),
-        "keep=6": swept._repr_html_(),
+        "Keep(6)": swept._repr_html_(),
     }
     for says, fragment in fragments.items():
         parsed = _Tags(fragment)
@@ -180,8 +180,12 @@ def test_in_a_browser_nothing_overflows_or_overlaps(width: int) -> None:
     swept = lnr.sweep(*_problem(), [lnr.Keep(9), lnr.Keep(6), lnr.Keep(3)], retrain=lambda model: model)
     long = "encoder.layers.11.attention.self.a_name_that_is_very_long_indeed." * 3
     note = "no lam keeps exactly 13: 2 groups enter together at lam=0.01: ties resolved by norm"
-    for report in (_pruned(keep=0.5).report, _large(), _large(long, note, f"fixed in the model's forward ({long})")):
-        seen = measured(report.to_html(sweep=swept), width)
+    for report in (
+        _pruned(lnr.Keep(0.5)).report,
+        _large(),
+        _large(long, note, f"fixed in the model's forward ({long})"),
+    ):
+        seen = measured(report.to_html(also=[swept]), width)
         assert seen["width"] <= width
         assert (seen["overlaps"], seen["headings"]) == (0, [*SECTIONS, "Sweep"])
         assert seen["boxes"] > 20

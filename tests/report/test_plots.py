@@ -1,6 +1,7 @@
 """Figures: what they hold, that notebooks show them, and what is said where matplotlib is missing."""
 
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def _drawables() -> tuple[lnr.Solution, lnr.Pruned, lnr.Sweep]:
 
 def test_figures_hold_the_numbers() -> None:
     solution, pruned, swept = _drawables()
-    (axes,) = solution.plot_convergence().axes
+    (axes,) = lnr.plot_convergence(solution).axes
     best = min(solution.history)
     assert list(axes.lines[0].get_ydata()) == [value - best for value in solution.history]  # type: ignore[arg-type]
     assert axes.get_yscale() == "log"
@@ -49,7 +50,7 @@ def test_notebooks_show_them_and_nothing_global_is_touched() -> None:
     loaded = "matplotlib.pyplot" in sys.modules
     for drawable in _drawables():
         figure: Any = (
-            drawable.plot_convergence() if isinstance(drawable, lnr.Solution)
+            lnr.plot_convergence(drawable) if isinstance(drawable, lnr.Solution)
             else drawable.report.plot() if isinstance(drawable, lnr.Pruned) else drawable.plot()
         )  # fmt: skip
         assert figure._repr_png_().startswith(b"\x89PNG")
@@ -62,8 +63,8 @@ def test_several_go_into_given_axes() -> None:
     solution, _, swept = _drawables()
     figure = Figure()
     left, right = figure.subplots(1, 2)
-    assert solution.plot_convergence(left) is figure
-    assert solution.plot_convergence(left) is figure
+    assert lnr.plot_convergence(solution, left) is figure
+    assert lnr.plot_convergence(solution, left) is figure
     assert len(left.lines) == 2
     assert swept.plot(right) is figure
 
@@ -71,6 +72,6 @@ def test_several_go_into_given_axes() -> None:
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     solution, pruned, swept = _drawables()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for plot in (solution.plot_convergence, pruned.report.plot, swept.plot):
+    for plot in (partial(lnr.plot_convergence, solution), pruned.report.plot, swept.plot):
         with pytest.raises(ImportError, match=r"pip install 'lnr-prune\[recipes\]'"):
             plot()

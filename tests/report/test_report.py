@@ -2,14 +2,14 @@
 
 import copy
 import json
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 import lnr_prune as lnr
-from lnr_prune.report.report import GroupReport, Report
+from lnr_prune.report.report import Report
+from lnr_prune.report.rows import GroupReport
 from lnr_prune.selection import cost
 
 
@@ -83,11 +83,21 @@ def test_names_are_no_markup() -> None:
         assert part in text
 
 
-def test_models_that_take_turns_are_timed_apart() -> None:
-    class Slow(torch.nn.Module):
+def test_models_that_take_turns_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    class Takes(torch.nn.Module):
+        """Lets the clock go on by so much, call by call."""
+
+        def __init__(self, *seconds: float) -> None:
+            super().__init__()
+            self.seconds = iter(seconds)
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.02)
+            nonlocal clock
+            clock += next(self.seconds)
             return x
 
-    slow, fast = cost.side_by_side([Slow(), torch.nn.Identity()], ((torch.zeros(2, 3),), {}), rounds=3)
-    assert slow >= 0.02 > fast
+    monkeypatch.setattr(cost, "now", lambda: clock)
+    models = [Takes(1000, 3, 90, 4), Takes(2000, 0.25, 0.5, 0.125)]  # the first calls warm up
+    assert cost.side_by_side(models, ((torch.zeros(2, 3),), {}), rounds=3) == [4, 0.25]

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lnr_prune.runtime.processes import ALONE
 from tests.helpers import ranks
 
-LIMIT = 120  # seconds that processes may take
+LIMIT = 3600  # seconds: it ends processes that hang
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed")
 
@@ -37,7 +38,7 @@ def started(count: int, work: Callable[..., None], folder: Path, *arguments: Any
 
 
 def told(folder: Path, count: int) -> list[dict[str, Any]]:
-    assert started(count, ranks.work, folder) == [0] * count
+    assert started(count, ranks.all_cases, folder) == [0] * count
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(count)]
 
 
@@ -53,7 +54,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, Any]:
-    return ranks.pruned_cases(list)
+    return ranks.pruned_cases(ALONE)
 
 
 @pytest.mark.parametrize("many", ["two", "four"])
@@ -76,7 +77,7 @@ def test_a_rank_alone(two: list[dict[str, Any]], one: dict[str, Any]) -> None:
 
 
 def test_a_layer_that_only_one_rank_reaches(two: list[dict[str, Any]]) -> None:
-    for name, alone in ranks.branched(list).items():
+    for name, alone in ranks.branched(ALONE).items():
         for of_rank in two:
             torch.testing.assert_close(of_rank["branched"][name].xx, alone.xx)
             assert of_rank["branched"][name].count == alone.count
@@ -98,7 +99,8 @@ def test_a_layer_that_only_one_rank_reaches(two: list[dict[str, Any]]) -> None:
         ("another shape", "RankError", "rank 1: CalibrationError: Sequential does not accept inputs of shape (5, 6)"),
         ("other weights", "ValueError", "rank 1 has other weights than rank 0"),
         ("other arguments", "ValueError", "rank 1 has other arguments than rank 0"),
-        ("wrong arguments", "ValueError", "keep must leave at least one channel, got keep=-1"),
+        ("an unknown argument", "ValueError", "into must be one of copy, model, graph, got 'thin air'"),
+        ("an unknown layer", "ValueError", "keep names 'nowhere', which is no prunable producer"),
         (
             "wrapped",
             "GraphError",
@@ -118,13 +120,12 @@ def test_all_ranks_raise_the_same(two: list[dict[str, Any]], name: str, kind: st
 
 @pytest.mark.parametrize(("how", "passes", "count"), [("is killed", 1, 2), ("is killed", 2, 3), ("sleeps", 2, 2)])
 def test_a_rank_that_is_lost_ends_the_others(tmp_path: Path, how: str, passes: int, count: int) -> None:
-    codes = started(count, ranks.end, tmp_path, how, passes)
+    codes = started(count, ranks.lost, tmp_path, how, passes)
     assert codes == [0, -9 if how == "is killed" else 0, 0][:count]
     for rank in (0, 2)[: count - 1]:
-        seconds, (raised, message) = torch.load(tmp_path / str(rank))
+        raised, message = torch.load(tmp_path / str(rank))
         assert raised == "RankError"
         assert f"rank {rank} has lost the others: one of the {count} has ended, or did not answer" in message
-        assert seconds < 15
 
 
 NET = """

@@ -11,6 +11,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,45 +26,50 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import lnr_prune as lnr
-from lnr_prune.calibration.data import calibrate
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.cli import main
 from lnr_prune.errors import CalibrationError, LnrPruneError
-from lnr_prune.runtime import work
 from lnr_prune.runtime.digest import digest_of, sha256
 from lnr_prune.runtime.disk import locked
-from lnr_prune.runtime.identity import Run
+from lnr_prune.runtime.identity import Identity
+from lnr_prune.runtime.processes import ALONE
+from lnr_prune.runtime.work import LOCK, RUN, Work, opened_folder
 from tests.helpers import runs
-from tests.test_faults import failing, owner_of
+from tests.helpers.faults import failing, owner_of
 
 KILLS = int(os.environ.get("LNR_PRUNE_KILLS", "3"))
 STEP = 1 if KILLS >= 50 else 5  # files that a run makes
-LIMIT = 120  # seconds that a process may take
+LIMIT = 3600.0  # seconds: it ends processes that hang
 MODEL, DATA = runs.network("lasso")
-WORK = (  # what a run that goes on has to do less of
-    "lnr_prune.statistics.watch",
-    "lnr_prune.statistics.SecondMoments.with_rows",
-    "lnr_prune.path.solve",
-    "lnr_prune.problem.GroupLasso.error",
-    "lnr_prune.curves.backward",
-    "lnr_prune.selection.eliminate",
-    "lnr_prune.target.ridge_regression",
-    "lnr_prune.refit.target_of",
-    "lnr_prune.search.allocate",
-    "lnr_prune.search.refit_network",
-)
+DONE = {  # what a run that goes on has to do less of
+    "batches": "lnr_prune.calibration.gather.watch",
+    "rows": "lnr_prune.calibration.moments.SecondMoments.with_rows",
+    "solves": "lnr_prune.lasso.path.solve",
+    "groups": "lnr_prune.lasso.problem.GroupLasso.error",
+    "curves": "lnr_prune.selection.curves.backward",
+    "eliminations": "lnr_prune.selection.selectors.backward",
+    "regressions": "lnr_prune.refit.fit.ridge_regression",
+    "layers": "lnr_prune.refit.refit.target_of",
+    "allocations": "lnr_prune.selection.search.allocate",
+    "refits": "lnr_prune.selection.trials.refit_network",
+}
 
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "SECONDS", 0.0)
-    monkeypatch.setattr(resume, "SHARE", 0)
+    snapshots(monkeypatch, 0.0, 0)
 
 
-def started(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+def snapshots(patch: pytest.MonkeyPatch, seconds: float, share: int) -> None:
+    """How seldom they are."""
+    patch.setattr("lnr_prune.runtime.work.SECONDS", seconds)
+    patch.setattr("lnr_prune.runtime.work.SHARE", share)
+
+
+def started(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.helpers.runs", "torch._dynamo"])
-    process = server.Process(target=work, args=arguments)
+    process = server.Process(target=target, args=arguments)
     process.start()
     return process
 
@@ -111,7 +117,7 @@ def test_killed_at_every_file(name: str, when: str, least: int, expected: Any, t
     """Every run makes a few new files, and is killed before or after it has put the last one in its place."""
     work, out, codes = tmp_path / "work", tmp_path / "out", list[int | None]()
     while not out.exists():
-        codes.append(ended(started(runs.work, name, work, out, 1 + STEP + (when == "before"), when)))
+        codes.append(ended(started(runs.alone, name, work, out, 1 + STEP + (when == "before"), when)))
         assert len(codes) < 60
     assert set(codes[:-1]) == {-9}
     assert len(codes) > least / STEP
@@ -125,8 +131,8 @@ def test_killed_at_random_moments(expected: Any, tmp_path: Path) -> None:
     while len(kills) < KILLS:
         work, out = tmp_path / f"work-{number}", tmp_path / f"out-{number}"
         for limit in [chance.uniform(0, longest) for _ in range(2 if number else 0)] + [LIMIT]:
-            process = started(runs.work, name, work, out)
-            while process.is_alive() and not (work / work.RUN).exists():
+            process = started(runs.alone, name, work, out)
+            while process.is_alive() and not (work / RUN).exists():
                 time.sleep(0.001)
             start = time.monotonic()
             if ended(process, limit) == -9:
@@ -138,9 +144,15 @@ def test_killed_at_random_moments(expected: Any, tmp_path: Path) -> None:
     logging.getLogger(__name__).info("%d runs, killed at so many files: %s", number, kills)
 
 
-def mine(work: Path | None, data: Any = None, model: nn.Module | None = None, **more: Any) -> dict[str, Any]:
-    arguments = {**runs.AMOUNTS["lasso"], **more}
-    return runs.result(lnr.prune(model or MODEL, DATA if data is None else data, run=lnr.Run(work=work), **arguments))
+def mine(
+    folder: Any,
+    data: Any = None,
+    model: nn.Module | None = None,
+    progress: Callable[[str], None] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    run, options = lnr.Run(work=folder, progress=progress), {**runs.AMOUNTS["lasso"], **more}
+    return runs.result(lnr.prune(model or MODEL, DATA if data is None else data, run=run, **options))
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -149,19 +161,19 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each function of `WORK` is called."""
+    """How often each function of `DONE` is called."""
     calls: Counter[str] = Counter()
 
-    def counting(path: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def function(*args: Any, **kwargs: Any) -> Any:
-            calls[path] += 1
+            calls[what] += 1
             return real(*args, **kwargs)
 
         return function
 
-    for path in WORK:
+    for what, path in DONE.items():
         owner, name = owner_of(path)
-        monkeypatch.setattr(owner, name, counting(path, getattr(owner, name)))
+        monkeypatch.setattr(owner, name, counting(what, getattr(owner, name)))
     return calls
 
 
@@ -193,12 +205,12 @@ def stopped(at: str, count: int) -> Callable[[str], None]:
 @pytest.mark.parametrize(
     ("name", "at", "count", "done"),
     [
-        ("lasso", "statistics", 4, {"statistics.watch": 4, "refit.target_of": 0}),  # of 6 batches
-        ("budget", "measuring", 3, {"statistics.watch": 6, "curves.backward": 2, "search.refit_network": 0}),
-        ("budget", "measuring what", 2, {"statistics.watch": 6, "curves.backward": 4, "search.refit_network": 1}),
-        ("budget", "searching", 3, {"statistics.watch": 6, "curves.backward": 4, "search.refit_network": 4}),
-        ("lasso", "selecting", 3, {"statistics.watch": 6, "problem.GroupLasso.error": 2, "refit.target_of": 0}),
-        ("lasso", "refitting", 5, {"statistics.watch": 6, "problem.GroupLasso.error": 4, "refit.target_of": 3}),
+        ("lasso", "statistics", 4, {"batches": 4, "layers": 0}),  # of 6 batches
+        ("budget", "measuring", 3, {"batches": 6, "curves": 2, "refits": 0}),
+        ("budget", "measuring what", 2, {"batches": 6, "curves": 4, "refits": 1}),
+        ("budget", "searching", 3, {"batches": 6, "curves": 4, "refits": 4}),
+        ("lasso", "selecting", 3, {"batches": 6, "groups": 2, "layers": 0}),
+        ("lasso", "refitting", 5, {"batches": 6, "groups": 4, "layers": 3}),
     ],
 )
 def test_only_what_is_left_is_done(
@@ -209,7 +221,7 @@ def test_only_what_is_left_is_done(
         runs.pruned(name, tmp_path, progress=stopped(at, count))
     counted.clear()
     assert runs.same(runs.pruned(name, tmp_path), wanted)
-    assert {each: whole[f"lnr_prune.{each}"] - counted[f"lnr_prune.{each}"] for each in done} == done
+    assert {each: whole[each] - counted[each] for each in done} == done
 
 
 def test_a_snapshot_of_fewer_layers_is_not_taken(expected: Any, tmp_path: Path) -> None:
@@ -255,9 +267,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a run that kept the snapshots of its pass."""
     work = tmp_path_factory.mktemp("finished") / "work"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "SECONDS", 0.0)
-        patch.setattr(resume, "SHARE", 0)
-        patch.setattr(resume, "drop", lambda what: None)
+        snapshots(patch, 0.0, 0)
+        patch.setattr(Work, "drop", lambda work, what: None)
         runs.pruned("budget", work)
     return files(work)
 
@@ -273,7 +284,7 @@ def test_damaged_files_are_computed_anew(
     damage: str, finished: dict[str, bytes], expected: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """All of them, the snapshot too."""
-    spare = (work.LOCK,)
+    spare = (LOCK,)
     laid({name: raw if name in spare else DAMAGES[damage](raw) for name, raw in finished.items()}, tmp_path)
     assert runs.same(runs.pruned("budget", tmp_path), of("budget", expected))
     said = warnings_in(caplog)
@@ -288,7 +299,7 @@ def test_damaged_files_are_computed_anew(
 def test_any_one_damaged_file_is_computed_anew(
     finished: dict[str, bytes], expected: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = [name for name in finished if name != work.LOCK]
+    names = [name for name in finished if name != LOCK]
     for number, name in enumerate(names):
         work, chance = tmp_path / str(number), random.Random(number)
         caplog.clear()
@@ -304,9 +315,9 @@ def test_any_one_damaged_file_is_computed_anew(
 def test_files_of_another_run_are_not_taken(
     finished: dict[str, bytes], expected: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mine(tmp_path, ridge=0.1)
+    mine(tmp_path, refit=lnr.Refit(ridge=0.1))
     laid({name: raw for name, raw in files(tmp_path).items() if name.startswith("refit")}, other := tmp_path / "other")
-    laid({work.RUN: finished[work.RUN]}, other)
+    laid({RUN: finished[RUN]}, other)
     assert runs.same(runs.pruned("budget", other), of("budget", expected))
     assert "SHA-256" in " ".join(warnings_in(caplog))
 
@@ -324,18 +335,19 @@ def other_layers() -> nn.Module:
     return model
 
 
+KEPT, FITTED = "Keep(channels=0.5)", "Refit(ridge=None, window=1, iterations=10)"
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "amount": ({"keep": 0.4}, "of keep: 0.5, now 0.4. Give the same"),
-    "kind of amount": ({"keep": None, "lam_ratio": 0.1}, "of keep: 0.5, now None; lam_ratio: None, now 0.1."),
-    "budget": ({"keep": None, "budget": lnr.Budget(macs=0.5)}, "budget: None, now Budget("),
-    "selector": ({"selector": "backward"}, "selector: 'group_lasso', now 'backward'"),
-    "solver": ({"solver": lnr.Fista()}, "solver: Newton("),
-    "ridge": ({"ridge": 0.1}, "ridge: None, now 0.1"),
+    "amount": ({"amount": lnr.Keep(0.4)}, f"of amount: {KEPT}, now Keep(channels=0.4). Give the same"),
+    "kind of amount": ({"amount": lnr.Penalty(ratio=0.1)}, f"amount: {KEPT}, now Penalty(lam=None, ratio=0.1)."),
+    "budget": ({"amount": lnr.Budget(macs=0.5)}, f"amount: {KEPT}, now Budget("),
+    "selector": ({"selector": "backward"}, "selector: Lasso(solver=Newton("),
+    "solver": ({"selector": lnr.Lasso(lnr.Fista())}, ", now Lasso(solver=Fista("),
+    "ridge": ({"refit": lnr.Refit(ridge=0.1)}, f"refit: {FITTED}, now Refit(ridge=0.1,"),
+    "window": ({"refit": lnr.Refit(window=2)}, f"refit: {FITTED}, now Refit(ridge=None, window=2,"),
     "bias": ({"bias": False}, "bias: True, now False"),
-    "debias": ({"debias": False}, "debias: True, now False"),
+    "no refit": ({"refit": None}, f"refit: {FITTED}, now None"),
     "logits": ({"logits": True}, "logits: False, now True"),
-    "graph": ({"as_graph": True}, "as_graph: False, now True"),
-    "seed": ({"seed": 1}, "seed: 0, now 1"),
+    "graph": ({"into": "graph"}, "into: 'module', now 'graph'"),
     "weights": ({"model": other_weights()}, "of other weights"),
     "layers": ({"model": other_layers()}, "of a model of other layers"),
     "values": ({"data": [*DATA[:3], DATA[3] + 1, *DATA[4:]]}, "of other calibration data (from batch 3 on)"),
@@ -364,15 +376,26 @@ def test_the_folder_of_another_run_is_refused(what: str, done: Path) -> None:
     assert files(done) == before
 
 
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    mine(tmp_path, selector=lnr.Random())
+    with pytest.raises(ValueError, match=r"of selector: Random\(seed=0\), now Random\(seed=1\)\. Give the same"):
+        mine(tmp_path, selector=lnr.Random(seed=1))
+
+
+def test_layers_may_be_named_in_any_order(tmp_path: Path) -> None:
+    first = mine(tmp_path, amount=lnr.Keep({"0": 3, "10": 0.5}))
+    assert runs.same(mine(tmp_path, amount=lnr.Keep({"10": 0.5, "0": 3})), first)
+
+
 @pytest.mark.parametrize("name", ["version", "torch", "data"])
 def test_the_folder_of_another_version_or_number_of_processes(name: str, done: Path, tmp_path: Path) -> None:
-    run = Run.from_json((done / work.RUN).read_text(encoding="utf-8"))
+    run = Identity.from_json((done / RUN).read_text(encoding="utf-8"))
     others = {
         "version": replace(run, version="0.0.9"),
         "torch": replace(run, torch="1.0"),
         "data": replace(run, data=run.data * 2),
     }
-    laid({**files(done), work.RUN: others[name].to_json().encode()}, tmp_path)
+    laid({**files(done), RUN: others[name].to_json().encode()}, tmp_path)
     words = {"version": "of lnr-prune: 0.0.9, now", "torch": "of torch: 1.0, now", "data": "of 2 processes, now 1"}
     with pytest.raises(ValueError, match=words[name]):
         mine(tmp_path)
@@ -413,9 +436,9 @@ def test_one_run_at_a_time(tmp_path: Path, expected: Any) -> None:
         if not codes:
             with pytest.raises(LnrPruneError, match="in use by another run: wait for its end, or give another folder"):
                 mine(tmp_path)
-            codes.append(ended(started(runs.work, "lasso", tmp_path, tmp_path.parent / "out")))
+            codes.append(ended(started(runs.alone, "lasso", tmp_path, tmp_path.parent / "out")))
             assert runs.same(mine(tmp_path.parent / "other"), wanted)
-            mine(None, keep=0.4)  # leaves no trace here
+            mine(None, amount=lnr.Keep(0.4))  # leaves no trace here
 
     assert runs.same(mine(tmp_path, progress=meanwhile), wanted)
     assert codes == [1]
@@ -468,7 +491,7 @@ NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("at", [1, 4, 10, 14])
-@pytest.mark.parametrize("write", ["lnr_prune.resume.save_file", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("write", ["lnr_prune.runtime.stored.save_file", "os.fsync", "os.replace"])
 def test_a_write_that_fails(
     write: str, at: int, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -490,7 +513,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     kinds: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "file": (work.touch, ValueError, "is a file: give a folder"),
         "below a file": ((tmp_path / "work").touch, OSError, "cannot be written: Not a directory"),
-        "lock is a link": (lambda: (work / work.LOCK).symlink_to(tmp_path / "x"), OSError, "cannot be written: Too"),
+        "lock is a link": (lambda: (work / LOCK).symlink_to(tmp_path / "x"), OSError, "cannot be written: Too"),
         "full": (lambda: monkeypatch.setattr(os, "write", failing(1, NO_ROOM, os.write)), OSError, "No space left"),
     }
     prepare, kind, words = kinds[made]
@@ -500,14 +523,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     with pytest.raises(kind, match=words):
         mine(work / "inner" if made == "below a file" else work)
     assert not +counted
-    with locked(tmp_path / work.LOCK):
+    with locked(tmp_path / LOCK):
         pass
 
 
-@pytest.mark.parametrize("work", [7, b"work", ["work"]])
-def test_a_work_that_is_no_path(work: Any) -> None:
+@pytest.mark.parametrize("folder", [7, b"work", ["work"]])
+def test_a_work_that_is_no_path(folder: Any) -> None:
     with pytest.raises(TypeError, match="work must be the path of a folder, or None, got"):
-        mine(work)
+        mine(folder)
 
 
 def test_files_of_killed_runs_are_cleared_away(tmp_path: Path) -> None:
@@ -517,13 +540,21 @@ def test_files_of_killed_runs_are_cleared_away(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+@contextmanager
+def kept(folder: Path) -> Iterator[Work]:
+    """Work of a run that has this folder."""
+    model = nn.Linear(2, 2)
+    identity = Identity.of(model, dict(model.named_parameters()), [], {})
+    with opened_folder(folder, lambda: identity, ALONE) as opened:
+        yield Work(folder=opened)
+
+
 def test_values_come_back_as_they_were(tmp_path: Path) -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     moments = SecondMoments.of(x, x.new_empty(3, 0))
     value = ({"a": moments, "b": SecondMoments.of(x[:, 1:], x[:, :0])}, float("inf"), None, "λ", x.T, x, x[0])
     kind: Any = tuple[dict[str, SecondMoments], float, int | None, str, Tensor, Tensor, Tensor]
-    model = nn.Linear(2, 2)
-    with work.folder(tmp_path, model, calibrate(model, []), {}):
+    with kept(tmp_path) as work:
         work.remembered("value", kind, lambda: value)
         back = work.remembered("value", kind, lambda: pytest.fail("is there"))
         assert back[1:4] == value[1:4]
@@ -564,8 +595,9 @@ FORGED: dict[str, tuple[str, str, dict[str, Tensor]]] = {
 @pytest.mark.parametrize("what", [*FORGED, "a pickle", "a pipe"])
 def test_forged_files_are_computed_anew(what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Even with checksums that are right."""
-    model, kind = nn.Linear(2, 2), tuple[Tensor, float]
-    with work.folder(tmp_path, model, calibrate(model, []), {}):
+    kind: Any = tuple[Tensor, float]
+    with kept(tmp_path) as work:
+        assert work.folder is not None
         work.remembered("value", kind, lambda: (torch.zeros(2), 2.0))
         (path,) = tmp_path.glob("value*")
         if what == "a pickle":
@@ -575,10 +607,8 @@ def test_forged_files_are_computed_anew(what: str, tmp_path: Path, caplog: pytes
             os.mkfifo(path)
         else:
             text, devices, tensors = FORGED[what]
-            here = work._current.get()
-            assert here is not None
             digest = digest_of({str(i): tensor for i, tensor in enumerate(tensors.values())})
-            checksum = sha256(json.dumps([here.run, "value", text, devices, digest]))
+            checksum = sha256(json.dumps([work.folder.owner("value"), text, devices, digest]))
             save_file(tensors, path, {"value": text, "devices": devices, "sha256": checksum})
         tensor, number = work.remembered("value", kind, lambda: (torch.ones(2), 3.0))
         assert (tensor.tolist(), number) == ([1.0, 1.0], 3.0)
@@ -590,24 +620,23 @@ def test_forged_files_are_computed_anew(what: str, tmp_path: Path, caplog: pytes
 def test_snapshots_are_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(resume, "SECONDS", 5.0)
-    monkeypatch.setattr(resume, "SHARE", 20)
-    model, kept = nn.Linear(2, 2), list[int]()
-    with work.folder(tmp_path, model, calibrate(model, []), {}):
+    snapshots(monkeypatch, 5.0, 20)
+    written = list[int]()
+    with kept(tmp_path) as work:
         for step in range(60):
             work.keep("steps", step)
             if work.snapshot("steps", int) == step:
-                kept.append(step)
+                written.append(step)
         work.drop("steps")
         assert work.snapshot("steps", int) is None
-    assert kept == [4, 24, 44]  # after 5 seconds, then every 20 times the second that one takes
+    assert written == [4, 24, 44]  # after 5 seconds, then every 20 times the second that one takes
 
 
 def test_a_sweep_has_a_folder_for_every_point(tmp_path: Path, counted: Counter[str]) -> None:
-    budgets = [{"keep": 0.6}, {"keep": 0.4}]
-    first = lnr.sweep(MODEL, DATA, budgets, run=lnr.Run(work=tmp_path))
+    amounts = [lnr.Keep(0.6), lnr.Keep(0.4)]
+    first = lnr.sweep(MODEL, DATA, amounts, run=lnr.Run(work=tmp_path))
     counted.clear()
-    again = lnr.sweep(MODEL, DATA, budgets, run=lnr.Run(work=str(tmp_path)))
+    again = lnr.sweep(MODEL, DATA, amounts, run=lnr.Run(work=str(tmp_path)))
     assert not +counted
     assert [point.report for point in first.points] == [point.report for point in again.points]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
@@ -625,7 +654,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(main.app, [*options, "--keep", "0.5"]).exit_code == 0
     assert list(Path("work").glob("refit-of-2.weight*"))
     Path("m.safetensors").unlink()
-    with locked(Path("work") / work.LOCK):
+    with locked(Path("work") / LOCK):
         refused = CliRunner().invoke(main.app, [*options, "--keep", "0.5"])
     assert refused.exit_code == 1
     assert "work is in use by another run" in refused.output

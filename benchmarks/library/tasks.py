@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.networks import Trained
+from benchmarks.library.networks import Trained
 from lnr_prune.calibration.calls import Call
 from lnr_prune.recipes.data import batches
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.tasks import Judged, Task, draw
+from benchmarks.library.tasks import Judged, Task, draw
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.runtime.optional import import_torchvision, require
 

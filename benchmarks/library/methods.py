@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 import lnr_prune as lnr
-from benchmarks import peers
-from benchmarks.sentences import EMBEDDINGS
-from benchmarks.tasks import Task
+from benchmarks.library import peers
+from benchmarks.library.sentences import EMBEDDINGS
+from benchmarks.library.tasks import Task
+from lnr_prune.selection.selectors import Selector
 
 Level = tuple[str, float]
 """What is limited, "params" or "macs", and the share of it that may be left."""
@@ -24,10 +25,17 @@ LEVELS: dict[str, tuple[Level, ...]] = {
     "digits_mlp": (("macs", 0.25), ("macs", 0.1), ("macs", 0.05)),
     "digits_cnn": (("macs", 0.5), ("macs", 0.25), ("macs", 0.1)),
 }
-SELECTORS = ("group_lasso", "backward", "backward_swap", "norm", "random")
+SELECTORS: dict[str, Callable[[int], Selector]] = {
+    "group_lasso": lambda _: lnr.Lasso(),
+    "backward": lambda _: lnr.Backward(),
+    "backward, 8 swaps": lambda _: lnr.Backward(swaps=8),
+    "norm": lambda _: lnr.Norm(),
+    "random": lnr.Random,
+}
+"""Seed -> the selector."""
 
 
-def methods(task: Task, level: Level, *, search: int = 0, refits: int = 100, tandem: int = 10) -> dict[str, Method]:
+def methods(task: Task, level: Level, *, search: int = 0, refits: int = 100, iterations: int = 10) -> dict[str, Method]:
     """Name -> (batches, seed) -> the pruned network.
 
     Args:
@@ -35,7 +43,7 @@ def methods(task: Task, level: Level, *, search: int = 0, refits: int = 100, tan
         level: The budget.
         search: Trials of a local search, in a row of its own; 0 = no such row.
         refits: Groups for which budgets measure what the refit leaves; 100 = all.
-        tandem: Iterations in the row that refits in tandem.
+        iterations: Of the row whose refit has a window of two layers.
     """
     kind, share = level
     graph = peers.graph_of(task)
@@ -43,12 +51,14 @@ def methods(task: Task, level: Level, *, search: int = 0, refits: int = 100, tan
     limits: dict[str, Any] = {kind: share}
     budget = lnr.Budget(**limits, effort=lnr.Effort(samples=task.measured, refits=refits))
 
-    def ours(selector: str, **amount: Any) -> Method:
-        return lambda batches, seed: (
-            lnr.prune(
-                task.model, batches, selector=selector, run=lnr.Run(progress=False), logits=task.logits, **amount
-            ).model
-        )
+    def ours(name: str, amount: lnr.Budget | lnr.Keep, window: int = 1) -> Method:
+        def prune(batches: list[Any], seed: int) -> nn.Module:
+            return lnr.prune(
+                task.model, batches, amount, selector=SELECTORS[name](seed),
+                refit=lnr.Refit(window=window, iterations=iterations), logits=task.logits, run=lnr.Run(progress=False),
+            ).model  # fmt: skip
+
+        return prune
 
     def peer(criterion: str, sharing: str, finish: str) -> Method:
         def prune(batches: list[Any], seed: int) -> nn.Module:
@@ -58,18 +68,14 @@ def methods(task: Task, level: Level, *, search: int = 0, refits: int = 100, tan
 
         return prune
 
-    every = {f"budget, {name}": ours(name, budget=budget) for name in ("group_lasso", "backward", "norm")}
-    every["budget, backward, tandem"] = ours("backward", budget=budget, tandem=tandem)
+    every = {f"budget, {name}": ours(name, budget) for name in ("group_lasso", "backward", "norm")}
+    every["budget, backward, window 2"] = ours("backward", budget, window=2)
     if search:
-        every[f"budget, backward, {search} trials"] = ours("backward", budget=replace(budget, search=search))
-    every |= {f"uniform, {name}": ours(name, keep=sizes) for name in SELECTORS}
+        searched = replace(budget, effort=replace(budget.effort, search=search))
+        every[f"budget, backward, {search} trials"] = ours("backward", searched)
+    every |= {f"uniform, {name}": ours(name, lnr.Keep(sizes)) for name in SELECTORS}
     for criterion in peers.criteria(task):
         for sharing in ("uniform", "global"):
             for finish in peers.finishes(task):
                 every[f"peer, {sharing}, {criterion}, {finish}"] = peer(criterion, sharing, finish)
     return every
-
-
-def is_peer(method: str) -> bool:
-    """Whether a method has nothing of ours in it."""
-    return method.startswith("peer, ") and not method.endswith(", refit")

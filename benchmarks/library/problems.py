@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.networks import load
-from benchmarks.sentences import load_minilm, of_equal_length, read_pairs
+from benchmarks.library.networks import load
+from benchmarks.library.sentences import load_minilm, of_equal_length, read_pairs
 from lnr_prune import Block, GroupLasso
 from lnr_prune.calibration.moments import SecondMoments
 

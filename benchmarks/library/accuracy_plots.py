@@ -3,18 +3,15 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from benchmarks.library.rows import Row
 from lnr_prune.runtime.optional import require
-
-if TYPE_CHECKING:
-    from benchmarks.accuracy import Row
 
 STYLES = {"raw": ":", "bn": "--", "refit": "-."}  # of peers
 MARKERS = {"budget": "s", "uniform": "o", "global": "x"}
 
 
-def plot(rows: Sequence["Row"], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Draws one network's rows into an image file: a colour a criterion, markers by sizes, ours as solid lines."""
     lines: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -28,11 +25,12 @@ def plot(rows: Sequence["Row"], path: Path) -> None:
             panels[0].axhline(100 * row.score, color="grey", linestyle="--" if row.finetuned else "-", label="dense")
     colours: dict[str, str] = {}
     for name, of_method in pruned.items():
-        ours, sizes, criterion, *finish = ["ours", *name.split(", ")] if "peer" not in name else name.split(", ")
+        peer = name.startswith("peer, ")
+        sizes, criterion, finish = name.split(", ")[1:4] if peer else (*name.split(", ", 1), "")
         style = {
             "color": colours.setdefault(criterion, f"C{len(colours)}"),
-            "linestyle": "-" if ours == "ours" else STYLES[finish[0]],
-            "linewidth": 2 if ours == "ours" else 1,
+            "linestyle": STYLES[finish] if peer else "-",
+            "linewidth": 1 if peer else 2,
             "marker": MARKERS[sizes],
             "label": name,
         }

@@ -8,23 +8,23 @@ only. Its own removal is not used: the channels that it would choose are taken o
 import copy
 import importlib.util
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.tasks import Task
+from benchmarks.library.tasks import Task
 from lnr_prune.calibration.calls import samples_in, shortened
 from lnr_prune.calibration.data import calibrate
-from lnr_prune.calibration.reading import moments_of, read
+from lnr_prune.calibration.reading import read_in_passes
 from lnr_prune.collapse.collapse import collapse
 from lnr_prune.collapse.plan import make_plan
 from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.graph.groups import Graph, find_groups
 from lnr_prune.refit.network import refit_network
-from lnr_prune.selection.cost_model import Cost, Sizes, cost_of
+from lnr_prune.selection.cost_model import cost_of
 
 TORCH_PRUNING = {
     "magnitude": "GroupMagnitudeImportance",
@@ -36,6 +36,8 @@ TAYLOR = 8  # labelled batches that its gradients are summed over
 
 Scores = Mapping[str, Tensor]
 """Name of a group -> importance of each of its channels, of mean one."""
+Sizes = Mapping[str, float]
+"""Name of a group -> channels kept; groups that are not named stay whole."""
 
 
 def graph_of(task: Task) -> Graph:
@@ -45,10 +47,14 @@ def graph_of(task: Task) -> Graph:
     return replace(graph, groups=shrinkable(copy.deepcopy(task.model), graph.groups, example)[0])
 
 
-def limit(task: Task, graph: Graph, kind: str, share: float) -> tuple[Cost, float]:
-    """The cost model, and what a share of the whole network's cost is."""
+def limit(task: Task, graph: Graph, kind: str, share: float) -> tuple[Callable[[Sizes], float], float]:
+    """What the network costs at these sizes of some groups, and what a share of the whole network's cost is."""
     cost = cost_of(task.model, graph, kind, samples_in(shortened(task.example)))
-    return cost, share * cost({group.name: group.size for group in graph.groups})
+
+    def spent(sizes: Sizes) -> float:
+        return cost({group: sizes.get(group.name, group.size) for group in graph.groups})  # type: ignore[misc]
+
+    return spent, share * spent({})
 
 
 def uniform(task: Task, graph: Graph, kind: str, share: float) -> dict[str, int]:
@@ -57,7 +63,7 @@ def uniform(task: Task, graph: Graph, kind: str, share: float) -> dict[str, int]
     The shares that meet the budget exactly are rounded down; then, while one fits, another channel goes to the group
     that is furthest below its share.
     """
-    cost, most = limit(task, graph, kind, share)
+    spent, most = limit(task, graph, kind, share)
     whole = {group.name: group.size for group in graph.groups}
 
     def shrunk(removed: float) -> dict[str, float]:
@@ -66,12 +72,12 @@ def uniform(task: Task, graph: Graph, kind: str, share: float) -> dict[str, int]
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if cost({**whole, **shrunk(middle)}) <= most else (middle, high)  # type: ignore[dict-item]
+        low, high = (low, middle) if spent(shrunk(middle)) <= most else (middle, high)
     ideal = shrunk(high)
     sizes = {name: int(size + 1e-6) for name, size in ideal.items()}
     while True:
         more = {name: {**sizes, name: size + 1} for name, size in sizes.items() if size < whole[name]}
-        fitting = [name for name, raised in more.items() if cost({**whole, **raised}) <= most]
+        fitting = [name for name, raised in more.items() if spent(raised) <= most]
         if not fitting:
             return sizes
         sizes = more[min(fitting, key=lambda name: (sizes[name] - ideal[name]) / whole[name])]
@@ -79,8 +85,7 @@ def uniform(task: Task, graph: Graph, kind: str, share: float) -> dict[str, int]
 
 def highest(task: Task, graph: Graph, kind: str, share: float, scores: Scores) -> dict[str, int]:
     """How many channels each group keeps if those of the lowest scores leave, whatever group they are of."""
-    cost, most = limit(task, graph, kind, share)
-    whole = {group.name: group.size for group in graph.groups}
+    spent, most = limit(task, graph, kind, share)
     every = torch.cat(list(scores.values())).sort().values
 
     def above(threshold: Tensor) -> dict[str, int]:
@@ -89,7 +94,7 @@ def highest(task: Task, graph: Graph, kind: str, share: float, scores: Scores) -
     low, high = 0, len(every) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if cost({**whole, **above(every[middle])}) <= most else (middle + 1, high)
+        low, high = (low, middle) if spent(above(every[middle])) <= most else (middle + 1, high)
     return above(every[high])
 
 
@@ -143,22 +148,19 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def finished(task: Task, graph: Graph, sizes: Sizes, scores: Scores, batches: Iterable[Any], finish: str) -> nn.Module:
+def finished(
+    task: Task, graph: Graph, sizes: Mapping[str, int], scores: Scores, batches: Iterable[Any], finish: str
+) -> nn.Module:
     """The network with the channels of the highest scores: "raw", with "bn" statistics of its own, or our "refit"."""
     data = calibrate(task.model, batches)
-    supports = {}
-    for name, size in sizes.items():
-        supports[name] = torch.zeros(len(scores[name]), dtype=torch.bool)
-        supports[name][scores[name].argsort(descending=True, stable=True)[:size]] = True
-    chosen = [group for group in graph.groups if group.name in supports]
+    supports = {group: _largest(scores[group.name], sizes[group.name]) for group in graph.groups if group.name in sizes}
     weights: Mapping[str, Tensor] = {}
     if finish == "refit":
-        repeated = moments_of(graph.repeated, read(task.model, chosen, data, bias=True))
-        weights = refit_network(
-            task.model, graph, supports, data, repeated=repeated, bias=True, logits=task.logits
-        ).weights
+        passes = read_in_passes(task.model, [], list(supports), data, bias=True)
+        repeated = passes.moments_of(graph.repeated)
+        weights = refit_network(task.model, graph, supports, data, logits=task.logits, repeated=repeated).weights
     model = copy.deepcopy(task.model)
-    collapse(model, make_plan((group, supports[group.name]) for group in chosen), weights)
+    collapse(model, make_plan(supports), weights)
     if finish == "bn":
         for norm in batch_norms(model):
             norm.reset_running_stats()
@@ -168,3 +170,9 @@ def finished(task: Task, graph: Graph, sizes: Sizes, scores: Scores, batches: It
             for args, kwargs in data:
                 model(*args, **kwargs)
     return model.eval()
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    support = torch.zeros(len(scores), dtype=torch.bool)
+    support[scores.argsort(descending=True, stable=True)[:count]] = True
+    return support

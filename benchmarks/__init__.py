@@ -1,0 +1,1 @@
+"""Scripts that measure, and in `benchmarks.library` what they import; see README.md."""

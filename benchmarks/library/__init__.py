@@ -1,0 +1,1 @@
+"""What the benchmark scripts import: networks, data, methods and tables."""
