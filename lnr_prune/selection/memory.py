@@ -30,7 +30,7 @@ class MemoryPlan:
     """Bytes that are alive at once. Activations, which depend on the batches, and the model come on top.
 
     Attributes:
-        layers: Weight's name -> bytes of its second moments, ``8 d^2``.
+        layers: Weight's name -> bytes of its second moments, ``16 d^2``, of both halves of the samples.
         passes: The groups whose second moments are in memory together, pass by pass.
         lasting: Groups whose second moments stay in memory from the start.
         at_once: Bytes of the second moments that are in memory together.
@@ -118,7 +118,7 @@ def memory_plan(
     """
     iterations = 0 if refit is None else refit.joint_iterations
     readers = {group: adapted_layers(group, bias) for group in groups}
-    layers = {layer.consumer.weight: _bytes(layer, tensors, (1, 0)) for of in readers.values() for layer in of}
+    layers = {layer.consumer.weight: _bytes(layer, tensors, (2, 0)) for of in readers.values() for layer in of}
     solves = {group.name: sum(_bytes(layer, tensors, SOLVE) for layer in of) for group, of in readers.items()}
     reached = {} if refit is None else refitted_layers(graph, groups, bias)
     refits = {layer.consumer.name: _bytes(layer, tensors, REFIT) for layer in reached.values()}

@@ -1,6 +1,6 @@
 """Second moments are sums: of every consumer, in one pass, from any split of the data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -10,16 +10,24 @@ from torch import Tensor, nn
 
 from lnr_prune.calibration import rows
 from lnr_prune.calibration.adapter import AdaptedLayer
-from lnr_prune.calibration.data import calibrate
+from lnr_prune.calibration.data import Calibration, calibrate
 from lnr_prune.calibration.gather import gather
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.calibration.reading import adapted
+from lnr_prune.calibration.rows import Reader
 from lnr_prune.calibration.watch import LayerCall
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.groups import find_groups
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.runtime.work import Work
 from tests.helpers.models import Functional, cnn, mlp, randomised
+
+
+def sums(
+    model: nn.Module, readers: Mapping[str, Reader], data: Calibration, work: Work = Work()
+) -> dict[str, SecondMoments]:
+    """Those of all samples."""
+    return {name: halves.whole for name, halves in gather(model, readers, data, work).items()}
 
 
 def readers_of(model: nn.Module, example: Tensor) -> dict[str, AdaptedLayer]:
@@ -43,8 +51,8 @@ def test_every_consumer_at_once_and_any_split_of_the_data(chunk: int, monkeypatc
     monkeypatch.setattr(rows, "CHUNK", chunk)
     model, x = randomised(cnn()).double(), torch.randn(7, 2, 12, 12, dtype=torch.float64)
     readers = readers_of(model, x)
-    whole = gather(model, readers, calibrate(model, [x]))
-    split = gather(model, readers, calibrate(model, [(x[:3], torch.zeros(3)), (x[3:], torch.ones(4))]))
+    whole = sums(model, readers, calibrate(model, [x]))
+    split = sums(model, readers, calibrate(model, [(x[:3], torch.zeros(3)), (x[3:], torch.ones(4))]))
     assert set(whole) == {"3.weight", "6.weight", "10.weight", "12.weight"}
     for name in whole:
         torch.testing.assert_close(whole[name].xx, split[name].xx)
@@ -54,7 +62,7 @@ def test_every_consumer_at_once_and_any_split_of_the_data(chunk: int, monkeypatc
 def test_moments_of_a_linear_layer_are_those_of_its_samples() -> None:
     model, x = mlp(4, 6, 3).double(), torch.randn(5, 4, dtype=torch.float64)
     readers = readers_of(model, x)
-    moments = gather(model, readers, calibrate(model, [x]))["2.weight"]
+    moments = sums(model, readers, calibrate(model, [x]))["2.weight"]
     moments = moments.through(readers["2.weight"].matrix(named_tensors(model)))
     hidden = torch.cat([model[:2](x), torch.ones(5, 1)], 1).detach()
     torch.testing.assert_close(moments.xx, hidden.T @ hidden)
@@ -67,7 +75,7 @@ def test_the_rows_that_are_read_do_not_depend_on_the_batches(cut: int, monkeypat
     monkeypatch.setattr(rows, "ROWS_PER_COLUMN", 2)
     model, x = randomised(cnn()).double(), torch.randn(7, 2, 12, 12, dtype=torch.float64)
     readers = readers_of(model, x)
-    whole, split = (gather(model, readers, calibrate(model, data)) for data in ([x], [x[:cut], x[cut:]]))
+    whole, split = (sums(model, readers, calibrate(model, data)) for data in ([x], [x[:cut], x[cut:]]))
     assert whole["3.weight"].count == 7 * 11  # d = 37: 2 d / 7 of a sample's 42 positions
     for name in whole:
         torch.testing.assert_close(whole[name].xx, split[name].xx)
@@ -105,7 +113,7 @@ def test_every_sample_reads_other_positions_and_all_are_read_alike(monkeypatch: 
 
 def test_functional_calls_and_shared_weights_are_seen() -> None:
     model, x = Functional().double(), torch.randn(5, 5, dtype=torch.float64)
-    moments = gather(model, readers_of(model, x), calibrate(model, [x]))
+    moments = sums(model, readers_of(model, x), calibrate(model, [x]))
     assert moments["w2"].count == 10  # used twice
 
 
@@ -121,7 +129,7 @@ def test_a_consumer_that_is_never_called_is_an_error() -> None:
 
     model = Branching()
     with pytest.raises(CalibrationError, match=r"no call of b\.weight was seen in 1 batches"):
-        gather(model, readers_of(model, torch.randn(3, 4)), calibrate(model, [torch.randn(2, 4)]))
+        sums(model, readers_of(model, torch.randn(3, 4)), calibrate(model, [torch.randn(2, 4)]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -130,20 +138,20 @@ def test_activations_that_are_not_finite_name_layer_and_batch(value: float) -> N
     bad = x.clone()
     bad[0, 0] = value
     with pytest.raises(CalibrationError, match="layer '2' are not finite in batch 1"):
-        gather(model, readers_of(model, x), calibrate(model, [x, bad]))
+        sums(model, readers_of(model, x), calibrate(model, [x, bad]))
 
 
 def test_no_batch_is_an_error() -> None:
     model = mlp(4, 6, 3)
     with pytest.raises(CalibrationError, match="no batch"):
-        gather(model, readers_of(model, torch.randn(3, 4)), calibrate(model, []))
+        sums(model, readers_of(model, torch.randn(3, 4)), calibrate(model, []))
 
 
 def test_empty_batches_and_unbatched_inputs_are_fine() -> None:
     model, x = mlp(4, 6, 3).double(), torch.randn(5, 4, dtype=torch.float64)
     readers = readers_of(model, x)
-    batched = gather(model, readers, calibrate(model, [x, x[:0]]))["2.weight"]
-    single = gather(model, readers, calibrate(model, list(x)))["2.weight"]
+    batched = sums(model, readers, calibrate(model, [x, x[:0]]))["2.weight"]
+    single = sums(model, readers, calibrate(model, list(x)))["2.weight"]
     torch.testing.assert_close(batched.xx, single.xx)
     assert batched.count == single.count == 5
 
@@ -151,7 +159,7 @@ def test_empty_batches_and_unbatched_inputs_are_fine() -> None:
 def test_progress_is_reported_after_every_batch() -> None:
     model, seen = mlp(4, 6, 3), list[str]()
     x = torch.randn(5, 4)
-    gather(model, readers_of(model, x), calibrate(model, [x, x]), Work(step=seen.append))
+    sums(model, readers_of(model, x), calibrate(model, [x, x]), Work(step=seen.append))
     assert seen == ["statistics"] * 2
 
 
@@ -204,6 +212,6 @@ def test_a_chunk_holds_no_more_elements_than_it_should(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(SecondMoments, "with_rows", watched)
     model, x = mlp(4, 6, 3), torch.randn(40, 4)
-    gather(model, readers_of(model, x), calibrate(model, x))
+    sums(model, readers_of(model, x), calibrate(model, x))
     assert sum(sizes) == 40 * 7
     assert max(sizes) <= 50

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lnr_prune.calibration.calls import samples_in
+from lnr_prune.calibration.calls import Call, samples_in
 from lnr_prune.calibration.data import calibrate, first_of_each_half
 from lnr_prune.calibration.places import HALF, Place, halves
 
@@ -43,7 +43,7 @@ def test_rows_of_a_sample_stay_together(size: int, first: int, positions: int) -
 
 
 def test_a_call_that_cannot_be_cut_goes_with_its_first_sample() -> None:
-    call = (torch.zeros(4, 2), torch.zeros(1, 2)), {}
+    call: Call = (torch.zeros(4, 2), torch.zeros(1, 2)), {}
     ((judges, whole),) = halves(call, Place(0, 4, 4))
     assert whole is call
     assert not judges

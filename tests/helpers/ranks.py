@@ -98,7 +98,8 @@ class Branching(nn.Module):
 
 def branched(ranks: Ranks) -> dict[str, SecondMoments]:
     model, data = network(Branching), batches(4)
-    return gather(model, layers_of(model, data[4]), calibrate(model, ranks.shard(data)), Work(ranks))
+    found = gather(model, layers_of(model, data[4]), calibrate(model, ranks.shard(data)), Work(ranks))
+    return {name: halves.whole for name, halves in found.items()}
 
 
 def failing(nth: int, fail: Callable[[], Any], ranks: Ranks) -> Iterator[Tensor]:

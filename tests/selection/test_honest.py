@@ -35,7 +35,7 @@ def test_the_held_out_error_is_that_of_samples_that_were_not_fitted_to() -> None
     (M,) = debias(problem, support)
     _, judging = first_of_each_half(calibrate(model, [x]), None)
     judges = torch.cat([batch for (batch,), _ in judging])
-    hidden = torch.cat([model[:2](judges), judges.new_ones(len(judges), 1)], 1)  # type: ignore[index]
+    hidden = torch.cat([model[:2](judges), judges.new_ones(len(judges), 1)], 1)
     error = (model(judges) - hidden @ M.T).square().sum() / model(judges).square().sum()
     assert held_out_error(reading, tensors, (M,)) == pytest.approx(float(error))
 

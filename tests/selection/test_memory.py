@@ -81,7 +81,8 @@ def test_the_bytes_of_the_statistics_are_those_that_are_used(name: str, bias: bo
         for groups in plan.passes:
             parts = (plan.lasting, groups) if len(plan.passes) > 1 else (groups,)
             readings = [read(model, part, calibrate(model, x), bias=bias) for part in parts]
-            sums = {id(m.xx): m.xx.nbytes for part in readings for reading in part for m in reading.moments}
+            halves = [h for part in readings for reading in part for m in reading.moments for h in (m.fit, m.held)]
+            sums = {id(h.xx): h.xx.nbytes for h in halves}
             used.append(sum(sums.values()))
         assert plan.at_once == max(used)
 
