@@ -49,7 +49,7 @@ class Report:
         groups: One row a channel group, in order of execution.
         layers: One row a refitted layer, in order of execution.
         error: ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of the network's outputs, measured on some of the
-            calibration data.
+            calibration data, which the layers were fitted to; see `predicted` for new data.
         frozen: Layer whose outputs, or some of them, cannot be pruned -> why.
         params_before, params_after: Number of parameters.
         macs_before, macs_after: Multiply-accumulates for one sample.
@@ -70,6 +70,12 @@ class Report:
     size_after: int | None = None
     latency_before: float | None = field(default=None, compare=False)
     latency_after: float | None = field(default=None, compare=False)
+
+    @property
+    def predicted(self) -> float | None:
+        """What ``error`` is on new data of the same kind, measured on samples that judged only; None without a budget."""
+        known = [group.predicted for group in self.groups if group.predicted is not None]
+        return sum(known) if known else None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -177,7 +183,11 @@ class Report:
             for name, before, after, form in counts
             if before is not None and after is not None
         ]
-        return f"{', '.join(costs)}, squared error of the outputs {self.error:.2%}"
+        costs.append(f"squared error of the outputs {percent(self.error)} on the calibration data")
+        if self.predicted is not None:
+            costs.append(f"{percent(self.predicted)} predicted for new data")
+        costs += [f"{layer.name} fitted to the probabilities" for layer in self.layers if layer.softmax]
+        return ", ".join(costs)
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -206,8 +216,10 @@ def _tiles(of: Report) -> str:
         for name, before, after, form in counts
         if before and after is not None
     ]
-    predicted = [group.predicted for group in of.groups if group.predicted is not None]
-    note = f"squared, relative; predicted {percent(sum(predicted))}" if predicted else "squared, relative to the spread"
+    expected = of.predicted
+    note = "squared, relative, on the calibration data"
+    if expected is not None:
+        note += f"; {percent(expected)} predicted for new data"
     tiles.append(
         f'<div class="tile">Error of the outputs<b>{percent(of.error)}</b>{bar(of.error, percent(of.error))}'
         f'<span class="quiet">{note}</span></div>'
@@ -245,7 +257,7 @@ def _groups(of: Report) -> str:
         "coefficients in the original network (orange), and after the refit in the pruned one (blue)."
     )
     if budget:
-        about += " At the outputs: what the budget predicted of the whole network's error."
+        about += " At the outputs: what the group costs the whole network on new data, as predicted."
     return f'<h2>Channels</h2><p class="quiet">{about}</p>{table(columns, rows)}'
 
 
@@ -257,7 +269,7 @@ def _layers(of: Report) -> str:
     columns += [(name, "number", name) for name in ("ridge", "samples", "columns")]
     rows = [
         [
-            folded([layer.name]),
+            folded([layer.name]) + ('<div class="quiet">fitted to the probabilities</div>' if layer.softmax else ""),
             error_bars(None, layer.error, largest),
             percent(layer.error),
             f"{layer.ridge:.2g}",

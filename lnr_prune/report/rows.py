@@ -15,8 +15,8 @@ class GroupReport:
         kept: Channels after.
         error: ``E||y - M x||^2 / E||y||^2`` of the consumers on the calibration data, of those that were refitted
             together with their makers behind the activation; None if left whole.
-        predicted: What the budget expected the group to cost: relative squared error of the network's
-            outputs; None without a budget.
+        predicted: What the group costs on new data: relative squared error of the network's outputs; None without a
+            budget.
         before_refit: ``error`` of the selector's own coefficients, on the original network's inputs; None if
             left whole.
         lam: Penalty of the group lasso; None if another selector chose.
