@@ -73,7 +73,7 @@ class Report:
 
     @property
     def predicted(self) -> float | None:
-        """What ``error`` is on new data of the same kind, measured on samples that judged only; None without a budget."""
+        """What ``error`` is on new data of the same kind, as samples that only judged say; None without a budget."""
         known = [group.predicted for group in self.groups if group.predicted is not None]
         return sum(known) if known else None
 
