@@ -218,6 +218,8 @@ MISTAKES = [
     ([*DATA, "--dry-run", "--keep", "0.5", "--selector", "luck"], 2, "unknown selector 'luck'"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--swaps", "8"], 2, "--swaps belongs to --selector backward"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--window", "3"], 2, "window must be 1 (each layer by itself) or 2"),
+    ([*DATA, "--dry-run", "--keep", "0.5", "--into", "model"], 2, "the command never changes the model that it reads"),
+    ([*DATA, "--dry-run", "--keep", "0.5", "--iterations", "5"], 2, "--iterations belongs to --window 2"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--into", "onnx"], 2, "into must be one of copy, model, graph"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--mean", "red"], 2, "--mean takes numbers"),
     ([*DATA, "--keep", "0.5", "--out", "nowhere/m.safetensors"], 2, "a folder that exists"),
