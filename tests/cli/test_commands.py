@@ -336,7 +336,7 @@ def test_an_interrupted_writing_leaves_what_was_there(
     assert {path.name for path in folder.iterdir()} - before <= {"__pycache__"}
 
 
-@pytest.mark.parametrize(("stage", "call"), [("statistics ...", 20), ("refitting ...", 70)])
+@pytest.mark.parametrize(("stage", "call"), [("statistics ...", 20), ("refitting ...", 100)])
 def test_an_interruption_exits_with_130_and_leaves_nothing(stage: str, call: int, folder: Path) -> None:
     before = {path.name for path in folder.iterdir()}
     options = ("--model-arg", f"stop={call}", "--batch-size", "4", "--keep", "0.5")
