@@ -3,20 +3,29 @@ PYTHON ?= python3
 WORKERS ?= 2
 
 BIN := .venv/bin
+FAST := tests/test_layout.py tests/lasso/test_prox.py tests/lasso/test_problem.py tests/calibration tests/report \
+        tests/graph/test_groups.py tests/collapse/test_collapse.py tests/refit tests/selection/test_selectors.py \
+        tests/selection/test_amount.py tests/selection/test_budget.py tests/adapters tests/test_inspection.py
 
-.PHONY: demo test format bench docs package audit clean help
+.PHONY: demo quick test format bench docs package audit clean help
 
 # Threads that wait give the processor away: on a busy machine the demo is several times as fast.
 demo: .venv/recipes.stamp ## train LeNet-5 on real digits, prune it, write a table and plots
 	OMP_WAIT_POLICY=passive $(BIN)/lnr-prune lenet5
 
 # One torch thread per worker: more only get in each other's way.
+quick: .venv/test.stamp ## lint, types and the fast part of the tests, within a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -q $(FAST)
+
 test: .venv/test.stamp ## lint, types, security and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --recursive lnr_prune adapters
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadscope --cov
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadscope --durations=20 --cov
 
 format: .venv/test.stamp ## let ruff format the code
 	$(BIN)/ruff check --fix .

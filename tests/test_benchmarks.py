@@ -1,6 +1,8 @@
-"""The arithmetic of the accuracy benchmark."""
+"""The arithmetic of the accuracy benchmark, and what a comparison of devices would notice."""
 
+import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +14,21 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
-from torch import nn
+from torch import distributed, nn
 
 import lnr_prune as lnr
+from benchmarks import accelerator
 from benchmarks.accuracy import levels_of, table
 from benchmarks.library import peers
 from benchmarks.library.accuracy_plots import plot
+from benchmarks.library.device_checks import Case, batches, check_group, differences, judged, spread
+from benchmarks.library.device_times import side_by_side
 from benchmarks.library.methods import methods
 from benchmarks.library.networks import Trained
 from benchmarks.library.rows import Result, Row, compared
+from benchmarks.library.sections import Found, Section, Sheet
 from benchmarks.library.sentences import of_equal_length, spearman_terms
+from benchmarks.library.shapes import Llama, ResNet
 from benchmarks.library.tasks import Task, classifier, finetune
 from lnr_prune.calibration.calls import run
 from lnr_prune.selection import cost
@@ -213,3 +220,107 @@ def test_rows_are_printed_and_drawn(tmp_path: Path) -> None:
     plot(rows, tmp_path / "net.png")
     assert (tmp_path / "net.png").stat().st_size > 0
     assert table(rows).row_count == len(rows)
+
+
+def failing() -> Found:
+    raise ValueError("a | b")
+
+
+def endless() -> Found:
+    while True:
+        time.sleep(0.01)
+
+
+def test_a_section_goes_on_after_a_failure_and_ends_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = Sheet({"device": "here"}, tmp_path / "rows.json")
+    well = Found({"figure": 0.5})
+    sheet.run(
+        Section("first", ("figure",), 1.0, {"fails": failing, "works": lambda: well, "hangs": endless, "late": failing})
+    )
+    sheet.run(
+        Section("second", ("figure",), 9.0, {"works": lambda: well, "differs": lambda: Found({"figure": 2}, "two")})
+    )
+    over = "1 s are over"
+    assert [(row.section, row.what, row.wrong) for row in sheet.rows] == [
+        ("first", "fails", "ValueError: a / b"), ("first", "works", ""),
+        ("first", "hangs", f"stopped: {over}"), ("first", "late", f"not run: {over}"),
+        ("second", "works", ""), ("second", "differs", "two"),
+    ]  # fmt: skip
+    written = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert (written["device"], len(written["rows"])) == ("here", 6)
+    printed = capsys.readouterr()
+    assert "Traceback" in printed.err
+    assert printed.out.count("\n| ") == 2 * 2 + 6  # two lines of a head
+
+
+def test_the_exit_code_tells_of_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(wrong: str) -> Any:
+        return lambda *_: Section("one", (), 9.0, {"row": lambda: Found({}, wrong)}), 9.0
+
+    monkeypatch.setattr(accelerator, "SECTIONS", {"well": made(""), "ill": made("no")})
+    accelerator.main(device="cpu", sections="well")
+    with pytest.raises(typer.Exit) as ended:
+        accelerator.main(device="cpu", sections="ill,well")
+    assert ended.value.exit_code == 1
+    with pytest.raises(typer.BadParameter, match="unknown section 'other'"):
+        accelerator.main(device="cpu", sections="other")
+
+
+def tiny() -> Case:
+    network = spread(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    return Case(network, batches(64, 6), lnr.Keep(0.5), {"selector": "norm"})
+
+
+def test_differences_of_devices_are_noticed() -> None:
+    case = tiny()
+    one, other, another = (replace(case, amount=lnr.Keep(keep)).on(torch.device("cpu")) for keep in (0.5, 0.5, 3))
+    call = case.data()[0]
+    assert not judged(differences(one, other, call), 0.0).wrong
+    with torch.no_grad():
+        other.model.get_parameter("2.weight")[0, 0] += 0.01 * one.model.get_parameter("2.weight").abs().max()
+    cells = differences(one, other, call)
+    assert cells["weights differ by"] == pytest.approx(0.01, rel=1e-3)
+    assert float(cells["outputs differ by"]) > 0
+    assert (judged(cells, 0.011).wrong, judged(cells, 0.009).wrong) == ("", "weights > 9e-03")
+    assert judged(differences(one, another, call), 1.0).wrong == "1 channels differ"
+
+
+@pytest.mark.parametrize("talking", [False, True])
+def test_a_rank_that_talks_to_itself_does_so_through_the_backend(
+    talking: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def noting(name: str) -> Any:
+        original = getattr(distributed, name)
+
+        def noted(*args: object) -> object:
+            said.append(name)
+            return original(*args)
+
+        return noted
+
+    for name in ("all_gather_object", "all_reduce", "broadcast"):
+        monkeypatch.setattr(distributed, name, noting(name))
+    assert not check_group(tiny(), torch.device("cpu"), "gloo", talking).wrong
+    assert set(said) == ({"all_gather_object", "all_reduce", "broadcast"} if talking else set())
+
+
+def test_the_large_shapes_are_those_of_their_names() -> None:
+    with torch.device("meta"):
+        resnet, llama = ResNet().eval(), Llama()
+        assert cost.macs(resnet, ((torch.randn(1, 3, 224, 224),), {})) == 4_089_184_256
+    assert (cost.parameters(resnet), cost.parameters(llama)) == (25_557_032, 1_104_218_112)
+
+
+def test_networks_are_timed_by_turns() -> None:
+    order: list[int] = []
+
+    def work(which: int) -> None:
+        order.append(which)
+        time.sleep(0.04 * which)
+
+    (first, second), spread_of_both = side_by_side([lambda: work(1), lambda: work(2)], torch.device("cpu"))
+    assert order == [1, 2] * (len(order) // 2)
+    assert 0.04 <= first < second
+    assert spread_of_both >= 0

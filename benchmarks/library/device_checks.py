@@ -1,5 +1,7 @@
 """Whether an accelerator gives the CPU's results: prunes, solves, a process group, compiled networks, files."""
 
+import gc
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,6 +26,7 @@ from lnr_prune.testing.networks import random_network
 TOLERANCE = {"float64": 1e-6, "TF32 off": 1e-3, "TF32 on": 5e-2}
 """How far weights may be from the CPU's, by each tensor's largest."""
 QUIET = lnr.Run(progress=False)
+RANDOM = (0, 7, 9, 16)  # seeds of networks with gates, attention of several layouts, an LSTM, computed weights ...
 SOLVERS = ("newton", "alternate_minimization", "fista")
 COLUMNS = ("channels that differ", "weights differ by", "outputs differ by")
 
@@ -89,7 +92,7 @@ def batches(count: int, *shape: int, tokens: int = 0) -> Callable[[], list[Tenso
 
 def cases(small: bool) -> dict[str, Case]:
     """One prune of every kind."""
-    digits, photos = batches(128 if small else 512, 1, 28, 28), batches(128 if small else 256, 3, 32, 32)
+    digits, photos = batches(128 if small else 256, 1, 28, 28), batches(128 if small else 256, 3, 32, 32)
     flat, text = batches(1024 if small else 2048, 1, 28, 28), batches(64, 16, tokens=97)
     small_llama = spread(lambda: llama(2, 128, 256, 16, 97, dtype=torch.float32))
     effort = lnr.Effort(samples=64, refits=2)
@@ -109,7 +112,7 @@ def cases(small: bool) -> dict[str, Case]:
         "Llama, float64": Case(small_llama, text, lnr.Keep(0.5), {"selector": "backward"}, wide=True),
         "CNN, float64": Case(spread(cnn), digits, lnr.Keep(0.5), wide=True),
     }
-    for seed in range(1 if small else 4):
+    for seed in RANDOM[:1] if small else RANDOM:
         example = random_network(seed)[1]
         every[f"random network {seed}"] = Case(
             partial(random_model, seed), batches(512, *example.shape[1:]), lnr.Keep(0.5), {"selector": "norm"}
@@ -233,13 +236,16 @@ def check_group(case: Case, device: torch.device, backend: str, talking: bool) -
     """A process group of one rank against none; ``talking`` ranks tell one another everything, through the backend."""
     alone = case.on(device)
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        at_home = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # whatever network there is
+        with mock.patch.dict(os.environ, at_home):
+            dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             ranks = Ranks(0, Several(1)) if talking else Ranks.of_process_group()
             with mock.patch.object(Ranks, "of_process_group", return_value=ranks):
                 grouped = case.on(device)
         finally:
             dist.destroy_process_group()
+            gc.collect()  # its threads end with it
     return judged(differences(alone, grouped, case.data()[0]), 1e-6)
 
 

@@ -51,8 +51,8 @@ class Timed:
     peak: float | None = None
 
 
-def timed(work: Work, device: torch.device, *, again: bool = True) -> Timed:
-    """Runs the work once, and (``again``) on an accelerator once more, and anywhere until `REPEATED` are over."""
+def timed(work: Work, device: torch.device) -> Timed:
+    """Runs the work, on an accelerator once more, and anywhere until `REPEATED` are over."""
     waits, peak = None, None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -61,8 +61,8 @@ def timed(work: Work, device: torch.device, *, again: bool = True) -> Timed:
         waits, peak = sum(counts), torch.cuda.max_memory_allocated(device) / GIGABYTE
     else:
         first = seconds_of(work, device)
-    runs = [first] if device.type == "cpu" or not again else [seconds_of(work, device)]
-    while again and sum(runs) < REPEATED and len(runs) < TURNS:
+    runs = [first if device.type == "cpu" else seconds_of(work, device)]
+    while sum(runs) < REPEATED and len(runs) < TURNS:
         runs.append(seconds_of(work, device))
     return Timed(min(runs), first, waits, peak)
 
@@ -103,19 +103,16 @@ def columns(device: torch.device) -> list[str]:
     return ["CPU, s", f"{device.type}, s", "ratio", "first, s", "waits", "peak, GB"]
 
 
-def compared(
-    work_on: Callable[[torch.device], Work], device: torch.device, *, cpu: bool = True, again: bool = True
-) -> Found:
-    """Work on the CPU (unless it would take too long there) against the same on a device."""
+def compared(work_on: Callable[[torch.device], Work], device: torch.device) -> Found:
+    """Work on a device against the same on the CPU."""
     cells: dict[str, Cell] = {}
-    if cpu:
-        cells["CPU, s"] = timed(work_on(CPU), CPU, again=again).seconds
     if device.type != "cpu":
-        there = timed(work_on(device), device, again=again)
-        numbers = there.seconds, None, there.first, there.waits, there.peak
-        cells |= dict(zip(columns(device)[1:], numbers, strict=True))
-        before = cells.get("CPU, s")
-        cells["ratio"] = before / there.seconds if isinstance(before, float) else None
+        there = timed(work_on(device), device)
+        cells = {f"{device.type}, s": there.seconds, "first, s": there.first}
+        cells |= {"waits": there.waits, "peak, GB": there.peak}
+    cells["CPU, s"] = here = timed(work_on(CPU), CPU).seconds
+    if device.type != "cpu":
+        cells["ratio"] = here / there.seconds
     return Found(cells)
 
 
@@ -199,7 +196,7 @@ def times(device: torch.device, small: bool, limit: float) -> Section:
 
     def solving(width: int, of: torch.device) -> Work:
         problem = there(width, of)
-        return lambda: lnr.solve(problem, 0.1 * problem.lambda_max())
+        return lambda: lnr.solve(problem, 0.01 * problem.lambda_max())
 
     def pruning(of: torch.device) -> Work:
         model, data = imagenet(of).model, list(imagenet(of).data.batches)
@@ -213,14 +210,12 @@ def times(device: torch.device, small: bool, limit: float) -> Section:
         f"refit, window 2: {small_net}": lambda of: partial(cifar(of).refit, 2),
         f"elimination: {d} channels": lambda of: partial(lnr.backward, there(1, of)),
         f"elimination: {d // 8} channels of 8 columns": lambda of: partial(lnr.backward, there(8, of)),
-        f"Newton, 0.1 of lambda_max: {d} channels": partial(solving, 1),
-        f"Newton, 0.1 of lambda_max: {d // 8} channels of 8": partial(solving, 8),
+        f"Newton, 0.01 of lambda_max: {d} channels": partial(solving, 1),
+        f"Newton, 0.01 of lambda_max: {d // 8} channels of 8": partial(solving, 8),
         f"statistics: {large_net}": lambda of: imagenet(of).statistics,
     }
+    steps[f"prune, Keep(0.5): {large_net}"] = pruning
     items = {what: partial(compared, work_on, device) for what, work_on in steps.items()}
-    items[f"prune, Keep(0.5): {large_net}"] = partial(
-        compared, pruning, device, again=device.type != "cpu" and not small
-    )
     return Section("table", columns(device), limit, items)
 
 
@@ -262,7 +257,7 @@ def latencies(device: torch.device, small: bool, limit: float) -> Section:
 
     networks, shapes = cache(network), cache(language)
     items: dict[str, Callable[[], Found]] = {}
-    for of in dict.fromkeys((CPU, device)):
+    for of in dict.fromkeys((device, CPU)):
         for dtype, count in ((dtype, count) for dtype in (torch.float32, torch.bfloat16) for count in sizes):
             what = f"{named(small)}, {of.type}, {str(dtype).removeprefix('torch.')}, batch {count}"
             items[what] = partial(_latency, networks, of, dtype, partial(photos, count))
@@ -294,15 +289,20 @@ def _latency(
 
 
 def side_by_side(works: Sequence[Work], device: torch.device) -> tuple[list[float], float]:
-    """Median seconds of each, taken by turns after three to warm up, and the largest spread of the middle halves."""
+    """Median seconds of each, taken by turns after they are warm, and the largest spread of the middle halves."""
     runs: list[list[float]] = [[] for _ in works]
+
+    def turn() -> float:
+        for work, taken in zip(works, runs, strict=True):
+            taken.append(seconds_of(work, device))
+        return sum(map(sum, runs))
+
     with torch.inference_mode():
-        for turn in range(-3, TURNS):
-            for work, taken in zip(works, runs, strict=True):
-                seconds = seconds_of(work, device)
-                if turn >= 0:
-                    taken.append(seconds)
-            if turn >= 4 and sum(map(sum, runs)) > 2 * REPEATED:
+        for _ in range(1 if turn() > REPEATED / 2 else 3):
+            turn()
+        runs = [[] for _ in works]
+        while turn() < 2 * REPEATED or len(runs[0]) < 3:
+            if len(runs[0]) == TURNS:
                 break
     medians = [statistics.median(taken) for taken in runs]
     quarters = [statistics.quantiles(taken, n=4) for taken in runs]
@@ -318,23 +318,20 @@ def large_llama(device: torch.device, small: bool, dtype: torch.dtype, layers: i
 
 def language_prunes(device: torch.device, small: bool, limit: float) -> Section:
     """Whole prunes of a Llama shape: one of its layers on both, and all of it on an accelerator; phase by phase."""
-    items: dict[str, Callable[[], Found]] = {}
-    shapes = (
-        {named(small, "Llama"): (2, True)}
-        if small
-        else {"1 layer of Llama": (1, True), "Llama, 1.1 billion": (16, False)}
-    )
     phases = ("graph", "statistics", "selecting", "refitting")
-    for what, (layers, cpu) in shapes.items():
-        for of in dict.fromkeys((CPU, device) if cpu else (device,)):
-            if of.type != "cpu" or cpu:
-                items[f"{what}, {of.type}"] = partial(_language_prune, of, small, layers, phases)
-    return Section("llama", ("all, s", *(f"{phase}, s" for phase in phases), "error, %", "peak, GB"), limit, items)
+    items: dict[str, Callable[[], Found]] = {}
+    if device.type != "cpu" and not small:
+        items[f"Llama, 1.1 billion, {device.type}"] = partial(_language_prune, device, small, 16, phases)
+    for of in dict.fromkeys((device, CPU)):
+        what = "tiny Llama" if small else "1 of Llama's 16 layers"
+        items[f"{what}, {of.type}"] = partial(_language_prune, of, small, 1, phases)
+    titles = ("all, s", *(f"{phase}, s" for phase in phases), "error, %", "peak, GB")
+    return Section("llama", titles, limit, items)
 
 
 def _language_prune(of: torch.device, small: bool, layers: int, phases: Sequence[str]) -> Found:
     model, vocabulary = large_llama(of, small, torch.bfloat16, layers)
-    data = text(64 if small else 256, 16 if small else 64, vocabulary, 32)
+    data = text(64, 16 if small else 64, vocabulary, 8)
     spent, phase, begin = dict.fromkeys(phases, 0.0), "graph", time.perf_counter()
     since = begin
 

@@ -1,5 +1,7 @@
 """Second moments of a layer's inputs and outputs, as sums over rows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +11,17 @@ from lnr_prune.lasso.problem import Block
 from lnr_prune.runtime.processes import Ranks
 
 PANEL = 256  # rows of x^T x that one product gives
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within, products of float32 are of float32, whatever the user has allowed: TF32 has ten bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +66,10 @@ class SecondMoments:
         References:
             Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1.
         """
+        with full_precision():
+            return self._with_rows(x, y, known)
+
+    def _with_rows(self, x: Tensor, y: Tensor, known: int) -> "SecondMoments":
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         x, y = x.to(dtype), y.to(dtype)
         if known:

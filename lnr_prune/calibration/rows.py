@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lnr_prune.calibration.moments import full_precision
 from lnr_prune.calibration.watch import LayerCall
 
 CHUNK = 2**23  # elements of x that one product sums; the products are added up in float64
@@ -72,7 +73,10 @@ def all_products(reader: Reader, layers: Sequence[LayerCall], samples: int | Non
     if any(wanted < positions for _, positions, wanted in (rows_of_sample(reader, layer, samples) for layer in layers)):
         return None
     d, positions, _ = rows_of_sample(reader, layers[0], samples)
-    return reader.second_moments([part for layer in layers for part in layer.split(max(1, CHUNK // (d * positions)))])
+    with full_precision():
+        return reader.second_moments(
+            [part for layer in layers for part in layer.split(max(1, CHUNK // (d * positions)))]
+        )
 
 
 def rows_of_sample(reader: Reader, layer: LayerCall, samples: int | None) -> tuple[int, int, int]:

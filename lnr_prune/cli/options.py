@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lnr_prune.refit.refit import Refit
 from lnr_prune.selection.amount import Keep, Penalty
 from lnr_prune.selection.budget import Budget, Effort, Grid
 from lnr_prune.selection.selectors import Backward, Random, Selector
@@ -134,6 +135,19 @@ def selector_of(name: str, swaps: int | None, seed: int) -> str | Selector:
             raise ValueError(f"--swaps belongs to --selector backward, got --selector {name}")
         return Backward(swaps)
     return Random(seed) if name == "random" else name
+
+
+def refit_of(window: int, iterations: int | None) -> Refit:
+    """How the layers are refitted.
+
+    Raises:
+        ValueError: If iterations are given for a window that has none.
+    """
+    if iterations is None:
+        return Refit(window=window)
+    if window == 1:
+        raise ValueError("--iterations belongs to --window 2, got --window 1")
+    return Refit(window=window, iterations=iterations)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

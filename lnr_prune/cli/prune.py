@@ -22,10 +22,10 @@ from lnr_prune.cli.options import (
     Weights,
     amount,
     numbers,
+    refit_of,
     selector_of,
 )
 from lnr_prune.prune import prune as prune_model
-from lnr_prune.refit.refit import Refit
 from lnr_prune.runtime.processes import launched
 from lnr_prune.runtime.run import Run
 from lnr_prune.selection.selectors import SELECTORS
@@ -206,6 +206,8 @@ def prune(
             {"round_to": round_to, "minimum": minimum, "leave": tuple(leave or ()) or None},
             {"refits": refits, "search": search},
         )
+        if into == "model":
+            raise ValueError("--into is copy or graph, got model: the command never changes the model that it reads")
         targets = {"--out": out, "--report-html": report_html}
         if first and not dry_run:
             if out is None:
@@ -222,7 +224,7 @@ def prune(
             batches(source, dtype_of(net), ranks),
             wanted,
             selector=selector_of(selector, swaps, seed),
-            refit=Refit(window=window) if iterations is None else Refit(window=window, iterations=iterations),
+            refit=refit_of(window, iterations),
             logits=logits,
             into=into,
             run=Run(work, low_memory, shown),

@@ -164,7 +164,10 @@ def _shape(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> tuple[int, int
 def available_memory(device: torch.device) -> int | None:
     """Bytes that are available on a device now; None where nobody says."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # torch holds it, and reuses it
+        return int(torch.cuda.mem_get_info(device)[0] + cached)
     found = [left for left in (_of_machine(), _of_group()) if left is not None]
     return min(found, default=None)
 

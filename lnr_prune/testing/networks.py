@@ -143,7 +143,7 @@ PATTERNS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     ),
     "positions": lambda c, d: (
         Block(
-            lambda x, a, e: a(x) + e(torch.arange(SIDE**2)).T.reshape(1, -1, SIDE, SIDE),
+            lambda x, a, e: a(x) + e(torch.arange(SIDE**2, device=x.device)).T.reshape(1, -1, SIDE, SIDE),
             a=conv(c, d),
             e=nn.Embedding(SIDE**2, d),
         ),

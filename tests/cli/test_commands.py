@@ -22,21 +22,27 @@ from lnr_prune.cli.options import amount, selector_of, shape_of
 from lnr_prune.collapse.files import report_of
 
 NETS = """
-import time
+import pathlib, time
 import torch
 from torch import nn
 
+CALLS = []
+
 class Net(nn.Module):
-    def __init__(self, width=8, wait=0.0):
+    def __init__(self, width=8, stop=0):
         super().__init__()
         print("a message from the factory")
         torch.manual_seed(0)
-        self.wait = wait
+        self.stop = stop
         self.first, self.second = nn.Conv2d(3, width, 3), nn.Conv2d(width, 12, 3)
         self.last = nn.Linear(12, 5)
 
     def forward(self, x):
-        time.sleep(self.wait)
+        CALLS.append(None)
+        if len(CALLS) == self.stop:  # until the test says so
+            pathlib.Path("stopped").touch()
+            while not pathlib.Path("go").exists():
+                time.sleep(0.01)
         return self.last(self.second(self.first(x).relu()).relu().mean((2, 3)))
 """
 MODEL, DATA = "nets.py:Net", ("--data", "x.npy")
@@ -218,6 +224,8 @@ MISTAKES = [
     ([*DATA, "--dry-run", "--keep", "0.5", "--selector", "luck"], 2, "unknown selector 'luck'"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--swaps", "8"], 2, "--swaps belongs to --selector backward"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--window", "3"], 2, "window must be 1 (each layer by itself) or 2"),
+    ([*DATA, "--dry-run", "--keep", "0.5", "--into", "model"], 2, "the command never changes the model that it reads"),
+    ([*DATA, "--dry-run", "--keep", "0.5", "--iterations", "5"], 2, "--iterations belongs to --window 2"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--into", "onnx"], 2, "into must be one of copy, model, graph"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--mean", "red"], 2, "--mean takes numbers"),
     ([*DATA, "--keep", "0.5", "--out", "nowhere/m.safetensors"], 2, "a folder that exists"),
@@ -328,29 +336,18 @@ def test_an_interrupted_writing_leaves_what_was_there(
     assert {path.name for path in folder.iterdir()} - before <= {"__pycache__"}
 
 
-@pytest.mark.parametrize("stage", ["statistics ...", "refitting ..."])
-def test_an_interruption_exits_with_130_and_leaves_nothing(stage: str, folder: Path) -> None:
+@pytest.mark.parametrize(("stage", "call"), [("statistics ...", 20), ("refitting ...", 100)])
+def test_an_interruption_exits_with_130_and_leaves_nothing(stage: str, call: int, folder: Path) -> None:
     before = {path.name for path in folder.iterdir()}
-    options = (
-        "--model-arg",
-        "wait=0.05",
-        "--batch-size",
-        "4",
-        "--keep",
-        "0.5",
-        "--out",
-        "m.safetensors",
-        "--report-html",
-        "r.html",
-    )
-    process = shell("prune", MODEL, *DATA, *options)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.strip() == stage:
-            break
-    time.sleep(0.1)
+    options = ("--model-arg", f"stop={call}", "--batch-size", "4", "--keep", "0.5")
+    targets = ("--out", "m.safetensors", "--report-html", "r.html")
+    process = shell("prune", MODEL, *DATA, *options, *targets)
+    while not Path("stopped").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
+    Path("go").touch()
     _, err = process.communicate(timeout=HOUR)
     assert process.returncode == 130
-    assert err.strip().splitlines()[-1] == "interrupted: nothing was left half-written"
-    assert {path.name for path in folder.iterdir()} - before <= {"__pycache__"}
+    assert err.strip().splitlines()[-2:] == [stage, "interrupted: nothing was left half-written"]
+    assert {path.name for path in folder.iterdir()} - before <= {"__pycache__", "stopped", "go"}
