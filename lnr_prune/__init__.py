@@ -1,7 +1,7 @@
 """lnr-prune: make a trained PyTorch model smaller and faster by linear neural reconstruction, without retraining.
 
-The verbs are `prune`, `sweep`, `inspect`, `load` and, of the convex problem alone, `solve`. The rooms, from the first
-to the last, each of which imports only from those before it::
+The verbs are `prune`, `sweep`, `inspect`, `load` and, for the convex problem alone, `solve`. These are the rooms of the
+package, in order: each one imports only from those before it::
 
     lasso        the convex problem and its solvers: tensors only, no model
     runtime      processes, work folders, safe files, progress

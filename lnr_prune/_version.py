@@ -1,3 +1,3 @@
-"""The version, in a file of its own so that nobody imports the package for it."""
+"""The version, in its own file, so that it can be read without importing the package."""
 
 __version__ = "0.1.0"

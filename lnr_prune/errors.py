@@ -1,10 +1,10 @@
-"""The errors that lnr-prune raises; bad arguments are plain ``ValueError`` and ``TypeError``."""
+"""The errors that lnr-prune raises; bad arguments raise plain ``ValueError`` and ``TypeError``."""
 
 import torch
 
 
 class LnrPruneError(Exception):
-    """Base class: ``except LnrPruneError`` catches whatever the library refuses to do."""
+    """Base class: ``except LnrPruneError`` catches all errors of this library."""
 
 
 class GraphError(LnrPruneError):
@@ -28,9 +28,9 @@ class PlanError(LnrPruneError):
 
 
 class RankError(CalibrationError):
-    """In a process group: a rank has failed, and all raise this; or the others have been lost."""
+    """In a process group, a rank has failed, and all ranks raise this; or the other ranks have been lost."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, the processor's or an accelerator's, is used up."""
+    """Whether an error says that the CPU or an accelerator ran out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

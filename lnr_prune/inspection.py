@@ -26,11 +26,11 @@ class GroupCost:
     """One channel group, and what a channel of it costs.
 
     Attributes:
-        name: Name of the group, that of a producer: the name that ``Keep({...})`` takes.
+        name: Name of the group, which is that of a producer; ``Keep({...})`` takes it.
         size: Number of channels.
         producers: Layers whose rows or filters are the channels.
-        consumers: Layers that read them, in training only too.
-        parameters: Parameters that leave with one channel, other groups untouched.
+        consumers: Layers that read them, including those that do so in training only.
+        parameters: Parameters that leave with one channel, while other groups stay whole.
         macs: Multiply-accumulates that leave with it, for one sample.
         through: Layers in between that work channel by channel, such as depthwise convolutions.
     """
@@ -51,9 +51,9 @@ class Inspection:
     Attributes:
         groups: The channel groups, in order of execution.
         frozen: Layer whose outputs, or some of them, cannot be pruned -> why.
-        reachable: Share of the parameters that belongs to some group.
-        flow: Pairs of layers: what the first computes goes into the second. Names in angle brackets are no layers but
-            the model's input and output, and operations where several layers' outputs meet, such as ``<add_3>``.
+        reachable: Share of the parameters that belong to some group.
+        flow: Pairs of layers: what the first computes goes into the second. Names in angle brackets are not layers,
+            but the model's input and output, and operations where several layers' outputs meet, such as ``<add_3>``.
     """
 
     groups: tuple[GroupCost, ...]
@@ -64,7 +64,7 @@ class Inspection:
     def to_dot(self) -> str:
         """The layers as a graph in the DOT language: a colour for each group, grey for what is frozen.
 
-        A layer has the colour of the group of its outputs. Tooltips tell what a channel costs, and why layers are
+        A layer has the colour of the group of its outputs. Tooltips say what a channel costs, and why layers are
         frozen.
         """
         layers: dict[str, list[str]] = defaultdict(list)
@@ -120,7 +120,8 @@ def inspect(model: nn.Module, example: Any) -> Inspection:
 
     Args:
         model: The model; it is left as it is.
-        example: A batch, in any form that `lnr_prune.prune` takes; of any other form: ``Batches([batch], inputs)``.
+        example: A batch, in any form that `lnr_prune.prune` takes. For any other form, give
+            ``Batches([batch], inputs)``.
 
     Returns:
         An `Inspection`, which prints as a table.
@@ -147,7 +148,7 @@ def inspect(model: nn.Module, example: Any) -> Inspection:
     reached = {name for group in groups for name, _ in group.slots}
 
     def cost(group: ChannelGroup) -> GroupCost:
-        # of each tensor, the share of one dimension's indices that a channel owns
+        # for each tensor, the share of one dimension's indices that a channel owns
         share = {
             (name, dim): int((channels == 0).sum()) / tensors[name].shape[dim]
             for (name, dim), channels in group.slots.items()

@@ -51,48 +51,51 @@ def prune(
 ) -> Pruned:
     """``min_M 1/2 E||y - M x||^2 + lam sum_g w_g ||M[:, g]||_F`` for every layer, then removes the zero groups.
 
-    One pass over the calibration data gathers the second moments of all layers, on which the channels of each
-    group are chosen. A second one refits every linear layer, in order of execution, whether it lost channels
-    or not: inputs from the network pruned so far, outputs from the original one. At last the channels
+    One pass over the calibration data gathers the second moments of all layers. From these, the channels of each
+    group are chosen. A second pass refits every linear layer, in order of execution, whether it lost channels or
+    not: its inputs come from the network pruned so far, its targets from the original one. Finally, the channels
     are taken out physically, and the smaller model is compared with the masked one.
 
-    Where torch.distributed is initialised, every rank must call this, with a shard of its own of the calibration data,
-    and gets the same pruned model; see `lnr_prune.runtime.processes`. ``run=Run(alone=True)`` prunes on one rank.
+    If torch.distributed is initialised, every rank must call this with its own shard of the calibration data, and
+    every rank gets the same pruned model; see `lnr_prune.runtime.processes`. ``run=Run(alone=True)`` prunes on one
+    rank.
 
     Args:
         model: A trained model that torch.export can trace. It is not modified unless ``into="model"``.
         data: Unlabelled calibration inputs, any iterable of batches: tensors, ``(input, label)`` pairs (labels
-            are ignored), tuples of arguments, or dicts of keyword arguments. Batches of any other form: see `Batches`.
-        amount: How much is kept. `Keep`: so many channels of every group. `Penalty`: as many as the group lasso keeps
-            at a penalty. `Budget`: what the pruned model may cost, divided by what the outputs suffer.
+            are ignored), tuples of arguments, or dicts of keyword arguments. For any other form, see `Batches`.
+        amount: How much is kept. `Keep`: a count or share of the channels of every group. `Penalty`: as many as the
+            group lasso keeps at a penalty. `Budget`: what the pruned model may cost; channels are removed where the
+            outputs suffer least.
         selector: How channels are chosen: "group_lasso", "backward" (elimination; better at strong pruning), or the
             baselines "norm" and "random"; or settings: `Lasso`, `Backward`, `Norm`, `Random`. A `Penalty` needs a
             lasso.
-        refit: How the layers are refitted; None = the coefficients stay as the selector left them: shrunk by the lasso,
+        refit: How the layers are refitted. None = the coefficients stay as the selector left them: shrunk by the lasso,
             or the original ones.
-        bias: Whether the consumers' biases are refitted too.
-        logits: Whether the model's output is the logits of classes: the layer that gives them is then fitted to
-            the probabilities, and errors of the outputs are measured between these, by Kullback-Leibler divergences
-            instead of squares. None = the layer that gives one output (samples, classes) is fitted to the probabilities
-            if that serves held-out samples better, by squares too; errors are measured by squares.
-        into: What is shrunk: a "copy" of the model; the "model" itself, which is as before if anything fails; or a
-            "graph", a `PrunedGraph` of ATen operations for evaluation only, where no channels stay because the
-            model's forward holds their number.
-        run: What the result does not depend on: a work folder to go on from after a crash, memory, progress, processes.
+        bias: Whether the consumers' biases are refitted, too.
+        logits: Whether the model's output is the logits of classes. If so, the layer that gives them is fitted to the
+            probabilities, and errors of the outputs are Kullback-Leibler divergences of the probabilities instead of
+            squares. None = a layer that gives one output (samples, classes) is fitted to the probabilities if held-out
+            samples then fit better, without fitting worse by squares; errors are measured by squares.
+        into: What is shrunk: a "copy" of the model; the "model" itself, which is restored if anything fails; or a
+            "graph", a `PrunedGraph` of ATen operations for evaluation only, which can lose channels even where the
+            model's forward fixes their number.
+        run: Settings that do not change the result: a work folder to resume from after a crash, memory, progress,
+            processes.
 
     Returns:
         A `Pruned` with the smaller model, the report and the plan.
 
     Raises:
-        ValueError, TypeError: If an argument is out of range, or names no prunable layer, or the work folder belongs
-            to a run of another model, other arguments or data.
+        ValueError, TypeError: If an argument is out of range, or names no prunable layer, or if the work folder
+            belongs to a run with another model, other arguments or other data.
         CalibrationError: If the calibration data is empty, not finite, or not accepted by the model. In a process
             group, a `RankError` if another rank fails.
         GraphError: If the model cannot be traced or copied, is wrapped, or has no channel that can be pruned.
-        LnrPruneError: If the second moments of its layers do not fit into memory; it says what would. If another run
-            is using the work folder.
+        LnrPruneError: If the second moments of its layers do not fit into memory; it says what would. Or if another
+            run is using the work folder.
         OSError: If the work folder cannot be written.
-        VerificationError: If the smaller model does not equal the masked one; the model is left as it was.
+        VerificationError: If the smaller model does not equal the masked one; your model is left as it was.
 
     References:
         docs/method.md explains every step.
@@ -120,21 +123,21 @@ def prune(
             memory = fitting_memory(graph, groups, tensors, settings, run)
             passes = read_in_passes(model, memory.passes, memory.lasting, data, bias=bias, work=work)  # second moments
             choices, predicted = settings.choices(graph), dict[ChannelGroup, float]()
-            if isinstance(amount, Budget):  # the sizes that the outputs suffer least from
+            if isinstance(amount, Budget):  # the sizes at which the outputs suffer least
                 trials = trials_of(
                     model, model if target is None else target, graph, groups, passes, data,
                     samples=amount.effort.samples, refit=refit, bias=bias, logits=logits, work=work,
                 )  # fmt: skip
                 allocation = within_budget(trials, amount, costs_of(model, graph, groups, example))
                 predicted = trials.promised(allocation, settings.selector, settings.seed)
-                del trials  # and what they remember
+                del trials  # frees what they remember
                 choices = at_sizes(allocation.sizes, settings.selector)
             selected = select(  # the zero groups of the lasso, or what another selector drops
                 passes, choices, tensors,
                 samples=samples, seed=settings.seed, coefficients=refit is None, work=work,
             )  # fmt: skip
             supports, repeated = supports_of(selected), passes.moments_of(graph.repeated)
-            passes.lasting.clear()  # the other moments have had their use
+            passes.lasting.clear()  # the other moments are no longer needed
             if refit is None:
                 fitted = as_selected(selected, tensors)
             else:  # least squares, layer by layer, from the pruned network's inputs to the original one's outputs
@@ -152,7 +155,7 @@ def prune(
 
 
 def calibrated(model: nn.Module, data: Any, settings: Settings, run: Run, work: Work) -> tuple[Calibration, Call]:
-    """The data as calls of the model, and a small call, the same on all processes; all that is given is checked."""
+    """Checks the arguments; returns the data as calls of the model, and a small call, the same on all processes."""
     ranks = work.ranks
     ranks.check_same("arguments", repr((settings, run.low_memory, run.work is None)))
     found = calibrate(model, data)
@@ -164,7 +167,7 @@ def calibrated(model: nn.Module, data: Any, settings: Settings, run: Run, work: 
 
 
 def shrinking_groups(model: nn.Module, graph: Graph, settings: Settings, example: Call) -> list[ChannelGroup]:
-    """The groups that may lose channels; a budget that they cannot keep is refused before anything is measured."""
+    """The groups that may lose channels; a budget that they cannot meet is refused before anything is measured."""
     amount = settings.amount
     if not isinstance(amount, Budget):
         return list(settings.choices(graph))
@@ -177,7 +180,7 @@ def shrinking_groups(model: nn.Module, graph: Graph, settings: Settings, example
 def remembering(
     run: Run, model: nn.Module, data: Calibration, settings: Settings, work: Work
 ) -> Iterator[tuple[Calibration, Work]]:
-    """Within, what is found out is kept in the work folder, if there is one; the data must not change then."""
+    """Within this, results are kept in the work folder, if there is one; the data must not change then."""
     if run.work is None:
         yield data, work
         return
@@ -194,10 +197,10 @@ def remembering(
 def fitting_memory(
     graph: Graph, groups: Sequence[ChannelGroup], tensors: Mapping[str, Tensor], settings: Settings, run: Run
 ) -> MemoryPlan:
-    """What the prune needs in memory, which is there.
+    """What the prune needs in memory, once it is known to fit.
 
     Raises:
-        LnrPruneError: If it is not; it says what would be.
+        LnrPruneError: If it does not fit; the message says what would.
     """
     plan = partial(
         memory_plan, graph, groups, tensors, bias=settings.bias, refit=settings.refit, tried=settings.tries_refits

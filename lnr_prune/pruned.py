@@ -28,8 +28,8 @@ class Pruned:
         model: The smaller model, of the original's class.
         report: What was done to every group; ``print(pruned.report)``.
         plan: Which indices of which parameters were kept.
-        masked: Full-size parameters (name -> tensor) of the equal, masked model:
-            ``torch.func.functional_call(original, pruned.masked, inputs)`` is ``pruned.model(inputs)``.
+        masked: Full-size parameters (name -> tensor) of the masked model, which computes the same:
+            ``torch.func.functional_call(original, pruned.masked, inputs)`` equals ``pruned.model(inputs)``.
     """
 
     model: nn.Module
@@ -41,8 +41,8 @@ class Pruned:
         """Writes the pruned model to a safetensors file, with the plan, the report and the original's fingerprint.
 
         `load` reads it. All parameters and buffers are stored, tied ones once, with the values that they have
-        now; the report without its latencies, so that the same prune gives the same bytes. An existing file is
-        replaced, and stays as it is if anything fails.
+        now. The report is stored without its latencies, so that the same prune gives the same bytes. An existing
+        file is replaced, but stays as it is if anything fails.
 
         Raises:
             PlanError: If the model no longer has the shapes that it was pruned to, or its state is not all tensors.
@@ -68,12 +68,12 @@ class Costs:
 
     @classmethod
     def of(cls, model: nn.Module, example: Call) -> "Costs":
-        """The costs of a model, of which ``example`` is a call."""
+        """The costs of a model; ``example`` is a call of it."""
         return cls(cost.parameters(model), cost.macs(model, example), cost.size(model))
 
 
 def latencies(model: nn.Module, small: nn.Module, example: Call, ranks: Ranks) -> tuple[float | None, float | None]:
-    """Median seconds of a forward pass of both models; not known where they are the same one."""
+    """Median seconds of a forward pass of each model; None if they are the same one."""
     timed = [] if small is model else [partial(cost.side_by_side, [model, small], example)]
     before, after = next(iter(ranks.share_out(timed)), (None, None))
     return before, after
@@ -96,10 +96,10 @@ def reported(
         graph: The model's channel groups.
         selected: The groups whose channels were chosen.
         fitted: The layers that were refitted.
-        predicted: What a budget expected of the groups.
-        error: Of the outputs.
-        costs: Before and after.
-        seconds: Of a forward pass, before and after.
+        predicted: The errors of the groups that a budget predicted.
+        error: Error of the outputs.
+        costs: Costs before and after.
+        seconds: Seconds of a forward pass, before and after.
         refitted: Whether there was a refit.
     """
     rows = tuple(row_of(g, selected.get(g), fitted.layers, predicted.get(g), refitted) for g in graph.groups)
@@ -119,7 +119,7 @@ def row_of(
     predicted: float | None,
     refitted: bool,
 ) -> GroupReport:
-    """The group's row of the report: as it was chosen (None = it stays whole), or as its consumers were refitted."""
+    """The group's row of the report, after the refit if its consumers were refitted; chosen = None: it stays whole."""
     consumers = tuple(consumer.name for consumer in group.consumers)
     row = GroupReport(group.name, group.producers, consumers, group.size, group.size)
     if chosen is None:
@@ -128,7 +128,7 @@ def row_of(
     if fitted:
         scale = sum(fit.scale for fit in fitted)
         error = sum(fit.error for fit in fitted) / scale if scale > 0 else 0.0
-    elif refitted and consumers:  # they read what they did in the original network, and stay as they are
+    elif refitted and consumers:  # they read the same as in the original network, and stay as they are
         error = 0.0
     else:
         error = chosen.error

@@ -1,4 +1,4 @@
-"""The settings of a prune that its result depends on, and whether they go together."""
+"""The settings that the result of a prune depends on, and whether they can be combined."""
 
 import numbers
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ INTO = ("copy", "model", "graph")
 
 @dataclass(frozen=True)
 class Settings:
-    """What `lnr_prune.prune` was asked; see there.
+    """The arguments of `lnr_prune.prune`; see there.
 
     Raises:
-        ValueError, TypeError: If a setting is of another type, or does not go together with another one.
+        ValueError, TypeError: If a setting is of the wrong type, or cannot be combined with another one.
     """
 
     amount: Amount
@@ -33,7 +33,7 @@ class Settings:
 
     @classmethod
     def of(cls, amount: Any, selector: Any, refit: Any, bias: Any, logits: Any, into: Any) -> "Settings":
-        """The settings, with the selector that a name stands for."""
+        """The settings; a name of a selector becomes the selector."""
         return cls(amount, find_selector(selector), refit, bias, logits, into)
 
     def __post_init__(self) -> None:
@@ -48,8 +48,8 @@ class Settings:
         if isinstance(self.amount, Budget):
             if self.amount.latency is not None and self.into == "graph":
                 raise ValueError(
-                    "a budget of latency is measured on the shrinking module: it cannot be combined with into='graph'; "
-                    "limit the macs instead"
+                    "a budget of latency is measured on the module that shrinks: it cannot be combined with "
+                    "into='graph'; limit the macs instead"
                 )
             if self.amount.effort.search and self.refit is None:
                 raise ValueError(
@@ -57,41 +57,41 @@ class Settings:
                 )
 
     def choices(self, graph: Graph) -> dict[ChannelGroup, Choice]:
-        """How the channels of every group are chosen; none for a budget, which is measured first."""
+        """How the channels of every group are chosen; empty for a budget, which must be measured first."""
         return {} if isinstance(self.amount, Budget) else self.amount.choices(graph, self.selector)
 
     @property
     def tries_refits(self) -> bool:
-        """Whether networks are refitted before the channels are chosen, too."""
+        """Whether networks are also refitted before the channels are chosen."""
         effort = self.amount.effort if isinstance(self.amount, Budget) else None
         return effort is not None and effort.refits + effort.search > 0
 
     @property
     def seed(self) -> int:
-        """Of what is drawn."""
+        """The seed of what is drawn."""
         return self.selector.seed if isinstance(self.selector, Random) else 0
 
     @property
     def arguments(self) -> Mapping[str, object]:
-        """The settings by name; the result of pruning a copy and the model itself is the same."""
+        """The settings by name; pruning a copy counts as the same as pruning the model itself."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**given, "into": "graph" if self.into == "graph" else "module"}
 
 
 def check_amount(amount: Any) -> None:
-    """Refuses what does not say how much is kept.
+    """Refuses anything that does not say how much is kept.
 
     Raises:
-        TypeError: It says what could have been meant.
+        TypeError: The message says what could have been meant.
     """
     if isinstance(amount, Keep | Penalty | Budget):
         return
     if isinstance(amount, numbers.Real) and not isinstance(amount, bool):
         share = amount if 0 < float(amount) <= 1 else 0.5
         raise TypeError(
-            f"the amount is a bare number, {amount!r}, which could mean two things: lnr.Keep({amount!r}), so many "
-            f"channels of every group, or lnr.Budget(macs={share!r}), such a share of the multiply-accumulates, "
-            "divided among the groups by what the outputs suffer. Write the one that you mean"
+            f"the amount is a bare number, {amount!r}, which could mean two things: lnr.Keep({amount!r}) keeps so many "
+            f"channels of every group, lnr.Budget(macs={share!r}) keeps that share of the multiply-accumulates and "
+            "removes channels where the outputs suffer least. Write the one that you mean"
         )
     advice = "such as lnr.Keep(0.5)"
     if isinstance(amount, Mapping):

@@ -41,15 +41,15 @@ def sweep(
         model: A trained model; it is left as it is.
         data: Unlabelled calibration inputs, as for `prune`.
         amounts: For every point a `Keep`, a `Penalty` or a `Budget`.
-        retrain: Trains a pruned model in place, or returns a trained one. Torch's global generator starts from
-            ``seed`` for every point, and is as before when the sweep ends.
-        evaluate: What a model is worth, such as its accuracy. Default: the error of its outputs,
-            ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` on some of the calibration data, of which less is better;
-            with ``logits=True`` by divergences of the probabilities, as in the reports.
+        retrain: Trains a pruned model in place, or returns a trained one. Torch's global random generator is seeded
+            with ``seed`` for every point, and restored afterwards.
+        evaluate: Says what a model is worth, such as its accuracy. Default: the error of its outputs,
+            ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2``, on some of the calibration data, where less is better.
+            With ``logits=True``, divergences of the probabilities are measured instead, as in the reports.
         maximize: Whether larger values of ``evaluate`` are better.
-        cost: What is to be small: "params", "macs", "size" or "latency" (roughly measured).
-        seed: Of ``retrain``.
-        run: As for `prune`, but that each point has a folder of its own in ``run.work``.
+        cost: The cost to compare: "params", "macs", "size" or "latency" (roughly measured).
+        seed: The seed for ``retrain``.
+        run: As for `prune`, except that each point has its own folder in ``run.work``.
         options: Further arguments of `prune`, the same for every point.
 
     Returns:
@@ -58,7 +58,7 @@ def sweep(
     Raises:
         ValueError, TypeError: If there is no amount, an argument is out of range or unknown, or ``into="model"`` is
             asked for.
-        LnrPruneError: What `prune` raises.
+        LnrPruneError: As `prune` raises it.
 
     Example:
         >>> import torch, lnr_prune as lnr
@@ -108,7 +108,7 @@ def sweep(
 
 
 def _checked(amounts: Iterable[Amount], options: Mapping[str, Any]) -> list[Amount]:
-    """The amounts, each of which `prune` could be asked for."""
+    """The amounts, once it is known that `prune` takes each of them."""
     one = isinstance(amounts, Keep | Penalty | Budget | Mapping | str)
     if one or not isinstance(amounts, Iterable):
         raise TypeError(f"amounts must be a list of amounts, one for every point, got {amounts!r}; wrap it in a list")
@@ -116,7 +116,7 @@ def _checked(amounts: Iterable[Amount], options: Mapping[str, Any]) -> list[Amou
     if not asked:
         raise ValueError("a sweep needs at least one amount, got none")
     for amount in asked:
-        given = inspect.signature(prune).bind(None, None, amount, **options)  # TypeError: it names what is unknown
+        given = inspect.signature(prune).bind(None, None, amount, **options)  # its TypeError names what is unknown
         given.apply_defaults()
         settings = {name: given.arguments[name] for name in ("selector", "refit", "bias", "logits", "into")}
         Settings.of(amount, **settings)

@@ -55,5 +55,5 @@ class Widened(torch.nn.Module):
 def test_a_layer_that_may_lose_some_of_its_channels_says_why_not_the_others() -> None:
     found = lnr.inspect(Widened(), torch.randn(2, 3))
     assert [(group.producers, group.size) for group in found.groups] == [(("a", "b"), 4)]
-    assert found.frozen["b"].startswith("4 of its 8 channels: meets a value of no known channel in add (")
+    assert found.frozen["b"].startswith("4 of its 8 channels: meets a value that belongs to no known channel in add (")
     assert "a" not in found.frozen

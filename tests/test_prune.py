@@ -128,10 +128,10 @@ def test_settings_check_themselves(
 @pytest.mark.parametrize(
     ("amount", "selector", "message"),
     [
-        (lnr.Keep({"nobody": 3}), "norm", "'nobody', which is no prunable producer; prunable: 0"),
-        (lnr.Keep({"2": 3}), "norm", r"'2', which is no prunable producer \(output of the model\)"),
+        (lnr.Keep({"nobody": 3}), "norm", "'nobody', which is not a prunable producer; prunable: 0"),
+        (lnr.Keep({"2": 3}), "norm", r"'2', which is not a prunable producer \(output of the model\)"),
         (lnr.Keep(3), "best", "known selectors: group_lasso, backward"),
-        (lnr.Penalty(1.0), "norm", "a penalty is that of the group lasso"),
+        (lnr.Penalty(1.0), "norm", "a penalty needs the group lasso"),
     ],
 )
 def test_bad_arguments(amount: Amount, selector: str, message: str) -> None:
@@ -202,7 +202,7 @@ def test_a_forward_with_fixed_sizes_is_pruned_where_it_can_be() -> None:
     pruned = lnr.prune(FixedView(), torch.randn(30, 1, 8, 8), lnr.Keep(0.5))
     assert rows(pruned) == {"conv1": (6, 3)}
     assert "fixed in the model's forward" in pruned.report.frozen["conv2"]
-    with pytest.raises(ValueError, match=r"'conv2', which is no prunable producer \(its sizes or positions are fixed"):
+    with pytest.raises(ValueError, match=r"'conv2', which is not a prunable producer \(its sizes or positions"):
         lnr.prune(FixedView(), torch.randn(30, 1, 8, 8), lnr.Keep({"conv2": 2}))
 
 

@@ -8,8 +8,8 @@ from lnr_prune.graph.groups import Consumer
 class Attention(ColumnsBias):
     """``y = [W b] [concatenated heads; 1]``: the columns of one head are one group.
 
-    It fits whatever else makes channels leave in blocks of rows: the graph has found out which
-    (``consumer.channels``), as for `FcAfterConv`, where one row fills several columns.
+    It also fits other layers whose channels leave in blocks of rows. The graph has found out which columns those
+    are (``consumer.channels``), as for `FcAfterConv`, where one row fills several columns.
     """
 
     name = "attention"

@@ -1,4 +1,4 @@
-"""Second moments of patches that overlap: sums of products of images with themselves, shifted."""
+"""Second moments of overlapping patches: sums of products of images with shifted copies of themselves."""
 
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -10,21 +10,21 @@ from torch import Tensor
 Offset = tuple[int, ...]
 Span = tuple[int, int]
 Term = tuple[int, tuple[Offset, tuple[Span, ...]]]
-"""A sign, a shift, and from where to where along every axis."""
+"""A sign, a shift, and a span along every axis."""
 
 
 def autocorrelation(images: Sequence[Tensor], offsets: Sequence[Offset], positions: Sequence[int]) -> Tensor:
     """``sum x x^T`` over all patches x of images that are zero outside.
 
-    For the entries of a patch at o + s and o + t, the sum of ``X(o + s) X(o + t)^T`` over all positions o is that of
-    ``X(q) X(q + t - s)^T`` over all q = o + s. So it is the same for all pairs with the same shift t - s, but for what
-    is next to the border, where s or t does not get to. For 3 x 3 patches these are 13 sums over whole images, and some
-    over their edges, instead of 81.
+    Take the entries o + s and o + t of the patch at position o. The sum of ``X(o + s) X(o + t)^T`` over all o is the
+    sum of ``X(q) X(q + t - s)^T`` over all q = o + s. So it is the same for all pairs with the same shift t - s, except
+    near the border, which s or t does not reach. For 3 x 3 patches, this takes 13 sums over whole images, and some over
+    their edges, instead of 81.
 
     Args:
         images: Batches, (n, channels, sizes...), all of the same sizes; at least one.
-        offsets: Of a patch's entries from its position, along each axis.
-        positions: How many there are along each axis, from 0.
+        offsets: Offsets of a patch's entries from its position, along each axis.
+        positions: Number of positions along each axis, from 0.
 
     Returns:
         (channels * entries, channels * entries), float64.
@@ -33,7 +33,7 @@ def autocorrelation(images: Sequence[Tensor], offsets: Sequence[Offset], positio
     wanted = dict.fromkeys(key for _, _, terms in pairs for _, key in terms)
     sums: dict[tuple[Offset, tuple[Span, ...]], Tensor] = {}
     for batch in images:
-        wide = batch.to(torch.promote_types(batch.dtype, torch.float32))  # bfloat16 would lose what is multiplied
+        wide = batch.to(torch.promote_types(batch.dtype, torch.float32))  # bfloat16 would round the products
         X = wide.movedim(1, -1).contiguous()
         for shift, box in wanted:
             moved = [(a + by, b + by) for (a, b), by in zip(box, shift, strict=True)]
@@ -58,7 +58,7 @@ def sums_of_entries(images: Sequence[Tensor], offsets: Sequence[Offset], positio
 
 
 def _entries(X: Tensor, box: Sequence[Span]) -> Tensor:
-    """What lies in a box, (n, channels), of images (n, sizes..., channels)."""
+    """The entries in a box, (n, channels), of images (n, sizes..., channels)."""
     index = (slice(None), *(slice(a, b) for a, b in box))
     return X[index].flatten(0, -2)
 
@@ -66,7 +66,7 @@ def _entries(X: Tensor, box: Sequence[Span]) -> Tensor:
 def _pairs(
     offsets: Sequence[Offset], positions: Sequence[int], sizes: Sequence[int]
 ) -> Iterator[tuple[int, int, list[Term]]]:
-    """Two entries of a patch, and what their products add up to."""
+    """Pairs of entries of a patch, and the terms that their products add up to."""
     for i, s in enumerate(offsets):
         for j, t in enumerate(offsets[i:], i):
             shift = tuple(b - a for a, b in zip(s, t, strict=True))
@@ -81,7 +81,7 @@ def _pairs(
 
 
 def _span(first: int, last: int, offset: int, count: int) -> Span:
-    """What an entry gets to, between first and last."""
+    """What an entry reaches between first and last."""
     start = min(max(first, offset), last)
     return start, max(start, min(last, offset + count))
 

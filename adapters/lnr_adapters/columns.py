@@ -32,7 +32,7 @@ class Columns:
         return consumer.channels
 
     def matrix(self, consumer: Consumer, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The weight itself; transposed, where the layer stores it the other way round."""
+        """The weight itself, transposed if the layer stores it the other way round."""
         return weight if consumer.dim == 1 else weight.T
 
     def write(self, consumer: Consumer, M: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -23,7 +23,7 @@ class ConvFilters(ColumnsBias):
     channel_axis = 1
 
     def matches(self, consumer: Consumer) -> bool:
-        """Convolutions, transposed ones too, that are not grouped (the graph offers no others)."""
+        """Convolutions and transposed convolutions that are not grouped (the graph offers no others)."""
         return consumer.op.startswith("conv")
 
     def samples(self, consumer: Consumer, call: LayerCall, rows: Tensor | None) -> Tensor:
@@ -48,7 +48,7 @@ class ConvFilters(ColumnsBias):
         return x.flatten(1)
 
     def second_moments(self, consumer: Consumer, calls: Sequence[LayerCall]) -> Tensor | None:
-        """``sum x x^T`` over all patches, from shifted images, where patches lie at every position."""
+        """``sum x x^T`` over all patches, from shifted images, if there is a patch at every position."""
         call = calls[0]
         kernel, n = call.weight.shape[2:], call.weight.dim() - 2
         stride, dilation = (per_axis(call.options.get(option, 1), n) for option in ("stride", "dilation"))
@@ -70,7 +70,7 @@ class ConvFilters(ColumnsBias):
 
 
 def _spread(call: LayerCall, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """The input with stride - 1 zeros between its entries, padded: a transposed convolution slides over this."""
+    """The input that a transposed convolution slides over: padded, with stride - 1 zeros between its entries."""
     n = len(kernel)
     sizes = [s * (size - 1) + 1 for s, size in zip(stride, call.input.shape[2:], strict=True)]
     x = call.input.new_zeros(*call.input.shape[:2], *sizes)

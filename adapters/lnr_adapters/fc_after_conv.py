@@ -8,8 +8,8 @@ from lnr_prune.graph.groups import Consumer
 class FcAfterConv(ColumnsBias):
     """``y = [W b] [flatten(map); 1]``: the H*W columns of a channel are one group.
 
-    Which columns those are the graph has found out (``consumer.channels``), so any flattening will do; bias
-    or not, everything else is as for plain columns.
+    The graph has found out which columns those are (``consumer.channels``), so any flattening will do. Everything
+    else is as for plain columns, with or without a bias.
     """
 
     name = "fc_after_conv"

@@ -1,4 +1,4 @@
-"""The registry of adapters: how a layer's columns form groups is known to them alone."""
+"""The registry of adapters. Only an adapter knows how a layer's columns form groups."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,24 +21,24 @@ class Adapter(Protocol):
 
     An adapter decides which consumers it fits, how to read x and y from a call of the layer, which columns
     of x belong to which channel, and how a matrix becomes weights. `lnr_prune.testing.check_adapter`
-    is the contract.
+    tests all that it must do.
 
-    An adapter may also have ``second_moments(consumer, calls)``: ``sum x x^T`` over all rows of some calls, (d, d), or
-    None, where there is a faster way than to read x.
+    An adapter may also have a method ``second_moments(consumer, calls)``. It returns ``sum x x^T`` over all rows of the
+    calls, (d, d), if it can compute that faster than by reading x, else None.
     """
 
     name: str
 
     def matches(self, consumer: Consumer) -> bool:
-        """Whether this adapter, and no other, is the one for the consumer."""
+        """Whether this adapter is the right one for the consumer; it must be the only one."""
         ...
 
     def inputs(self, consumer: Consumer, call: LayerCall, rows: Tensor | None = None) -> Tensor:
-        """x: one row a sample, (n, d); with ``rows`` only these, (m,) indices: what is not read need not be copied."""
+        """x, one row per sample, (n, d). With ``rows``, (m,) indices, only these, so that no others are copied."""
         ...
 
     def outputs(self, consumer: Consumer, call: LayerCall, rows: Tensor | None = None) -> Tensor:
-        """y: one row a sample, (n, h), so that ``y = x M^T`` for the layer's own matrix M; or some of the rows."""
+        """y, one row per sample, (n, h), with ``y = x M^T`` for the layer's own matrix M; or only some rows."""
         ...
 
     def groups(self, consumer: Consumer, weight: Tensor) -> Tensor:
@@ -58,9 +58,9 @@ _adapters: dict[str, Adapter] = {}
 
 
 def register(adapter: Adapter, *, replace: bool = False) -> None:
-    """Makes an adapter known under its name.
+    """Registers an adapter under its name.
 
-    Packages do this when the module named by their entry point is imported::
+    A package does this in the module that its entry point names::
 
         [project.entry-points."lnr_prune.adapters"]
         mine = "my_package.my_adapters"
@@ -70,14 +70,14 @@ def register(adapter: Adapter, *, replace: bool = False) -> None:
     """
     if adapter.name in _adapters and not replace:
         raise ValueError(
-            f"an adapter named {adapter.name!r} is registered already ({type(_adapters[adapter.name]).__name__}); "
+            f"an adapter named {adapter.name!r} is already registered ({type(_adapters[adapter.name]).__name__}); "
             "choose another name, or pass replace=True"
         )
     _adapters[adapter.name] = adapter
 
 
 def unregister(name: str) -> None:
-    """Forgets an adapter.
+    """Removes an adapter from the registry.
 
     Raises:
         ValueError: If no adapter has this name.
@@ -88,7 +88,7 @@ def unregister(name: str) -> None:
 
 
 def adapters() -> Mapping[str, Adapter]:
-    """All registered adapters by name, those of installed packages included."""
+    """All registered adapters by name, including those of installed packages."""
     _load_entry_points()
     return dict(_adapters)
 
@@ -129,7 +129,7 @@ class AdaptedLayer:
         return self.adapter.outputs(self.consumer, call, rows)
 
     def second_moments(self, calls: Sequence[LayerCall]) -> Tensor | None:
-        """``sum x x^T`` over all rows of calls, (d, d), where the adapter knows a faster way than to read them."""
+        """``sum x x^T`` over all rows of the calls, (d, d), if the adapter can compute it without reading them."""
         faster = getattr(self.adapter, "second_moments", None)
         return None if faster is None or not calls else faster(self.consumer, calls)
 
@@ -140,7 +140,7 @@ class AdaptedLayer:
         return {key: name for key, name in names.items() if name is not None}
 
     def columns(self, weight: Tensor, bias: float) -> Tensor:
-        """Columns of M that a weight of this pattern, and a constant bias, make other than zero, (d,) bool."""
+        """Columns of M that are not zero for this weight and a constant bias, (d,) bool."""
         values = {"weight": weight, "bias": weight.new_full((weight.shape[1 - self.consumer.dim],), bias)}
         return self.matrix({name: values[key] for key, name in self.names.items()}).bool().any(0)
 
@@ -155,12 +155,12 @@ class AdaptedLayer:
         return self.adapter.matrix(self.consumer, tensors[self.consumer.weight], bias).detach().double()
 
     def write(self, M: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters that make the layer's matrix M, of the present ones' shapes, dtypes and devices."""
+        """The parameters that make M the layer's matrix, with the shapes, dtypes and devices of the current ones."""
         weight, bias = self.adapter.write(self.consumer, M, tensors[self.consumer.weight])
         new = {self.consumer.weight: weight}
         if self.consumer.bias and bias is not None:
             new[self.consumer.bias] = bias
-        dense = torch.contiguous_format  # a lone entry of M would keep its stride, and all of M, otherwise
+        dense = torch.contiguous_format  # otherwise a view of one entry would keep its stride, and with it all of M
         return {name: value.to(tensors[name]).clone(memory_format=dense) for name, value in new.items()}
 
 

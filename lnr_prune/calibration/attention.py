@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 
 class FewerHeads(nn.MultiheadAttention):
-    """What an nn.MultiheadAttention becomes when heads leave it: the class changes, the module stays.
+    """What an nn.MultiheadAttention becomes when it loses heads: the class changes, the module stays the same.
 
-    nn.MultiheadAttention's own forward insists on ``embed_dim = num_heads * head_dim``; this one takes the
+    nn.MultiheadAttention's own forward insists on ``embed_dim = num_heads * head_dim``. This one takes the
     same arguments and computes the same function for any number of heads.
     """
 
@@ -26,7 +26,7 @@ class FewerHeads(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention output and, if asked for, the weights; as nn.MultiheadAttention.forward."""
+        """Attention output and, if asked for, the weights, like nn.MultiheadAttention.forward."""
         batched, same = query.dim() == 3, query is key is value
         tokens = [x if batched else x[None] for x in (query, key, value)]
         if batched and not self.batch_first:
@@ -49,7 +49,7 @@ class FewerHeads(nn.MultiheadAttention):
         return output, weights if batched else weights[0]
 
     def _projected_as_one(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of the same tokens: a packed weight is applied as it is, so that it can be seen."""
+        """Queries, keys and values of the same tokens. A packed weight is used whole, so that its call can be seen."""
         if self.in_proj_weight is None:
             return self._projected(x, x, x)
         return F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
@@ -95,9 +95,9 @@ def visible_attention(model: nn.Module) -> Iterator[None]:
 
 
 def shrink_attention(module: nn.MultiheadAttention) -> None:
-    """Gives a module whose projections lost whole heads the number of heads that is left."""
+    """Updates the number of heads of a module whose projections have lost whole heads."""
     rows = module.out_proj.weight.shape[1]
     if rows != module.num_heads * module.head_dim:
         module.num_heads = rows // module.head_dim
-        module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from its fused path
+        module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer off its fused path
         module.__class__ = FewerHeads

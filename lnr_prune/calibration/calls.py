@@ -18,7 +18,7 @@ Inputs = Callable[[Any], Call]
 
 
 def check_model(model: object) -> None:
-    """Refuses what is no model.
+    """Refuses anything that is not a model.
 
     Raises:
         TypeError: If it is not an nn.Module.
@@ -29,7 +29,7 @@ def check_model(model: object) -> None:
 
 
 def _checked(call: Any) -> Call:
-    """What ``inputs`` returned."""
+    """What ``inputs`` returned, once it is known to be a call."""
     if isinstance(call, tuple | list) and len(call) == 2:
         args, kwargs = call
         if isinstance(args, tuple | list) and isinstance(kwargs, Mapping):
@@ -51,12 +51,12 @@ def _moved(leaf: Any, device: torch.device) -> Any:
 
 
 def samples_in(batch: Any) -> int:
-    """Number of samples in a batch or call: length of the first tensor's first axis; 1 for a batch without one."""
+    """Number of samples in a batch or call: the length of the first tensor's first axis, or 1 if there is none."""
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 def shortened(call: Call, size: int = 2) -> Call:
-    """The call with its batch cut to ``size`` samples, where all tensors share a longer first axis."""
+    """The call with its batch cut to ``size`` samples, if all tensors share a longer first axis."""
     leading = {leaf.shape[:1] for leaf in tree_leaves(call) if isinstance(leaf, Tensor)}
     if len(leading) != 1 or next(iter(leading), ()) == () or next(iter(leading))[0] <= size:
         return call
@@ -78,7 +78,7 @@ def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = Non
             return without_caches(functional_call(model, dict(weights or {}), args, kwargs))
     except LnrPruneError:
         raise
-    except Exception as error:  # a forward raises what it likes
+    except Exception as error:  # a forward may raise anything
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
         inputs = f"inputs of shape {', '.join(map(str, shapes))}" if shapes else "a call without tensors"
         if ran_out_of_memory(error):

@@ -16,12 +16,12 @@ from lnr_prune.errors import CalibrationError
 from lnr_prune.runtime.digest import digest
 from lnr_prune.runtime.processes import ALONE, Ranks
 
-SAMPLES = 256  # on which outputs are compared, unless more are asked for
+SAMPLES = 256  # outputs are compared on so many samples, unless more are asked for
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Batches that can be gone through again and again, as calls of one model.
+    """Batches that can be iterated over again and again, as calls of one model.
 
     Attributes:
         batches: The data, re-iterable.
@@ -39,7 +39,7 @@ class Calibration:
 
     @cached_property
     def samples(self) -> int:
-        """Number of samples; the data is gone through once if neither a list nor a data loader tells."""
+        """Number of samples. This takes a pass over the data, unless a data loader's sampler knows it."""
         sampler = getattr(self.batches, "sampler", None)
         return len(sampler) if isinstance(sampler, Sized) else sum(samples_in(batch) for batch in self.batches)
 
@@ -56,7 +56,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Batches:
-    """Data whose batches have a form of their own.
+    """Data whose batches have a custom form.
 
     Attributes:
         data: An iterable of batches.
@@ -83,14 +83,14 @@ def calibrate(model: nn.Module, data: Any) -> Calibration:
 
     Args:
         model: The model; tensors are moved to the device of its parameters.
-        data: An iterable of batches. A batch is a tensor; a tuple or list, of which as many leading entries
-            are taken as the model's forward requires (so the label of a pair is ignored); or a dict of keyword
-            arguments (entries called "label" or "labels" are left out unless forward names them). A single
-            tensor or dict is one batch. `Batches` say themselves what makes a call of a batch of any other form. What
-            can be gone through only once is kept in memory. Batches without samples are passed over.
+        data: An iterable of batches. A batch is a tensor, a tuple or list, or a dict of keyword arguments. Of a tuple
+            or list, the first entries are taken, as many as the model's forward requires: the label of a pair is
+            ignored. Of a dict, "label" and "labels" are left out, unless forward names them. A single tensor or dict
+            is one batch. For batches of any other form, give `Batches`. Data that can be read only once is kept in
+            memory. Batches without samples are skipped.
 
     Raises:
-        TypeError: If model is no module.
+        TypeError: If model is not a module.
         CalibrationError: If data is not iterable; while iterating, if a batch cannot be read.
     """
     check_model(model)
@@ -114,7 +114,7 @@ def calibrate(model: nn.Module, data: Any) -> Calibration:
 
 
 def short_example(model: nn.Module, data: Calibration) -> Call:
-    """Arguments of a small forward pass: the first batch, cut to two samples where the model allows."""
+    """Arguments of a small forward pass: the first batch, cut to two samples if the model allows it."""
     example = data.example()
     short = shortened(example)
     try:
@@ -151,11 +151,11 @@ def _reader(model: nn.Module) -> Inputs:
 
 @dataclass(frozen=True, eq=False)
 class FixedCalibration(Calibration):
-    """Calibration data that has to be the same in every pass, else a CalibrationError says which batch is not."""
+    """Calibration data that must be the same in every pass; if not, a CalibrationError names the batch that differs."""
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """SHA-256 of every batch, as a call of the model; the first pass tells."""
+        """SHA-256 of every batch, as a call of the model, taken in the first pass."""
         return tuple(map(digest, super().__iter__()))
 
     def __iter__(self) -> Iterator[Call]:
@@ -169,14 +169,14 @@ class FixedCalibration(Calibration):
 
     def _other(self, number: int) -> CalibrationError:
         return CalibrationError(
-            f"batch {number} of the calibration data is not what it was in the first pass; with a work folder all "
-            "passes must give the same: turn off shuffling and random augmentation, or give list(loader), drawn with "
-            "a fixed seed. A model that writes into its inputs needs clones of them"
+            f"batch {number} of the calibration data is not what it was in the first pass; with a work folder, all "
+            "passes must give the same batches: turn off shuffling and random augmentation, or give list(loader), "
+            "drawn with a fixed seed. If the model writes into its inputs, give it clones of them"
         )
 
 
 def first_samples(data: Iterable[Call], samples: int = SAMPLES, ranks: Ranks = ALONE) -> list[Call]:
-    """The first batches, the first rank's before the second's, until they hold so many samples; all ranks get all."""
+    """The first batches that hold ``samples`` samples together, in order of the ranks; every rank gets all of them."""
     calls, count = list[Call](), 0
     for call in data:
         calls.append(call)
@@ -189,11 +189,11 @@ def first_samples(data: Iterable[Call], samples: int = SAMPLES, ranks: Ranks = A
 def first_of_each_half(
     data: Calibration, samples: int | None = SAMPLES, ranks: Ranks = ALONE
 ) -> tuple[list[Call], list[Call]]:
-    """So many samples to fit on, and as many to judge by; see `lnr_prune.calibration.places`. All ranks get all.
+    """Samples to fit on, and as many to judge by; see `lnr_prune.calibration.places`. Every rank gets all of them.
 
     Args:
-        data: The calibration data; of each half, the first samples are taken.
-        samples: How many of each; None = all.
+        data: The calibration data. The first samples of each half are taken.
+        samples: How many of each half; None = all.
         ranks: The processes that prune together.
     """
     wanted = data.samples if samples is None else samples
@@ -214,7 +214,7 @@ def first_of_each_half(
 
 
 def _shared(calls: Sequence[Call], samples: int, ranks: Ranks) -> list[Call]:
-    """The first so many samples of all ranks, in their order."""
+    """The first ``samples`` samples of all ranks, in order of the ranks."""
     chosen, count = list[tuple[int, int, int]](), 0
     for source, sizes in enumerate(ranks.all_gather([samples_in(call) for call in calls])):
         for index, size in enumerate(sizes):

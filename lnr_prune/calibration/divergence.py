@@ -12,13 +12,13 @@ from lnr_prune.calibration.calls import Call, run
 def output_error(
     model: nn.Module, calls: Sequence[Call], logits: bool | None = False
 ) -> Callable[[Mapping[str, Tensor]], float]:
-    """Full-size weights -> `divergence` of the outputs with them from the model's own."""
+    """A function from full-size weights to the `divergence` of the outputs with them from the model's own."""
     original = [outputs(model, call) for call in calls]
     return lambda weights: divergence(original, [outputs(model, call, weights) for call in calls], logits)
 
 
 def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Everything real-valued that a forward pass gives, (samples, values) where outputs share their first axis."""
+    """All floating-point outputs of a forward pass, (samples, values) if they share their first axis."""
     leaves = [leaf for leaf in tree_leaves(run(model, call, weights)) if isinstance(leaf, Tensor)]
     real = [leaf for leaf in leaves if leaf.is_floating_point()]
     if not real:
@@ -29,10 +29,10 @@ def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None =
 
 
 def divergence(original: list[Tensor], pruned: list[Tensor], logits: bool | None = False) -> float:
-    """``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of outputs, one (n, values) tensor a batch, in float64.
+    """``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of outputs, one (n, values) tensor per batch, in float64.
 
-    Of logits, ``E KL(p || p') / E KL(p || E p)`` of their softmax. Values that are infinite in either (masked
-    scores) do not count.
+    For logits, it is ``E KL(p || p') / E KL(p || E p)`` of their softmax. Values that are infinite in either output
+    (masked scores) do not count.
     """
     if logits:
         p, q = (torch.cat(batches).double().log_softmax(1) for batches in (original, pruned))
@@ -47,10 +47,10 @@ def divergence(original: list[Tensor], pruned: list[Tensor], logits: bool | None
 
 
 def check_logits(model: nn.Module, example: Call, logits: bool | None) -> bool | None:
-    """Whether the outputs are logits: what the user says, or None if nobody does and they could be.
+    """Whether the outputs are logits: what the user says; None if the user does not say, and they could be.
 
     Raises:
-        ValueError: If the user says so, and the output is not one tensor (samples, classes).
+        ValueError: If the user says that they are, but the output is not one tensor (samples, classes).
     """
     leaves = [leaf for leaf in tree_leaves(run(model, example)) if isinstance(leaf, Tensor)]
     shapes = [tuple(leaf.shape) for leaf in leaves]

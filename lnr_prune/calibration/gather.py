@@ -23,10 +23,10 @@ def gather(
     data: Calibration,
     work: Work = Work(),
 ) -> dict[str, Halves]:
-    """One pass over the calibration data: the second moments of every layer's inputs at once.
+    """Gathers the second moments of every layer's inputs in one pass over the calibration data.
 
-    Outputs are not read: a layer's own y is M x, see `SecondMoments.through`. Processes that prune together pass over
-    a shard each, and get the sums of all.
+    Outputs are not read: a layer's own y is M x, see `SecondMoments.through`. Processes that prune together read one
+    shard each, and all get the sums over all shards.
 
     Args:
         model: The model, in any mode; it is run in evaluation mode.
@@ -35,7 +35,7 @@ def gather(
         work: The processes, each with a shard of the data, and where the sums are kept.
 
     Returns:
-        Name of the weight -> the moments of both halves of the samples, of an empty y.
+        Name of the weight -> the moments of both halves of the samples, with an empty y.
 
     Raises:
         CalibrationError: If there is no batch, a layer is never called, or an activation is not finite.
@@ -61,7 +61,7 @@ def _gathered(
     before = work.snapshot(so_far, tuple[tuple[str, ...], int, dict[str, tuple[SecondMoments, SecondMoments]]])
     names, done, known = before if before is not None else ((), 0, {})
     sums: dict[str, list[SecondMoments]] = {}
-    if names == tuple(readers):  # else some are there already
+    if names == tuple(readers):  # otherwise the snapshot is of other layers
         sums = {name: list(of_parts) for name, of_parts in known.items()}
     else:
         done = 0
@@ -122,7 +122,7 @@ def check_finite(weight: str, moments: SecondMoments, where: str, call: Call | N
     """Refuses sums that are not finite.
 
     Raises:
-        CalibrationError: It names the layer and says where, such as "batch 3", and whether that batch, the
+        CalibrationError: It names the layer and the place, such as "batch 3", and says whether that batch, the
             call, is finite itself.
     """
     advice = "remove NaN and Inf from the calibration data, or calibrate in a wider dtype"
@@ -132,7 +132,7 @@ def check_finite(weight: str, moments: SecondMoments, where: str, call: Call | N
         advice = (
             f"{bad:,} of the batch's own values are NaN or Inf: leave out these samples"
             if bad
-            else "the batch itself is finite, so the model makes them of it: scale the data as in training, "
+            else "the batch itself is finite, so the model produces them: scale the data as in training, "
             "or calibrate in a wider dtype"
         )
     for side, total in (("inputs", moments.xx.diagonal().sum()), ("outputs", moments.yy)):

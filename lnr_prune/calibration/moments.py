@@ -10,7 +10,7 @@ from torch import Tensor
 from lnr_prune.lasso.problem import Block
 from lnr_prune.runtime.processes import Ranks
 
-PANEL = 256  # rows of x^T x that one product gives
+PANEL = 256  # rows of x^T x that one product computes
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def full_precision() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class SecondMoments:
-    """Sums of second moments, float64; moments of two halves of the data add up to those of the whole.
+    """Sums of second moments, float64; the moments of two parts of the data add up to those of the whole.
 
     Attributes:
         xx: ``sum x x^T``, (d, d).
@@ -42,7 +42,7 @@ class SecondMoments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> "SecondMoments":
-        """The moments of rows x, (n, d), and y, (n, h), multiplied in their own precision, float32 at least."""
+        """The moments of rows x, (n, d), and y, (n, h), multiplied in their own precision, but at least float32."""
         return cls.zeros(y.shape[1], x.shape[1], x.device).with_rows(x, y)
 
     @classmethod
@@ -52,16 +52,17 @@ class SecondMoments:
         return cls(xx, yx, yx.new_zeros(()), 0)
 
     def with_rows(self, x: Tensor, y: Tensor, known: int = 0) -> "SecondMoments":
-        """These moments with more rows, added in place; without the products of the first, known columns of x.
+        """Adds rows to these moments, in place; products among the first ``known`` columns of x are there already.
 
-        The rows are multiplied in their own precision, u (float32 at least; bfloat16 becomes float32 exactly), and the
-        product is added in float64. With the n rows of one call, in whatever order they are summed,
+        The rows are multiplied in their own precision, with unit roundoff u (at least float32; bfloat16 becomes float32
+        exactly), and the product is added in float64. For the n rows of one call, summed in any order,
 
             |error of xx_ij| <= n u / (1 - n u) sqrt(xx_ii xx_jj),
 
-        and the same of yx_ij with ``sqrt(sum y_i^2 xx_jj)``. Added up over calls this holds with the n of the largest
-        one: as only `CHUNK` elements are multiplied at once, n <= CHUNK / d, the error does not grow with the data.
-        Rounding errors cancel in part: of 2,048 to 131,072 rows it was 5 u to 22 u, 1.3e-6 at most in float32.
+        and the same holds for yx_ij with ``sqrt(sum y_i^2 xx_jj)``. Summed over several calls, it holds with the n of
+        the largest one. Only `CHUNK` elements are multiplied at once, so n <= CHUNK / d, and the error does not grow
+        with the data. Rounding errors partly cancel: for 2,048 to 131,072 rows the error was 5 u to 22 u, at most
+        1.3e-6 in float32.
 
         References:
             Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1.
@@ -76,7 +77,7 @@ class SecondMoments:
             product = x[:, :known].T @ x[:, known:]
             self.xx[:known, known:].add_(product)
             self.xx[known:, :known].add_(product.T)
-        for first in range(known, x.shape[1], PANEL):  # x^T x is symmetric: its upper half, a panel of rows at a time
+        for first in range(known, x.shape[1], PANEL):  # x^T x is symmetric: only its upper half, panel by panel
             last = first + PANEL
             product = x[:, first:last].T @ x[:, first:]
             self.xx[first:last, first:].add_(product)
@@ -105,15 +106,15 @@ class SecondMoments:
         return SecondMoments(self.xx, yx, (yx * M).sum(), self.count)
 
     def towards(self, W: Tensor, ridge: float, columns: Tensor) -> "SecondMoments":
-        """With rows that tie M to W: ``||M - W||^2`` on these columns, times the ridge and their mean second moment.
+        """Adds a ridge towards W: ``||M - W||^2`` on these columns, times ``ridge`` and their mean second moment.
 
-        They are those of ``y = W x`` for an x of each of the columns alone, so least squares on the result is a ridge
-        regression towards W, and what an elimination loses includes what W does.
+        The ridge consists of extra rows ``y = W x``: for each of the columns, one x that is nonzero in it alone. So
+        least squares on the result is a ridge regression towards W, and the error of an elimination includes the ridge.
 
         Args:
             W: The matrix, (h, d).
-            ridge: As a fraction of the columns' mean second moment.
-            columns: Those that are tied, (d,) bool.
+            ridge: The ridge, as a fraction of the columns' mean second moment.
+            columns: The columns that the ridge applies to, (d,) bool.
         """
         weight = ridge * self.xx.diagonal()[columns].mean() if ridge and bool(columns.any()) else self.yy.new_zeros(())
         tied = W * columns
@@ -121,13 +122,13 @@ class SecondMoments:
         return replace(self, xx=xx, yx=self.yx + weight * tied, yy=self.yy + weight * tied.square().sum())
 
     def at(self, columns: Tensor) -> "SecondMoments":
-        """The moments of these columns of x alone, (d,) bool."""
+        """The moments of only these columns of x, (d,) bool."""
         if bool(columns.all()):
             return self
         return replace(self, xx=self.xx[columns][:, columns], yx=self.yx[:, columns])
 
     def restricted(self, columns: Tensor) -> "SecondMoments":
-        """The moments as if all but these columns of x, (d,) bool, were zero."""
+        """The moments as if x were zero outside these columns, (d,) bool."""
         if bool(columns.all()):
             return self
         return replace(self, xx=self.xx * columns * columns[:, None], yx=self.yx * columns)
@@ -145,11 +146,11 @@ class SecondMoments:
 
 @dataclass(frozen=True, eq=False)
 class Halves:
-    """Second moments of the samples that are fitted to, and of those that judge.
+    """Second moments of the samples to fit on, and of those that are held out to judge.
 
     Attributes:
-        fit: Of the former.
-        held: Of the latter; of no rows where there is but one sample.
+        fit: Of the samples to fit on.
+        held: Of the samples that judge; without rows if there is only one sample.
     """
 
     fit: SecondMoments
@@ -157,5 +158,5 @@ class Halves:
 
     @property
     def whole(self) -> SecondMoments:
-        """Of all samples."""
+        """The moments of all samples."""
         return self.fit + self.held

@@ -1,4 +1,4 @@
-"""A model's outputs, to compare with another's: in float64, in evaluation or training mode."""
+"""A model's outputs, to compare with those of another: in float64, in evaluation or training mode."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,27 +14,27 @@ from lnr_prune.calibration.calls import Call, run
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.module import in_mode, unfused_attention
 
-TOGETHER = 2**30  # bytes that float64 copies of all tensors may take; those of larger models are made one by one
+TOGETHER = 2**30  # bytes that float64 copies of all tensors may take; larger models get their copies one by one
 
 
 def outputs_of(
     model: nn.Module, weights: Mapping[str, Tensor], example: Call, *, wide: bool, training: bool
 ) -> list[Tensor]:
-    """The tensors that the model returns with some of its own replaced.
+    """The tensors that the model returns when some of its own are replaced.
 
-    In float64 a model of more than `TOGETHER` bytes runs on its own tensors, and each function that it calls gets
-    float64 copies of those that it is called with, which are gone when the next is: the outputs are the same, in the
-    memory of one layer. Training mode, and functions that torch.jit has compiled, do not go together with that.
+    In float64, a model of more than `TOGETHER` bytes runs on its own tensors. Each function that it calls gets float64
+    copies of them, which are freed before the next call: the outputs are the same, and only one layer's copies are in
+    memory. This cannot be combined with training mode, or with functions that torch.jit has compiled.
 
     Args:
         model: The model, in any mode.
         weights: Tensors to run with in place of the model's own.
         example: Arguments of the forward pass.
-        wide: Whether everything that is floating-point is made float64.
-        training: Whether to run in training mode; dropout lets everything through then, and statistics stay.
+        wide: Whether to convert everything floating-point to float64.
+        training: Whether to run in training mode; dropout then lets everything through, and statistics stay.
 
     Raises:
-        CalibrationError: If the model does not run, such as one that insists on its own dtype.
+        CalibrationError: If the model does not run, for example because it insists on its own dtype.
     """
     tensors = {name: weights.get(name, tensor) for name, tensor in own_tensors(model).items()}
     large = 8 * sum(tensor.numel() for tensor in tensors.values()) > TOGETHER
@@ -59,21 +59,21 @@ def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -
         torch.manual_seed(0)  # stochastic depth draws the same layers
         try:
             return functional_call(model, copies, *call)
-        except Exception as error:  # a forward raises errors of any kind
+        except Exception as error:  # a forward may raise anything
             raise CalibrationError(f"{type(model).__name__} does not run in training mode: {error}") from error
 
 
 class _OneByOne(TorchFunctionMode):
-    """Every function gets, in place of some tensors, float64 copies of others, of which only the last is kept."""
+    """Gives every function float64 copies of other tensors in place of some; only the last copy is kept."""
 
     def __init__(self, values: Mapping[int, Tensor]) -> None:
-        """Id of a tensor -> the one in its place."""
+        """Takes the replacements: id of a tensor -> the tensor to use in its place."""
         super().__init__()
         self.values, self.last = values, (-1, torch.empty(0))
 
     def _replaced(self, leaf: Any) -> Any:
         if id(leaf) in self.values and self.last[0] != id(leaf):
-            self.last = (-1, torch.empty(0))  # before the next is made
+            self.last = (-1, torch.empty(0))  # freed before the next is made
             self.last = id(leaf), _wide(self.values[id(leaf)])
         return self.last[1] if id(leaf) in self.values else leaf
 

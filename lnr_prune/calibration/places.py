@@ -1,7 +1,8 @@
-"""Where samples stand among all, and which of them judge: by their number, so no batch size moves them.
+"""Where samples stand in the calibration data, and which of them judge.
 
-What judges is never what was fitted. So samples are split, not rows: the patches of an image are much alike, and so are
-neighbouring samples (frames of a video, sentences of a text), which stay together in stretches.
+Both depend on a sample's number only, not on the batch size. No sample judges what was fitted to it. So samples are
+split, not rows: the patches of one image are much alike. Neighbouring samples (frames of a video, sentences of a text)
+are alike, too, so they stay together in stretches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,19 +15,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lnr_prune.calibration.calls import Call, samples_in
 from lnr_prune.runtime.processes import ALONE, Ranks
 
-STRETCHES = 64  # that all samples make, at most
-QUARTER = 4  # of these, one in four chooses the ridge of a refit
-HALF = 2  # one in two judges what was chosen on the others
+STRETCHES = 64  # the samples are cut into at most so many
+QUARTER = 4  # one stretch in four chooses the ridge of a refit
+HALF = 2  # one stretch in two judges what was chosen on the others
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a batch stands in all the calibration data, the other processes' included.
+    """Where a batch stands in all the calibration data, including that of the other processes.
 
     Attributes:
         first: Number of its first sample.
         size: Number of its samples.
-        samples: Number of all samples.
+        samples: Number of samples in all.
     """
 
     first: int
@@ -34,15 +35,15 @@ class Place:
     samples: int
 
     def start(self, rows: int) -> int:
-        """Number of the first of a layer's rows, evenly many a sample."""
+        """Number of the first of this batch's ``rows`` in a layer, when every sample has equally many."""
         return self.first * rows // max(1, self.size)
 
     def parts(self, rows: int, every: int = QUARTER) -> Iterator[tuple[bool, int]]:
-        """Whether the first of a layer's rows, evenly many a sample, are held out, and how many; then the next ones.
+        """Cuts a layer's rows into parts; yields whether a part is held out, and how many rows it has.
 
         Args:
-            rows: Number of rows.
-            every: One stretch of samples of so many is held out.
+            rows: Number of rows; every sample has equally many.
+            every: One in so many stretches of samples is held out.
         """
         length = max(1, -(-self.samples // STRETCHES))
         numbers = self.first + torch.arange(rows) * self.size // max(1, rows)
@@ -60,7 +61,7 @@ def places_of(calls: Sequence[Call], ranks: Ranks = ALONE) -> Iterator[Place]:
 
 
 def halves(call: Call, place: Place) -> Iterator[tuple[bool, Call]]:
-    """A call cut into samples that judge (True) and others; one that cannot be cut goes with its first sample."""
+    """Cuts a call into samples that judge (True) and others; one that cannot be cut goes with its first sample."""
     parts = list(place.parts(place.size, HALF))
     shared = {leaf.shape[:1] for leaf in tree_leaves(call) if isinstance(leaf, Tensor)}
     if len(shared) != 1 or next(iter(shared)) != (place.size,):

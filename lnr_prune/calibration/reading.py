@@ -17,21 +17,21 @@ from lnr_prune.lasso.problem import GroupLasso
 from lnr_prune.runtime.work import Work
 
 Part = Callable[[Halves], SecondMoments]
-"""Of which samples the moments are."""
+"""Picks the samples whose moments are used."""
 
 
 def whole(halves: Halves) -> SecondMoments:
-    """Of all samples."""
+    """The moments of all samples."""
     return halves.whole
 
 
 def fit(halves: Halves) -> SecondMoments:
-    """Of those that do not judge."""
+    """The moments of the samples to fit on."""
     return halves.fit
 
 
 def held(halves: Halves) -> SecondMoments:
-    """Of those that judge."""
+    """The moments of the samples that judge."""
     return halves.held
 
 
@@ -60,9 +60,9 @@ class Reading:
         """The group lasso of its channels.
 
         Args:
-            tensors: The original model's.
-            masks: Weight's name -> 0 or 1; on the columns that these leave.
-            part: Of which samples.
+            tensors: The original model's tensors.
+            masks: Weight's name -> a mask of 0 and 1; the problem has only the columns that these leave.
+            part: Picks the samples.
             ridges: Per consumer, a ridge towards its own matrix, see `SecondMoments.towards`.
         """
         kept = self.columns(tensors, masks or {})
@@ -77,7 +77,7 @@ class Reading:
 
     @staticmethod
     def ridged(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Columns of a layer that a ridge holds: all but the bias, (d,) bool."""
+        """Columns of a layer that a ridge applies to: all but the bias, (d,) bool."""
         return layer.columns(torch.ones_like(tensors[layer.consumer.weight]), bias=0.0)
 
     def columns(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -97,13 +97,13 @@ def read(
     bias: bool,
     work: Work = Work(),
 ) -> list[Reading]:
-    """One pass over the calibration data: every group with its consumers' second moments, in order of execution."""
+    """Every group with its consumers' second moments, in order of execution, from one pass over the data."""
     layers = {group: adapted_layers(group, bias) for group in groups}
     readers = {layer.consumer.weight: layer for group, of in layers.items() for layer in of if group.consumers}
     moments = gather(model, readers, data, work) if readers else {}
     tensors = named_tensors(model)
     for layer in (layer for of in layers.values() for layer in of):
-        if layer.consumer.weight not in moments:  # it runs in training only: nothing is known of its inputs
+        if layer.consumer.weight not in moments:  # it runs in training only: its inputs are not known
             white = SecondMoments.white(layer.matrix(tensors))
             moments[layer.consumer.weight] = Halves(white, white)
     return [Reading(group, of, tuple(moments[layer.consumer.weight] for layer in of)) for group, of in layers.items()]
@@ -111,13 +111,13 @@ def read(
 
 @dataclass(frozen=True, eq=False)
 class GroupPasses:
-    """Channel groups with their second moments, some groups at a time: one pass over the calibration data each.
+    """Channel groups with their second moments, some groups at a time, with one pass over the data for each.
 
-    Iterating gives the readings of each pass; their moments are gone when the next one begins.
+    Iterating yields the readings of each pass. Their moments are freed when the next one begins.
 
     Attributes:
         passes: The groups of every pass, in order of execution.
-        lasting: Readings that stay in memory from the start; where there is one pass, all of them.
+        lasting: Readings that stay in memory from the start; all of them if there is only one pass.
         read: Groups -> their readings.
     """
 
@@ -132,10 +132,10 @@ class GroupPasses:
         for groups in self.passes:
             readings = self.read(groups)
             yield readings
-            readings.clear()  # their memory is for the next
+            readings.clear()  # frees their memory for the next
 
     def moments_of(self, weights: Container[str]) -> dict[str, SecondMoments]:
-        """The lasting moments of those of these layers that some groups are read by: weight's name -> moments."""
+        """Weight's name -> moments, for those named layers whose moments stay in memory."""
         pairs = (pair for reading in self.lasting for pair in zip(reading.layers, reading.moments, strict=True))
         return {layer.consumer.weight: both.whole for layer, both in pairs if layer.consumer.weight in weights}
 
@@ -155,11 +155,11 @@ def read_in_passes(
 
 
 def adapted_layers(group: ChannelGroup, bias: bool) -> tuple[AdaptedLayer, ...]:
-    """The layers that read a group, or that do so in training if nobody else does, with their adapters."""
+    """The layers that read a group, with their adapters; if there are none, those that read it in training."""
     return tuple(adapted(consumer, bias) for consumer in group.consumers or group.training)
 
 
 def adapted(consumer: Consumer, bias: bool) -> AdaptedLayer:
-    """A layer with its adapter; without ``bias`` it keeps its own."""
+    """A layer with its adapter; without ``bias``, its bias stays as it is."""
     consumer = consumer if bias else replace(consumer, bias=None)
     return AdaptedLayer(consumer, find(consumer))

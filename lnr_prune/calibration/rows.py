@@ -12,22 +12,22 @@ from lnr_prune.calibration.moments import full_precision
 from lnr_prune.calibration.watch import LayerCall
 
 CHUNK = 2**23  # elements of x that one product sums; the products are added up in float64
-ROWS_PER_COLUMN = 64  # of a convolution's patches, about so many times d rows are read
+ROWS_PER_COLUMN = 64  # about so many times d of a convolution's patches are read
 
 
 class Reader(Protocol):
     """Turns a layer's call into rows of samples; an adapter does it for its layer."""
 
     def inputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
-        """x, one row a sample, (n, d), or some of the rows."""
+        """x, one row per sample, (n, d), or some of the rows."""
         ...
 
     def outputs(self, call: LayerCall, rows: Tensor | None = None) -> Tensor:
-        """y, one row a sample, (n, h), or some of the rows."""
+        """y, one row per sample, (n, h), or some of the rows."""
         ...
 
     def second_moments(self, calls: Sequence[LayerCall]) -> Tensor | None:
-        """``sum x x^T`` over all rows of calls, (d, d) float64, where that is faster than to read x; else None."""
+        """``sum x x^T`` over all rows of the calls, (d, d) float64, if that is faster than reading x, else None."""
         ...
 
 
@@ -36,21 +36,21 @@ def rows(
 ) -> Iterator[tuple[Tensor, ...]]:
     """x, (n, d), and y, (n, h), of one call, in chunks that fit into memory.
 
-    The many patches of one image are much alike. Where all the data has more than `ROWS_PER_COLUMN` times d
-    rows, evenly many of each sample are read; which ones depends on the sample's number alone, not on the
-    batch that it came in.
+    The many patches of one image are much alike. If the data has more than `ROWS_PER_COLUMN` times d rows, only
+    some of them are read, equally many of each sample. Which ones depends on the sample's number only, not on its
+    batch.
 
     Args:
         reader: How to read the call.
         layer: The call.
-        samples: Number of samples in all the calibration data; None = not known: every row is read.
+        samples: Number of samples in all the calibration data; None = not known, and every row is read.
         first: Number of the call's first sample.
-        others: Tensors of the output's shape, without a bias, whose rows follow those of y.
+        others: More tensors of the output's shape, without a bias; their rows are yielded after x and y.
     """
     count = len(layer.input)
     if count == 0:
         return
-    if layer.input.device.type == "mps":  # has no float64
+    if layer.input.device.type == "mps":  # MPS has no float64
         bias = None if layer.bias is None else layer.bias.cpu()
         layer = replace(layer, input=layer.input.cpu(), output=layer.output.cpu(), weight=layer.weight.cpu(), bias=bias)
         others = tuple(other.cpu() for other in others)
@@ -66,7 +66,7 @@ def rows(
 
 
 def all_products(reader: Reader, layers: Sequence[LayerCall], samples: int | None) -> Tensor | None:
-    """``sum x x^T`` over calls of which all rows are read, if the reader has a faster way than to read them."""
+    """``sum x x^T`` over calls whose rows are all used, if the reader can compute it without reading them."""
     layers = [layer for layer in layers if len(layer.input)]
     if not layers or layers[0].input.device.type == "mps":
         return None
@@ -80,7 +80,7 @@ def all_products(reader: Reader, layers: Sequence[LayerCall], samples: int | Non
 
 
 def rows_of_sample(reader: Reader, layer: LayerCall, samples: int | None) -> tuple[int, int, int]:
-    """Columns of x, rows of a sample, and how many of these are read."""
+    """Number of columns of x, of rows per sample, and of rows per sample that are read."""
     one, row = next(layer.split(1)), torch.zeros(1, dtype=torch.long, device=layer.input.device)
     d, h = reader.inputs(one, row).shape[1], reader.outputs(one, row).shape[1]
     positions = layer.output.numel() // (h * len(layer.input))
@@ -96,5 +96,5 @@ def _positions(positions: int, wanted: int, first: int, count: int) -> Tensor:
 
 
 def shifts(size: int, first: int, count: int) -> Tensor:
-    """For each of some samples, by its number alone, how far what was drawn for one is moved around, (count, 1)."""
+    """How far each sample rotates what was drawn once, (count, 1); it depends on the sample's number only."""
     return ((first + torch.arange(count)[:, None]) * (size * 0.6180339887498949)).long()  # golden ratio: spread evenly

@@ -1,4 +1,4 @@
-"""The layers' calls in a forward pass: seen, and given other weights, whoever makes them."""
+"""Watch the layers' calls in a forward pass, whoever makes them, and give them other weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -47,12 +47,12 @@ class LayerCall:
     function: Callable[..., Tensor]
 
     def again(self, **arguments: Tensor) -> Tensor:
-        """The output for another "input", "weight" or "bias"; what is not given is as it was."""
+        """The output for another "input", "weight" or "bias"; what is not given stays as it was."""
         given = {"input": self.input, "weight": self.weight, "bias": self.bias, **arguments}
         return self.function(*(given[key] for key in _SIGNATURES[self.function] if key in given), **self.options)
 
     def split(self, samples: int | list[int]) -> Iterator["LayerCall"]:
-        """The call in pieces of so many samples, as torch.split cuts them."""
+        """The call in pieces of ``samples`` samples each, as torch.split cuts them."""
         for x, y in zip(torch.split(self.input, samples), torch.split(self.output, samples), strict=True):
             yield replace(self, input=x, output=y)
 
@@ -90,7 +90,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _batched(value: Tensor, weight: Tensor) -> Tensor:
-    """With a batch axis, which a layer may be called without."""
+    """The tensor with a batch axis, even if the layer was called without one."""
     return value[None] if value.dim() == 1 or value.dim() < weight.dim() else value
 
 
@@ -108,10 +108,10 @@ def watch(
         model: The model.
         call: Arguments of the forward pass.
         names: Names of the weights.
-        see: Gets the weight's name and the call, when it is done.
-        swap: Gets the name and the layer's input before the call; returns the "weight" and "bias" to use
+        see: Called after each call of a layer, with the weight's name and the call.
+        swap: Called before it, with the name and the layer's input; returns the "weight" and "bias" to use
             instead (what it leaves out stays).
-        within: Entered around the forward pass, inside of what watches it.
+        within: A context that is entered around the forward pass, inside the one that watches it.
     """
     tensors = named_tensors(model)
     watching = _Watch({id(tensors[name]): name for name in names}, see, swap)

@@ -1,6 +1,6 @@
-"""The ``lnr-prune`` command: what is typed becomes calls of the library, and results become text, JSON and files.
+"""The ``lnr-prune`` command: it turns what is typed into library calls, and results into text, JSON and files.
 
-``main`` assembles the commands; ``prune`` and ``commands`` are they; ``options`` are what they share, ``models`` and
-``data`` read models and calibration data as the command line names them, and ``console`` says results and errors, each
-error with an exit code of its own. Nothing here is needed to use the library from Python.
+``main`` assembles the commands, which are in ``prune`` and ``commands``. ``options`` has the options that they share.
+``models`` and ``data`` read models and calibration data by their command-line names. ``console`` prints results and
+errors; each kind of error has its own exit code. Nothing here is needed to use the library from Python.
 """

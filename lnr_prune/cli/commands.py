@@ -45,7 +45,7 @@ def inspect(
     draw: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the groups to a .dot file, or to .svg, .png, .pdf (needs graphviz).", rich_help_panel=OUTPUT
+            help="Draw the groups to a .dot file, or to .svg, .png or .pdf (needs graphviz).", rich_help_panel=OUTPUT
         ),
     ] = None,
     as_json: Json = False,
@@ -83,13 +83,13 @@ def bench(
     data: Data = None,
     array: Array = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Samples a forward pass; may be repeated. Default: 1 and 32.")
+        list[int] | None, typer.Option(min=1, help="Samples per forward pass; may be repeated. Default: 1 and 32.")
     ] = None,
     threads: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Threads of the processor; may be repeated. Default: torch's number."),
+        typer.Option(min=1, help="CPU threads; may be repeated. Default: as many as torch uses."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Passes of each model, of which the median counts.")] = 21,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes of each model; their median is reported.")] = 21,
     as_json: Json = False,
 ) -> None:
     """Compare a pruned model with its original: latency side by side, parameters, MACs."""
@@ -138,7 +138,7 @@ def _comparison(counts: dict[str, list[int]], runs: list[dict[str, Any]]) -> Tab
 def _batch(
     net: torch.nn.Module, size: int, shape: str | None, tokens: int | None, data: Path | None, array: list[str] | None
 ) -> Any:
-    """Inputs for so many samples, random or from a file."""
+    """Inputs with ``size`` samples, random or from a file."""
     if data is None:
         return random_batch(net, size, shape_of(shape), tokens)
     source = Source(data, size, size, arrays=tuple(array or ()))

@@ -1,4 +1,4 @@
-"""How the sub-commands speak, end and write."""
+"""How the sub-commands print, exit and write files."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from rich.console import Console
 
 from lnr_prune.errors import LnrPruneError
 
-LOG_WIDTH = 120  # of tables where there is no terminal
+LOG_WIDTH = 120  # of tables if there is no terminal
 Say = Callable[[Any, Any], None]
 
 
 @contextmanager
 def answering(as_json: bool) -> Iterator[Say]:
-    """How results are said, and how errors end: 1 what the library refuses, 2 wrong usage, 130 interrupted."""
+    """Prints results, and turns errors into exit codes: 1 the library refuses, 2 wrong usage, 130 interrupted."""
     stdout = sys.stdout
 
     def say(text: Any, data: Any) -> None:
@@ -30,7 +30,7 @@ def answering(as_json: bool) -> Iterator[Say]:
             console.print(text, soft_wrap=isinstance(text, str))
 
     try:
-        with redirect_stdout(sys.stderr):  # whatever the user's code prints
+        with redirect_stdout(sys.stderr):  # for whatever the user's code prints
             yield say
     except KeyboardInterrupt:
         typer.echo("interrupted: nothing was left half-written", err=True)
@@ -43,7 +43,7 @@ def answering(as_json: bool) -> Iterator[Say]:
 
 
 def lines() -> Callable[[str], None]:
-    """Says what is being done where there is no terminal: one line a kind of step."""
+    """Prints what is being done if there is no terminal: one line per kind of step."""
     last = ""
 
     def show(doing: str) -> None:
@@ -57,7 +57,7 @@ def lines() -> Callable[[str], None]:
 
 
 def check(targets: dict[str, Path | None], sources: dict[str, Path | None]) -> None:
-    """Refuses early what could not be written after minutes of work."""
+    """Refuses at the start what could not be written after minutes of work."""
     given = {option: path for option, path in targets.items() if path is not None}
     if len({path.resolve() for path in given.values()}) < len(given):
         raise ValueError(f"{' and '.join(given)} name the same file")
@@ -70,7 +70,7 @@ def check(targets: dict[str, Path | None], sources: dict[str, Path | None]) -> N
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file beside the wanted one and puts it in its place."""
+    """Writes a temporary file next to the path, then renames it."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -80,5 +80,5 @@ def write(path: Path, text: str) -> None:
 
 
 def title(name: str) -> str:
-    """Of a report's page: the end of a path."""
+    """Title of a report's page, from the end of a path."""
     return f"{Path(name).name}, pruned"

@@ -1,4 +1,4 @@
-"""Calibration data from files: folders of images, arrays, texts; and random inputs."""
+"""Calibration data from files (folders of images, arrays, texts), and random inputs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,17 +25,17 @@ class Source:
     """Which samples of a file or folder are read, and how.
 
     Attributes:
-        path: A folder of images; a .npy, .npz or .safetensors file; or a text file, one sample a line.
-        samples: So many are drawn.
-        batch_size: Samples a batch.
-        seed: Of the draw.
-        arrays: Names of the arrays in the file: one is the model's input, several are keyword arguments. May be
-            empty if the file holds just one.
+        path: A folder of images; a .npy, .npz or .safetensors file; or a text file with one sample per line.
+        samples: Number of samples that are drawn.
+        batch_size: Samples per batch.
+        seed: Seed of the draw.
+        arrays: Names of the arrays in the file: a single one is the model's input, several are keyword arguments.
+            May be empty if the file has just one array.
         size: Side of the square that images are scaled and cropped to.
-        mean: Mean of every colour, subtracted from values in [0, 1]; a single one makes images grey.
-        std: What they are divided by then.
+        mean: Mean of every colour, subtracted from values in [0, 1]; with a single value, images become grey.
+        std: Standard deviation of every colour; the difference is divided by it.
         tokenizer: Folder of a Hugging Face tokenizer, for text.
-        tokens: Longest text in tokens.
+        tokens: Length of the longest text, in tokens.
     """
 
     path: Path
@@ -55,16 +55,16 @@ class Source:
 
 
 def batches(source: Source, dtype: torch.dtype = torch.float32, ranks: Ranks = ALONE) -> Iterable[Any]:
-    """The batches of a source: tensors, or dicts of keyword arguments. Images are read anew every time.
+    """The batches of a source: tensors, or dicts of keyword arguments. Images are read from disk in every pass.
 
     Args:
         source: What to read.
-        dtype: Type of what is not whole numbers.
+        dtype: Type of the tensors, except for those of whole numbers.
         ranks: The processes that prune together; each gets a part.
 
     Raises:
-        ValueError: If the source is of no known kind, or does not say what to read.
-        CalibrationError: If it cannot be read, or holds nothing.
+        ValueError: If the kind of source is unknown, or if it does not say what to read.
+        CalibrationError: If it cannot be read, or is empty.
     """
     if source.path.is_dir():
         return _images(source, dtype, ranks)
@@ -89,7 +89,7 @@ def random_batch(model: nn.Module, size: int, shape: Sequence[int] | None, token
         values = torch.randn(size, *shape, generator=generator)
         return values.to(dtype_of(model))
     if tokens is None:
-        raise ValueError("what does the model read? Give --shape (without the batch: 3,224,224), --tokens or --data")
+        raise ValueError("no inputs for the model: give --shape (without the batch: 3,224,224), --tokens or --data")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise ValueError(f"{type(model).__name__} has no config.vocab_size to draw tokens from; give --data")
@@ -97,7 +97,7 @@ def random_batch(model: nn.Module, size: int, shape: Sequence[int] | None, token
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """That of the first parameter which is not of whole numbers."""
+    """The dtype of the model's first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
@@ -151,7 +151,7 @@ def _arrays(source: Source, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         else:
             with source.path.open("rb") as file, np.load(file) as stored:
                 found = {name: stored[name] for name in _wanted(source, stored.files)}
-    except (OSError, EOFError, ValueError, BadZipFile, SafetensorError) as error:  # numpy has many ways to say it
+    except (OSError, EOFError, ValueError, BadZipFile, SafetensorError) as error:  # numpy raises many kinds of errors
         raise CalibrationError(f"cannot read {source.path}: {error}") from error
     counts = {name: len(array) if array.ndim else 0 for name, array in found.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():

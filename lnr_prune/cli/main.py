@@ -33,9 +33,9 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "Half the channels of every layer of your own model, from arrays:",
         "  lnr-prune prune my_models.py:Net --weights net.pt --data inputs.npz --array x --keep 0.5 "
         "--out m.safetensors",
-        "The same, the samples shared out among four processes:",
+        "The same, with the samples shared among four processes:",
         "  torchrun --nproc-per-node 4 -m lnr_prune prune my_models.py:Net ...",
-        "What would happen to a language model, as JSON:",
+        "What would be done to a language model, as JSON:",
         "  lnr-prune prune hf:my-bert --data lines.txt --tokenizer my-bert --params 0.8 --dry-run --json",
     ),
     commands.report: ("lnr-prune report m.safetensors --html report.html",),
@@ -66,7 +66,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the command itself; with them, ``lenet5`` stays a sub-command though it is the only one."""
+    """Options of the command itself."""
 
 
 @app.command()
@@ -97,27 +97,27 @@ def lenet5(
     ] = None,
     calibration: Annotated[
         int | None,
-        typer.Option(help="Training images used, without labels, to prune. Default: 5000, or all if there are fewer."),
+        typer.Option(help="Unlabelled training images used for pruning. Default: 5000, or all if there are fewer."),
     ] = None,
     lam: Annotated[
         float,
         typer.Option(
-            help="Penalty for fc2 in the reference's units; the library's lam is this times the number of columns "
-            "(500, or 501 with the bias)."
+            help="Penalty for fc2 in the reference's units. The library's lam is this number times the number of "
+            "columns (500, or 501 with the bias)."
         ),
     ] = 0.01,
     lam_ratio: Annotated[
         float,
-        typer.Option(help="Penalty for the whole network, as a fraction of the one that keeps nothing in a layer."),
+        typer.Option(help="Penalty for the whole network, as a fraction of the one at which a layer keeps nothing."),
     ] = 0.1,
     sweep: Annotated[int | None, typer.Option(help="Points of each Pareto sweep. Default: 10.")] = None,
     retrain: Annotated[
-        bool, typer.Option(help="Whether every point of the sweeps is also retrained for one epoch.")
+        bool, typer.Option(help="Whether to also retrain every point of the sweeps for one epoch.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything random: the same seed gives the same results.")] = 0,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A small run to try things out: 2 epochs, 3 points a sweep, tiny toy problem."),
+        typer.Option("--quick", help="A small run to try things out: 2 epochs, 3 points per sweep, tiny toy problem."),
     ] = False,
 ) -> None:
     """The reference session: train LeNet-5, prune its last layer and the whole network, plot and save everything."""

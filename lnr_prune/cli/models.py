@@ -24,18 +24,18 @@ NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep t
 
 
 def build(spec: str, arguments: Iterable[str] = (), weights: Path | None = None, device: str = "cpu") -> nn.Module:
-    """The model that a specification names, with the weights of a file, in evaluation mode.
+    """The model that a specification names, with weights from a file, in evaluation mode.
 
     Args:
         spec: One of ``package.module:factory``, ``path/to/file.py:factory``, ``torchvision:NAME``, ``timm:NAME`` and
             ``hf:FOLDER``. Only what is named is imported and called; nothing is evaluated.
-        arguments: ``key=value`` for the factory, values in JSON.
+        arguments: Arguments of the factory, ``key=value`` with the value in JSON.
         weights: A file of weights (.safetensors, .pt or .pth), or None.
-        device: Where the model is put.
+        device: Device that the model is moved to.
 
     Raises:
         ValueError: If there is no such factory, or an argument is not ``key=value``.
-        LnrPruneError: If the factory fails, the weights cannot be read or do not fit, or there is no such device.
+        LnrPruneError: If the factory fails, the weights cannot be read or do not fit, or the device cannot be used.
     """
     factory, given = _factory(spec), dict(map(_argument, arguments))
     try:
@@ -77,7 +77,7 @@ def _factory(spec: str) -> Callable[..., Any]:
 
 
 def _module(source: str) -> ModuleType:
-    """Imports a module by its name, looked for in the working directory too, or a file by its path."""
+    """Imports a module by its name (the working directory is searched too), or a file by its path."""
     path = Path(source)
     folder, name = (str(path.parent.resolve()), path.stem) if path.suffix == ".py" else (str(Path.cwd()), source)
     if folder not in sys.path:
@@ -102,7 +102,7 @@ def _timm() -> ModuleType:
 
 
 def _hugging_face(folder: str, **given: Any) -> Any:
-    """A model from a folder that save_pretrained wrote, of the class that its config names."""
+    """A model from a folder that save_pretrained wrote; its class is the one that the config names."""
     if not Path(folder).is_dir():
         raise LnrPruneError(f"hf:{folder}: there is no folder {folder!r}; give one that save_pretrained wrote")
     with suppress(LnrPruneError):
@@ -138,7 +138,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     except (OSError, EOFError, KeyError, SafetensorError, RuntimeError, UnpicklingError) as error:
         raise LnrPruneError(
             f"cannot load {path} into {type(model).__name__}: {error}. Give a file with the model's state dict, "
-            "saved by safetensors, or by torch.save without anything but tensors"
+            "saved by safetensors, or by torch.save with nothing but tensors"
         ) from error
 
 

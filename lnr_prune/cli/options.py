@@ -16,8 +16,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Where the model comes from: package.module:factory, path/to/file.py:factory (a function or class that "
-        "makes it), torchvision:NAME, timm:NAME, or hf:FOLDER (saved by Hugging Face's save_pretrained).",
+        help="The model: package.module:factory, path/to/file.py:factory (a function or class that makes it), "
+        "torchvision:NAME, timm:NAME, or hf:FOLDER (saved by Hugging Face's save_pretrained).",
         show_default=False,
     ),
 ]
@@ -32,23 +32,23 @@ Weights = Annotated[
     typer.Option(
         exists=True,
         dir_okay=False,
-        help="The trained weights: a state dict as .safetensors, .pt or .pth. Default: what the factory gives.",
+        help="The trained weights: a state dict as .safetensors, .pt or .pth. Default: those that the factory gives.",
         rich_help_panel=MODEL,
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where it runs: cpu, cuda, mps ...", rich_help_panel=MODEL)]
 Shape = Annotated[
     str | None,
-    typer.Option(help="Shape of one sample, such as 3,224,224: random values of it are used.", rich_help_panel=DATA),
+    typer.Option(help="Shape of one sample, such as 3,224,224, for random inputs.", rich_help_panel=DATA),
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option(min=1, help="For language models: length of a random text, in tokens.", rich_help_panel=DATA),
+    typer.Option(min=1, help="For language models: length of random texts, in tokens.", rich_help_panel=DATA),
 ]
 Array = Annotated[
     list[str] | None,
     typer.Option(
-        help="Which array of the file is the model's input; repeat it for models that take several, by name.",
+        help="Name of the array that is the model's input. Repeat it for a model that takes several inputs by name.",
         rich_help_panel=DATA,
     ),
 ]
@@ -60,31 +60,31 @@ Saved = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(exists=True, help="Instead, inputs from a .npy, .npz or .safetensors file.", rich_help_panel=DATA),
+    typer.Option(exists=True, help="Or inputs from a .npy, .npz or .safetensors file.", rich_help_panel=DATA),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print JSON, and nothing else, to the standard output.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.", rich_help_panel=OUTPUT)
 ]
 Html = Annotated[Path | None, typer.Option(help="Also write the report as a web page.", rich_help_panel=OUTPUT)]
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
-    """Numbers between commas.
+    """Numbers separated by commas.
 
     Raises:
-        ValueError: If there is anything else.
+        ValueError: If the text is anything else.
     """
     try:
         return tuple(map(float, text.split(",")))
     except ValueError as error:
-        raise ValueError(f"{option} takes numbers with commas between them, got {text!r}") from error
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from error
 
 
 def shape_of(text: str | None) -> tuple[int, ...] | None:
     """``3,224,224`` -> (3, 224, 224).
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: If the text is anything else.
     """
     if text is None:
         return None
@@ -97,16 +97,16 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
 def amount(
     texts: dict[str, list[str] | None], limits: dict[str, float | None], grid: dict[str, Any], effort: dict[str, Any]
 ) -> Amount:
-    """The one amount that prune takes.
+    """The amount for prune, from the options; exactly one must be given.
 
     Args:
         texts: "keep", "lam" and "lam_ratio" as they were typed: ``["0.5"]`` or ``["conv1=8", "fc1=0.2"]``.
-        limits: Of the budget; None = no such limit.
-        grid: Sizes that groups may take under the budget; None = default.
-        effort: How carefully the budget is shared out; None = default.
+        limits: Limits of the budget; None = no such limit.
+        grid: Sizes that groups may have under the budget; None = default.
+        effort: How carefully the budget is shared among the groups; None = default.
 
     Raises:
-        ValueError: If there is no amount, or more than one, or a detail of a budget without a limit.
+        ValueError: If there is no amount or more than one, or if there are details of a budget without a limit.
     """
     given = {name: _amount_of(name, values) for name, values in texts.items() if values}
     wanted, finely, carefully = (_given(of) for of in (limits, grid, effort))
@@ -116,7 +116,7 @@ def amount(
     if len(given) + bool(wanted) != 1:
         names = "--keep, --lam, --lam-ratio or a budget (--params, --macs, --budget-size, --latency, --error)"
         got = " and ".join([*given, *(["budget"] if wanted else [])]) or "none"
-        raise ValueError(f"how much is to be kept? Give one of {names}; got {got}")
+        raise ValueError(f"expected exactly one amount to keep. Give one of {names}; got {got}")
     if wanted:
         return Budget(**wanted, grid=Grid(**finely), effort=Effort(**carefully))
     if "keep" in given:
@@ -125,10 +125,10 @@ def amount(
 
 
 def selector_of(name: str, swaps: int | None, seed: int) -> str | Selector:
-    """The selector of this name, with the settings that belong to it.
+    """The selector with this name, with its own settings.
 
     Raises:
-        ValueError: If swaps are given for a selector that has none.
+        ValueError: If ``swaps`` is given for a selector that makes no swaps.
     """
     if swaps is not None:
         if name != "backward":

@@ -42,27 +42,27 @@ def prune(
         typer.Option(
             exists=True,
             help="Unlabelled samples like those the model was trained on: a folder of images, a .npy, .npz or "
-            ".safetensors file of inputs, or a text file with one sample a line (with --tokenizer).",
+            ".safetensors file of inputs, or a text file with one sample per line (with --tokenizer).",
             rich_help_panel=DATA,
         ),
     ],
     array: Array = None,
-    count: Annotated[int, typer.Option("--samples", min=1, help="Samples that are used.", rich_help_panel=DATA)] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.", rich_help_panel=DATA)] = 32,
+    count: Annotated[int, typer.Option("--samples", min=1, help="Number of samples.", rich_help_panel=DATA)] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.", rich_help_panel=DATA)] = 32,
     seed: Annotated[
         int,
         typer.Option(
-            help="Of the samples and of the random selector: the same seed, the same result.", rich_help_panel=DATA
+            help="Seed of the samples and the random selector: the same seed, the same result.", rich_help_panel=DATA
         ),
     ] = 0,
     size: Annotated[
-        int, typer.Option(min=1, help="Side that images are scaled and cropped to.", rich_help_panel=DATA)
+        int, typer.Option(min=1, help="Height and width of images, scaled and cropped.", rich_help_panel=DATA)
     ] = 224,
     mean: Annotated[
         str, typer.Option(help="Mean of the colours in [0, 1]; one number for grey images.", rich_help_panel=DATA)
     ] = ",".join(map(str, IMAGENET[0])),
     std: Annotated[
-        str, typer.Option(help="Their standard deviation: as the model was trained.", rich_help_panel=DATA)
+        str, typer.Option(help="Standard deviation of the colours, as in training.", rich_help_panel=DATA)
     ] = ",".join(map(str, IMAGENET[1])),
     tokenizer: Annotated[
         Path | None,
@@ -70,12 +70,12 @@ def prune(
             exists=True, file_okay=False, help="Folder of a Hugging Face tokenizer, for text.", rich_help_panel=DATA
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Longest text, in tokens.", rich_help_panel=DATA)] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest text in tokens.", rich_help_panel=DATA)] = 128,
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Channels of every group: a fraction (0.5) or a count (8). Or LAYER=NUMBER, repeated as needed; "
-            "other layers stay whole then.",
+            help="Channels to keep in every group: a fraction (0.5) or a count (8). Or LAYER=NUMBER, repeated as "
+            "needed; then other layers stay whole.",
             rich_help_panel=AMOUNT,
         ),
     ] = None,
@@ -83,7 +83,7 @@ def prune(
     lam_ratio: Annotated[
         list[str] | None,
         typer.Option(
-            help="The penalty as a fraction of the one that removes everything; or LAYER=NUMBER.",
+            help="The penalty, as a fraction of the penalty that removes everything; or LAYER=NUMBER.",
             rich_help_panel=AMOUNT,
         ),
     ] = None,
@@ -102,17 +102,16 @@ def prune(
     error: Annotated[
         float | None,
         typer.Option(
-            help="Budget: as small as possible while the predicted relative squared error of the outputs stays below "
-            "this.",
+            help="Budget: the smallest model whose predicted relative squared error of the outputs stays below this.",
             rich_help_panel=AMOUNT,
         ),
     ] = None,
     round_to: Annotated[
-        int | None, typer.Option(help="With a budget: keep multiples of so many channels.", rich_help_panel=AMOUNT)
+        int | None, typer.Option(help="With a budget: keep multiples of this many channels.", rich_help_panel=AMOUNT)
     ] = None,
     minimum: Annotated[
         int | None,
-        typer.Option(help="With a budget: channels that every group keeps at least.", rich_help_panel=AMOUNT),
+        typer.Option(help="With a budget: least number of channels in every group.", rich_help_panel=AMOUNT),
     ] = None,
     leave: Annotated[
         list[str] | None,
@@ -123,12 +122,13 @@ def prune(
     refits: Annotated[
         int | None,
         typer.Option(
-            help="With a budget: groups whose errors are measured with all layers refitted.", rich_help_panel=AMOUNT
+            help="With a budget: number of groups whose errors are measured with all layers refitted.",
+            rich_help_panel=AMOUNT,
         ),
     ] = None,
     search: Annotated[
         int | None,
-        typer.Option(help="With a budget: trials of a local search for better sizes.", rich_help_panel=AMOUNT),
+        typer.Option(help="With a budget: trials in a local search for better sizes.", rich_help_panel=AMOUNT),
     ] = None,
     selector: Annotated[
         str, typer.Option(help=f"How channels are chosen: {', '.join(SELECTORS)}.", rich_help_panel=AMOUNT)
@@ -143,15 +143,15 @@ def prune(
         bool | None,
         typer.Option(
             "--logits/--no-logits",
-            help="Whether the outputs are logits of classes, whose probabilities are kept. Default: found out.",
+            help="Whether the outputs are logits of classes, so that the refit fits probabilities. Default: automatic.",
             rich_help_panel=AMOUNT,
         ),
     ] = None,
     window: Annotated[
         int,
         typer.Option(
-            help="Layers that are refitted together: 1, or 2, a layer with the one that makes its inputs, which is "
-            "slower and better.",
+            help="Number of layers that are refitted together: 1, or 2 (a layer with the one that makes its inputs: "
+            "slower, but better).",
             rich_help_panel=AMOUNT,
         ),
     ] = 1,
@@ -161,8 +161,8 @@ def prune(
     into: Annotated[
         str,
         typer.Option(
-            help="copy: a model of the same class. graph: a graph for evaluation only, which also reaches channels "
-            "whose number the forward holds.",
+            help="copy: a model of the same class. graph: a graph for evaluation only; it can also lose channels "
+            "whose number is fixed in the forward.",
             rich_help_panel=AMOUNT,
         ),
     ] = "copy",
@@ -170,25 +170,25 @@ def prune(
         bool,
         typer.Option(
             "--low-memory",
-            help="Gather the statistics of a few layers at a time: slower, in less memory, the same result.",
+            help="Gather the statistics of a few layers at a time: slower, with less memory and the same result.",
             rich_help_panel=DATA,
         ),
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="The pruned model, as safetensors. Needed unless --dry-run.", rich_help_panel=OUTPUT),
+        typer.Option(help="File for the pruned model (safetensors). Needed unless --dry-run.", rich_help_panel=OUTPUT),
     ] = None,
     report_html: Html = None,
     work: Annotated[
         Path | None,
         typer.Option(
             file_okay=False,
-            help="Folder for what is found on the way: after a crash the same command goes on from there.",
+            help="Folder for intermediate results: after a crash, the same command continues from there.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Do everything but write.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--dry-run", help="Do everything except writing files.", rich_help_panel=OUTPUT)
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -196,7 +196,7 @@ def prune(
 
     The smaller model is an ordinary one: load it in Python with lnr_prune.load(FILE, a_new_model).
 
-    Several processes share the samples: torchrun --nproc-per-node 4 -m lnr_prune prune ...
+    Several processes can share the samples: torchrun --nproc-per-node 4 -m lnr_prune prune ...
     """
     with answering(as_json) as say, launched(device) as (device, ranks):
         first = ranks.rank == 0
@@ -211,7 +211,7 @@ def prune(
         targets = {"--out": out, "--report-html": report_html}
         if first and not dry_run:
             if out is None:
-                raise ValueError("where to? Give --out FILE.safetensors, or --dry-run to write nothing")
+                raise ValueError("there is no output file: give --out FILE.safetensors, or --dry-run to write nothing")
             check(targets, {"--weights": weights, "--data": data})
         colours = numbers(mean, "--mean"), numbers(std, "--std")
         source = Source(

@@ -24,24 +24,24 @@ from lnr_prune.graph.module import named_tensors
 from lnr_prune.graph.owners import along
 
 INTO = ("copy", "model")
-NOTHING = 1e-30  # of a weight: far below what float64 sees at any scale of outputs, while a norm of zeros would be nan
+NOTHING = 1e-30  # times a weight: too small to change outputs even in float64; a norm of exact zeros would be nan
 
 
 def apply_plan(plan: Plan, model: nn.Module, *, example: Any = None, into: str = "copy") -> nn.Module:
     """Removes the planned channels from another checkpoint of the same architecture.
 
-    Its weights are cut, not refitted: the result is what masking these channels leaves of it, and as a
-    rule less accurate than `prune` on its own calibration data.
+    Its weights are cut, not refitted: the result equals that checkpoint with these channels masked. As a rule it is
+    less accurate than `prune` with calibration data for that checkpoint.
 
     Args:
         plan: What is kept.
         model: A model of the architecture that the plan was made for. It is not modified unless ``into="model"``.
         example: A batch, as for `prune`, on which the result is compared with the masked model.
-        into: What is shrunk: a "copy", or the "model" itself, which is as before if anything fails.
+        into: What is shrunk: a "copy", or the "model" itself, which is restored if anything fails.
 
     Raises:
         ValueError: If ``into`` is neither.
-        PlanError: If the model is of another architecture.
+        PlanError: If the model has another architecture.
         CalibrationError: If the model does not accept the example.
         VerificationError: If the smaller model does not equal the masked one.
 
@@ -65,7 +65,7 @@ def apply_plan(plan: Plan, model: nn.Module, *, example: Any = None, into: str =
 
 
 def filled(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, example: Any, into: str) -> nn.Module:
-    """The model without the planned channels and with these tensors, name -> what is left of it."""
+    """The model without the planned channels, with these tensors: name -> what is left of the tensor."""
     call = _checked(model, plan, example)
     target = _target(model, call, into)
     reference = Reference(model, _spread(plan, tensors), call) if call else None
@@ -79,11 +79,11 @@ def filled(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, examp
 
 
 def filled_graph(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, example: Any) -> PrunedGraph:
-    """The same as a graph, which is traced anew."""
+    """The same as a graph, which is traced again."""
     call = _checked(model, plan, example)
     if call is None:
         raise PlanError(
-            "the pruned model is a graph (into='graph'), which is traced anew when it is loaded: "
+            "the pruned model is a graph (into='graph'), which is traced again when it is loaded: "
             "give a batch as example=. torch.export.save keeps a graph as it is"
         )
     graph = pruned_graph(model, plan, _spread(plan, tensors), call)
@@ -96,7 +96,7 @@ def filled_graph(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *,
 
 
 def _checked(model: nn.Module, plan: Plan, example: Any) -> Call | None:
-    """The example's call, once it is known that the plan is for this model."""
+    """Checks that the plan is for this model; returns the example as a call."""
     check_model(model)
     if plan.original is not None:
         plan.original.check(model)
@@ -111,17 +111,17 @@ def _checked(model: nn.Module, plan: Plan, example: Any) -> Call | None:
         for path, value in entries.items():
             if not 0 < value <= held.get(path, 0):
                 raise PlanError(
-                    f"the plan sets attribute {path!r} of layer {name!r} to {value}; expected one that holds an int "
-                    f"of at least that, got {held.get(path, 'no such int')}"
+                    f"the plan sets attribute {path!r} of layer {name!r} to {value}; expected that the attribute is "
+                    f"an int of at least that, got {held.get(path, 'no such int')}"
                 )
     return None if example is None else calibrate(model, [example]).example()
 
 
 def check_into(into: object) -> None:
-    """Refuses anything but what a plan can be applied to.
+    """Refuses anything that ``into`` cannot be.
 
     Raises:
-        ValueError: It says what can be given.
+        ValueError: The message says what can be given.
     """
     if into not in INTO:
         raise ValueError(f"into must be one of {', '.join(INTO)}, got {into!r}")
@@ -145,7 +145,7 @@ def _target(model: nn.Module, call: Call | None, into: str) -> nn.Module:
 
 
 def _reaches(target: nn.Module, original: nn.Module) -> bool:
-    """Whether something that a copy holds, a function's closure included, still holds a part of the original."""
+    """Whether a copy still reaches a part of the original, for example through a function's closure."""
     parts = {id(part) for part in (*original.modules(), *original.parameters(), *original.buffers())}
     seen: set[int] = set()
     waiting: list[Any] = list(target.modules())
@@ -179,7 +179,7 @@ def _held(value: Any) -> list[Any]:
 
 @contextmanager
 def _unless_it_fails(target: nn.Module) -> Iterator[None]:
-    """Puts the module back as it was if anything fails."""
+    """Restores the module if anything fails within."""
     restore = restore_point(target)
     try:
         yield
@@ -191,7 +191,7 @@ def _unless_it_fails(target: nn.Module) -> Iterator[None]:
 
 
 def _masked(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is removed set to next to nothing, in whatever may be a consumer's weight."""
+    """The tensors that may be a consumer's weight, with what is removed set to almost zero."""
     masked = {}
     for name, dims in plan.indices.items():
         value = tensors[name].detach()
@@ -205,7 +205,7 @@ def _masked(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _spread(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is left of every tensor, at its full size: with next to nothing where it lost entries, ones in a vector."""
+    """What is left of every tensor, at its full size: lost entries are almost zero, or one in a vector."""
     spread, kinds = {}, original_of(plan).tensors
     for name, value in tensors.items():
         shape = kinds[name].shape
@@ -218,6 +218,6 @@ def _spread(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:
-    """The tensor on the device of another one, and a parameter if that is one."""
+    """The tensor on the device of the old one, and a parameter if the old one is."""
     tensor = tensor.to("cpu" if old.is_meta else old.device)
     return nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor

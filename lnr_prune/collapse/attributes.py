@@ -16,14 +16,14 @@ from lnr_prune.graph.groups import ChannelGroup
 from lnr_prune.graph.sizes import HeldInt
 
 Role = tuple[str, type[nn.Module], str]
-"""A line of code and the attribute of a class of submodules that may be an int in it."""
+"""A line of code, a class of submodules, and its attribute that may be an int in that line."""
 LONGEST = 64  # tuples and lists with more entries are data, not settings
 ATTEMPTS = 40
-"""Choices of attributes that are tried for groups whose ints are in the same lines; most fail early."""
+"""So many choices of attributes are tried for groups whose ints are in the same lines; most fail early."""
 
 
 def ints(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Every int that a submodule holds, with the attribute's path; in tuples, lists and settings objects too."""
+    """Every int that a submodule holds, with the attribute's path, also in tuples, lists and settings objects."""
     for name, value in vars(module).items():
         yield from _ints(name, value, depth=2)
 
@@ -40,7 +40,7 @@ def _ints(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
 
 
 def _is_settings(value: Any) -> bool:
-    """Whether a value holds attributes, and can be replaced by a copy of its own."""
+    """Whether a value holds attributes, and can be replaced by a copy of itself."""
     if not hasattr(value, "__dict__") or isinstance(value, nn.Module | Tensor | type) or callable(value):
         return False
     try:
@@ -50,7 +50,7 @@ def _is_settings(value: Any) -> bool:
 
 
 def assign(module: nn.Module, path: str, value: int) -> None:
-    """Sets an int that a submodule holds. What holds it is replaced by a changed copy: others may share it."""
+    """Sets an int that a submodule holds. Its tuple or object is replaced by a changed copy, as others may share it."""
     name, *rest = path.split(".")
     vars(module)[name] = _changed(vars(module)[name], rest, value)
 
@@ -69,10 +69,11 @@ def _changed(holder: Any, path: Sequence[str], value: int) -> Any:
 
 
 def choices(model: nn.Module, group: ChannelGroup) -> Iterator[frozenset[Role]]:
-    """Sets of attributes that a group's channels may be counted by, in the order to try them; at most ``ATTEMPTS``.
+    """Sets of attributes that may count a group's channels, in the order to try them; at most ``ATTEMPTS``.
 
-    None; those of the submodules whose forwards have the ints; these but one, for what is equal by
-    coincidence; one; those of the submodules around, too; two.
+    First none; then all attributes of the submodules whose forwards have the ints (the inner ones); all inner ones
+    except one, which may be equal by coincidence; one inner one; all, including those of the enclosing submodules; one
+    of all; two inner ones.
     """
     distance = {role: distance for role, _, _, distance in reversed(list(_holders(model, group)))}
     every = sorted(distance, key=distance.__getitem__)
@@ -91,7 +92,7 @@ def choices(model: nn.Module, group: ChannelGroup) -> Iterator[frozenset[Role]]:
 
 
 def with_attributes(model: nn.Module, group: ChannelGroup, chosen: frozenset[Role]) -> ChannelGroup:
-    """The group, with these attributes among what changes when its channels leave."""
+    """The group, with these attributes added to what changes when its channels leave."""
     attributes: dict[tuple[str, str], tuple[int, Tensor]] = {}
     for role, name, held, _ in _holders(model, group):
         if role in chosen:
@@ -100,7 +101,7 @@ def with_attributes(model: nn.Module, group: ChannelGroup, chosen: frozenset[Rol
 
 
 def _holders(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Role, str, HeldInt, int]]:
-    """Attributes equal to one of the group's ints, of submodules from the int's own outwards: how far, at last."""
+    """Attributes equal to one of the group's ints, from its own submodule outwards; the last entry is how far out."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for held in group.held:
         parts = held.module.split(".") if held.module else []

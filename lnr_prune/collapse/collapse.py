@@ -13,14 +13,14 @@ from lnr_prune.graph.module import named_tensors
 
 
 def collapse(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Replaces every planned parameter of the model by its kept part, and makes its layers' attributes true.
+    """Replaces every planned parameter of the model by its kept part, and updates its layers' attributes.
 
     No tensor is written to: parameters are replaced by new ones, so `restore_point` can undo it all.
 
     Args:
         model: The model, changed in place.
         plan: What is kept.
-        weights: Full-size values to use instead of the model's own, as the refit left them.
+        weights: Full-size values to use instead of the model's own, such as those of the refit.
     """
     weights = weights or {}
     new: dict[int, Tensor] = {}  # tied parameters stay tied
@@ -37,7 +37,7 @@ def collapse(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None 
 
 
 def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[nn.Module]:
-    """Puts new parameters and buffers, by the ids of the old ones, in their places; returns the modules changed."""
+    """Replaces parameters and buffers, id of the old one -> new one; returns the modules that changed."""
     changed = []
     for module in model.modules():
         for tensors in _registries(module):
@@ -49,7 +49,7 @@ def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[nn.Modu
 
 
 def restore_point(model: nn.Module) -> Callable[[], None]:
-    """Remembers every submodule's attributes and parameters; the function returned puts them back."""
+    """Remembers every submodule's attributes and parameters; the returned function puts them back."""
     saved = [
         (module, type(module), dict(vars(module)), [dict(entries) for entries in _registries(module)])
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""Pruned models and plans as files, without pickle: safetensors with a JSON record, and such a record alone."""
+"""Pruned models and plans as files, without pickle: safetensors with a JSON record, or such a record alone."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from lnr_prune.runtime.codec import LARGEST
 from lnr_prune.runtime.digest import digest_of
 from lnr_prune.runtime.disk import StrPath, opened, put, regular
 
-KEY = "lnr_prune"  # of the record among a safetensors file's metadata
+KEY = "lnr_prune"  # names the record in a safetensors file's metadata
 
 
 def save_model(path: StrPath, model: nn.Module, plan: Plan, report: Report) -> None:
@@ -49,23 +49,23 @@ def save_plan(path: StrPath, plan: Plan) -> None:
 def load(path: StrPath, model: nn.Module, *, example: Any = None, into: str = "copy") -> nn.Module:
     """The pruned model that `Pruned.save` wrote.
 
-    The file names what was removed and holds what is left; a model of the original architecture gives the
-    code. Nothing in a file is executed, and the model is touched only once all of the file has been checked.
+    The file names what was removed and holds what is left. The code comes from a model of the original architecture.
+    Nothing in a file is executed, and the model is touched only after all of the file has been checked.
 
     Args:
         path: The file.
-        model: A new, unpruned instance of the original architecture; its values do not matter, so it may be on
-            the meta device (the pruned model is on the CPU then). It is not modified unless ``into="model"``.
+        model: A new, unpruned instance of the original architecture. Its values do not matter, so it may be on
+            the meta device (then the pruned model is on the CPU). It is not modified unless ``into="model"``.
         example: A batch, as for `prune`, on which the loaded model is compared with the masked one. Required for
-            a pruned graph, which is traced anew.
-        into: What is shrunk: a "copy", or the "model" itself, which is as before if anything fails.
+            a pruned graph, which is traced again.
+        into: What is shrunk: a "copy", or the "model" itself, which is restored if anything fails.
 
     Returns:
         The pruned model, on the devices of ``model``, in its mode, with its ``requires_grad``.
 
     Raises:
         ValueError: If ``into`` is neither.
-        PlanError: If the file is damaged, none of ours, or of another model.
+        PlanError: If the file is damaged, was not written by lnr-prune, or belongs to another model.
         GraphError: If the model cannot be copied or, for a pruned graph, traced.
         CalibrationError: If the model does not accept the example.
         VerificationError: If the loaded model does not equal the masked one.
@@ -101,7 +101,7 @@ def load_plan(path: StrPath) -> Plan:
     """The plan in a file that `Pruned.save` or `save_plan` wrote.
 
     Raises:
-        PlanError: If the file is damaged, or is none of ours.
+        PlanError: If the file is damaged, or was not written by lnr-prune.
         OSError: If it cannot be read.
     """
     return _record(path).plan
@@ -111,7 +111,7 @@ def report_of(path: StrPath) -> Report:
     """The report in a file that `Pruned.save` wrote.
 
     Raises:
-        PlanError: If the file is damaged, is none of ours, or holds a plan alone.
+        PlanError: If the file is damaged, was not written by lnr-prune, or holds only a plan.
         OSError: If it cannot be read.
     """
     report = _record(path).report
@@ -124,7 +124,7 @@ def _record(path: StrPath) -> Record:
     with _naming(path):
         regular(path)
         with open(path, "rb") as file:
-            start = file.read(8)  # a safetensors file's is a length far below 2^32
+            start = file.read(8)  # a safetensors file starts with a length far below 2^32
             if b"\0" not in start:
                 raw = start + file.read(4 * LARGEST)
                 try:
@@ -145,10 +145,10 @@ def _model_record(metadata: Mapping[str, str] | None) -> Record:
 
 
 def _tensors_of(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """A pruned model's tensors as they are stored, those that are tied once."""
+    """A pruned model's tensors as they are stored, tied ones once."""
     original, graph = original_of(plan), isinstance(model, PrunedGraph)
     if strange := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
-        raise PlanError(f"the model's state {strange[0]!r} is no tensor, and cannot be stored; use torch.save")
+        raise PlanError(f"the model's state {strange[0]!r} is not a tensor, and cannot be stored; use torch.save")
     own: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model).items():
         first = original.tied.get(name, name)
@@ -178,7 +178,7 @@ def _tensors_of(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 @contextmanager
 def _naming(path: StrPath) -> Iterator[None]:
-    """Lets errors begin with the file's name."""
+    """Makes errors begin with the file's name."""
     try:
         yield
     except PlanError as error:

@@ -1,4 +1,4 @@
-"""The fingerprint of an architecture: tells whether a model is of the kind that a plan was made for."""
+"""The fingerprint of an architecture: tells whether a model has the architecture that a plan was made for."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ SHOWN = 3  # differences that an error names
 
 @dataclass(frozen=True)
 class TensorKind:
-    """What a parameter or buffer is, but for its values.
+    """What a parameter or buffer is, apart from its values.
 
     Attributes:
         dtype: Its dtype, such as "float32".
@@ -34,9 +34,9 @@ class Fingerprint:
 
     Attributes:
         modules: Submodule -> name of its class.
-        tensors: Parameter or buffer -> what it is; tied ones once, under the first of their names.
+        tensors: Parameter or buffer -> what it is; tied ones once, under their first name.
         tied: The other names of tied tensors -> the first one.
-        ints: Submodule -> attribute -> the int that it holds: those that no shape tells.
+        ints: Submodule -> attribute -> the int that it holds, where no shape shows it.
     """
 
     modules: Mapping[str, str]
@@ -45,14 +45,14 @@ class Fingerprint:
     ints: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def check(self, model: nn.Module) -> None:
-        """Compares a model with this one.
+        """Compares a model with this fingerprint.
 
         Raises:
             PlanError: If the model differs in anything but values; it names what differs.
         """
         differences = list(_differences(fingerprint(model, self.ints), self))
         if differences:
-            more = f"; and {len(differences) - SHOWN} differences more" if len(differences) > SHOWN else ""
+            more = f"; and {len(differences) - SHOWN} more differences" if len(differences) > SHOWN else ""
             raise PlanError(
                 f"this {type(model).__name__} is not of the architecture that the plan was made for: "
                 f"{'; '.join(differences[:SHOWN])}{more}. Give a new instance of the original, unpruned model"
@@ -64,7 +64,7 @@ def fingerprint(model: nn.Module, held: Mapping[str, Mapping[str, int]] | None =
 
     Args:
         model: The model.
-        held: Submodule -> attributes: ints that belong to it, besides the number of heads of every
+        held: Submodule -> attributes whose ints belong to the fingerprint, besides the number of heads of every
             nn.MultiheadAttention.
     """
     modules = dict(model.named_modules(remove_duplicate=False))

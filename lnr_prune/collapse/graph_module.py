@@ -1,4 +1,4 @@
-"""The pruned model as a graph of ATen operations: for forwards that hold sizes which no attribute changes."""
+"""The pruned model as a graph of ATen operations, for forwards with fixed sizes that no attribute changes."""
 
 import inspect
 import logging
@@ -29,10 +29,10 @@ logger = logging.getLogger("lnr_prune")
 class PrunedGraph(fx.GraphModule):
     """A pruned model as a graph of ATen operations, in evaluation mode only.
 
-    It is called as the model was in the example it was traced with, positional and keyword arguments alike, and
-    returns the same structure. The first axis of the inputs may have any size, see `batch_size`; all other sizes,
-    and arguments that are no tensors, are those of the example. Parameters and buffers have their names in the
-    model; those of heads that only run in training are not there.
+    It takes the same positional and keyword arguments as the example that it was traced with, and returns the same
+    structure. The first axis of the inputs may have any size, see `batch_size`. All other sizes, and arguments that
+    are not tensors, are fixed to those of the example. Parameters and buffers keep their names; those of heads that
+    only run in training are left out.
 
     Attributes:
         batch_size: The only size of the first axis that it takes; None = it takes any.
@@ -45,10 +45,10 @@ class PrunedGraph(fx.GraphModule):
         return size
 
     def train(self, mode: bool = True) -> "PrunedGraph":
-        """Refuses training mode, which the graph does not hold."""
+        """Refuses training mode, which the graph does not have."""
         if mode:
             raise GraphError(
-                "a pruned graph holds the model's forward in evaluation mode only; to train the pruned model, "
+                "a pruned graph has the model's forward in evaluation mode only; to train the pruned model, "
                 "prune it as a module (into='copy')"
             )
         return self
@@ -57,8 +57,8 @@ class PrunedGraph(fx.GraphModule):
 def pruned_graph(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor], example: Call) -> PrunedGraph:
     """The model without the planned channels, as a graph whose ints are those of the smaller model.
 
-    The first axis of the inputs stays free where torch.export can leave it so; if not, `PrunedGraph.batch_size`
-    says so.
+    The first axis of the inputs stays free if torch.export can leave it free. If not, `PrunedGraph.batch_size` is the
+    only size that it takes.
 
     Args:
         model: The whole model; it is left as it is.
@@ -76,7 +76,7 @@ def pruned_graph(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor], ex
             program = export(model, *traced, dynamic_shapes=_free_batch(model, example))
             graph = _verified(program, model, plan, weights, checked)
         except (CalibrationError, GraphError, VerificationError):
-            logger.warning("the forward of %s holds its batch size: so does the graph", type(model).__name__)
+            logger.warning("the forward of %s fixes the batch size, so the graph does, too", type(model).__name__)
         else:
             graph.meta["batch_size"] = None
             return graph
@@ -90,7 +90,7 @@ def _batched(leaf: Any) -> bool:
 
 
 def _with_samples(call: Call, count: int) -> Call | None:
-    """The call with so many samples, repeated from its own; None if its tensors do not share their first axis."""
+    """The call with ``count`` samples, repeated from its own; None if its tensors do not share their first axis."""
     sizes = {len(leaf) for leaf in tree_leaves(call) if _batched(leaf)}
     if len(sizes) != 1 or 0 in sizes:
         return None
@@ -111,9 +111,9 @@ def _free_batch(model: nn.Module, call: Call) -> dict[str, Any]:
 def _verified(
     program: ExportedProgram, model: nn.Module, plan: Plan, weights: Mapping[str, Tensor], call: Call
 ) -> PrunedGraph:
-    """The pruned graph, compared with the masked graph, in float64, and with the masked model.
+    """The pruned graph, compared in float64 with the masked graph, and in its own dtype with the masked model.
 
-    A graph holds the dtypes that its model had when it was traced: only another graph computes the same in float64.
+    A graph keeps the dtypes that its model had when it was traced, so only another graph does the same in float64.
     """
     first = {id(tensor): name for name, tensor in reversed(named_tensors(model).items())}
     masked = _module(program)
@@ -160,12 +160,12 @@ def _module(program: ExportedProgram) -> PrunedGraph:
 
 
 def _set_ints(graph: fx.Graph, state: Propagation, label: Tensor, gone: Tensor) -> None:
-    """Gives every int argument that counts channels the number of those that stay."""
+    """Sets every int argument that counts channels to the number of those that stay."""
     nodes = {node.name: node for node in graph.nodes}
     known = {node.name: node for node in state.trace.nodes}
 
     def pruned(value: Any) -> int:
-        """What an int of the graph will be in the traced call."""
+        """The value that an int of the graph will have in the traced call."""
         if not isinstance(value, fx.Node):
             return int(value)
         target: Any = value.target
@@ -203,7 +203,7 @@ def _set_ints(graph: fx.Graph, state: Propagation, label: Tensor, gone: Tensor) 
 def _uniform_operands(
     state: Propagation, label: Tensor, gone: Tensor, node: fx.Node
 ) -> Iterator[tuple[fx.Node, int, int]]:
-    """Operands that nobody owns and that are as long as an axis that shrinks: zeros, say, as a bias of every head."""
+    """Operands without channels that are as long as an axis that shrinks, such as a bias of zeros for every head."""
     attends = op_name(node) == "scaled_dot_product_attention"
     if not (attends or is_pointwise(node)):
         return

@@ -26,7 +26,7 @@ def masked_weights(supports: Supports, tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def random_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Values that hide nothing: gates and scales away from zero, variances positive."""
+    """Random values that hide no error: gates and scales away from zero, variances positive."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, tensor in own_tensors(model).items():
@@ -43,6 +43,6 @@ def random_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_masks(groups: Iterable[ChannelGroup], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of the groups' consumers, those in training included, that leave everything: of one row each."""
+    """Masks that keep everything, of one row each, for the groups' consumers, those in training included."""
     consumers = (consumer for group in groups for consumer in (*group.consumers, *group.training))
     return {c.weight: tensors[c.weight].detach().narrow(1 - c.dim, 0, 1).clone().fill_(1) for c in consumers}

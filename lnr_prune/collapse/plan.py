@@ -1,4 +1,4 @@
-"""The plan: what leaves a model, as plain data."""
+"""The plan: what is taken out of a model, as plain data."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -49,7 +49,7 @@ class Plan:
         return "\n".join(lines)
 
     def diff(self, other: "Plan") -> str:
-        """What another plan keeps that this one does not, and the reverse, group by group; "" if nothing."""
+        """What this plan keeps and another does not, and the reverse, group by group; "" if nothing."""
         lines = list(_diff(self.channels, other.channels))
         if not lines and self != other:
             lines = ["the same channels, of another architecture"]
@@ -57,7 +57,7 @@ class Plan:
 
 
 def make_plan(supports: Mapping[ChannelGroup, Tensor]) -> Plan:
-    """The plan that keeps, of every group, the channels of its support, (size,) bool."""
+    """The plan that keeps the channels in every group's support, (size,) bool."""
     channels: dict[str, tuple[int, ...]] = {}
     kept: dict[Slot, Tensor] = {}
     attributes: dict[str, dict[str, int]] = {}
@@ -79,7 +79,7 @@ def make_plan(supports: Mapping[ChannelGroup, Tensor]) -> Plan:
 
 
 def plan_for(model: nn.Module, supports: Mapping[ChannelGroup, Tensor]) -> Plan:
-    """The same, with the architecture of the model that it is for."""
+    """The same plan, with the architecture of the model that it is for."""
     plan = make_plan(supports)
     return replace(plan, original=fingerprint(model, plan.attributes))
 

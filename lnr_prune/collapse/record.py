@@ -1,4 +1,4 @@
-"""The record in a file: plan, fingerprint, report and versions, and whether tensors are those that it describes."""
+"""The record in a file: plan, fingerprint, report and versions; and checks that tensors are as it says."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ def read_record(text: str) -> Record:
 
     Raises:
         PlanError: If it is damaged or of another format, anything in it is of the wrong type, or the plan does not
-            fit the architecture that it says it was made for.
+            fit its own architecture.
     """
     data = parsed(text)
     if isinstance(data, dict) and data.get("format") != FORMAT:

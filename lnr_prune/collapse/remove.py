@@ -1,4 +1,4 @@
-"""Removal: the planned channels leave, and what is left equals the masked model, or nothing has changed."""
+"""Removal: takes the planned channels out, and puts them back if the result does not equal the masked model."""
 
 from collections.abc import Mapping
 
@@ -24,12 +24,12 @@ def remove(
 
     Args:
         model: The whole model.
-        target: The module that is shrunk, a copy of the model or the model itself; if anything fails it is as before.
+        target: The module that is shrunk, a copy of the model or the model itself; it is restored if anything fails.
             None = a graph is made instead.
         plan: What is kept.
-        masked: Full-size weights of the equal, masked model.
+        masked: Full-size weights of the masked model.
         example: Arguments of one forward pass.
-        training: Whether to compare in training mode, too.
+        training: Whether to compare in training mode as well.
 
     Raises:
         VerificationError: If the smaller model does not equal the masked one.

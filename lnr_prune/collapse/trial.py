@@ -1,4 +1,4 @@
-"""Which channel groups a module can lose channels of, found out by trying."""
+"""Which channel groups of a module can lose channels, found out by trying."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,12 +19,12 @@ Groups = tuple[ChannelGroup, ...]
 
 
 def prunable(model: nn.Module, example: Call, into: str) -> tuple[Graph, nn.Module | None]:
-    """The channel groups that a model can really lose, and the module that will lose them.
+    """The channel groups that can really lose channels, and the module that will lose them.
 
     Args:
         model: The model; it is left as it is.
         example: Arguments of one forward pass.
-        into: What will be shrunk: a "copy", the "model" itself, or a "graph" that is made of it (no module then).
+        into: What will be shrunk: a "copy", the "model" itself, or a "graph" made of it (then there is no module).
 
     Raises:
         GraphError: If the model cannot be traced or copied, or has no channel that can be pruned.
@@ -41,14 +41,14 @@ def prunable(model: nn.Module, example: Call, into: str) -> tuple[Graph, nn.Modu
 
 
 def shrinkable(model: nn.Module, groups: Groups, example: Call) -> tuple[Groups, dict[str, str]]:
-    """The groups that the module itself can lose channels of, found out by trying with random weights.
+    """The groups whose channels the module itself can lose, found out by trying with random weights.
 
-    A forward that holds a size (``view(-1, 800)``, ``self.num_heads``) fails the trial. Where submodules hold
-    it in an attribute, the trial is repeated with the attribute changed, once for all that run the same line
-    of code; groups that still fail are left out, with the reason.
+    A forward with a fixed size (``view(-1, 800)``, ``self.num_heads``) fails the trial. If submodules hold the size
+    in an attribute, the trial is repeated with the attribute changed, once for all groups whose sizes are in the
+    same lines of code. Groups that still fail are left out, with the reason.
 
     Args:
-        model: The module that is to be shrunk; it is as before when the function returns.
+        model: The module that is to be shrunk; it is restored before the function returns.
         groups: Candidates.
         example: Arguments of one forward pass.
 
@@ -64,7 +64,7 @@ def shrinkable(model: nn.Module, groups: Groups, example: Call) -> tuple[Groups,
         evaluated = tuple(group for group in groups if not group.training)
         if len(evaluated) == len(groups):
             raise
-        reason = f"read in training mode too, in which the example cannot be run ({error})".splitlines()[0]
+        reason = f"read in training mode too, but the example does not run in it ({error})".splitlines()[0]
         passed, refused = shrinkable(model, evaluated, example)
         return passed, {**refused, **{name: reason for group in groups if group.training for name in group.producers}}
     if trial(groups) is None:
@@ -88,7 +88,7 @@ Trial = Callable[[Groups], str | None]
 
 
 def _choose(model: nn.Module, group: ChannelGroup, trial: Trial) -> tuple[frozenset[Role], str | None]:
-    """The attributes that must change for the group to pass, and none besides; if there are none, why not."""
+    """The attributes that must change for the group to pass, and no others; if no choice passes, the reason."""
     results: dict[frozenset[tuple[str, str]], str | None] = {}
 
     def failure(roles: frozenset[Role]) -> str | None:
@@ -121,10 +121,10 @@ def _bisect(groups: Groups, trial: Trial) -> tuple[Groups, dict[str, str]]:
 
 
 def _trial(model: nn.Module, groups: Groups, example: Call) -> Trial:
-    """Tells why the model does not survive losing a third of the channels of some groups; None if it does.
+    """A function of some groups: why the model fails if they lose a third of their channels; None if it works.
 
-    The channels are masked in all groups, so one reference serves every trial: to remove what is masked
-    changes nothing. A forward that names positions often names the first or the last: these go.
+    The channels are masked in all groups, so one reference serves every trial: removing what is masked changes
+    nothing. A forward that uses fixed positions often uses the first or the last one, so these are removed.
     """
     generator = torch.Generator().manual_seed(0)
     supports = {}

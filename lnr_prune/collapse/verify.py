@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, tor
 
 
 class Reference:
-    """Outputs of the masked model, in float64 where it runs in float64, to compare a pruned one with."""
+    """Outputs of the masked model, in float64 if it runs in float64, to compare with those of a pruned model."""
 
     def __init__(
         self,
@@ -32,13 +32,13 @@ class Reference:
     ) -> None:
         """Runs the model with these full-size tensors in place of its own.
 
-        In float64, see `outputs_of`, where the model runs in it; else in its own dtype, with the tolerance of that.
+        It runs in float64 if it can, see `outputs_of`; else in its own dtype, with the tolerance of that dtype.
 
         Args:
             model: The whole model.
             weights: The tensors.
             example: Arguments of one forward pass.
-            training: Whether to compare in training mode too; dropout lets everything through then, as its
+            training: Whether to compare in training mode as well. Dropout then lets everything through, as its
                 choice depends on the number of channels.
             wide: Whether to try float64.
         """
@@ -93,8 +93,8 @@ def copied(model: nn.Module, example: Call) -> nn.Module:
     """A deep copy whose forward runs on its own parameters.
 
     Raises:
-        GraphError: If the copy's forward still uses the original's parameters, as functions stored on the
-            model do when they close over it, or if it cannot be copied.
+        GraphError: If the model cannot be copied, or if the copy's forward still uses the original's parameters.
+            This happens when functions stored on the model close over it.
     """
     try:
         copy_ = copy.deepcopy(model)
@@ -118,7 +118,7 @@ def copied(model: nn.Module, example: Call) -> nn.Module:
 
 
 class _Seen(TorchFunctionMode):
-    """Remembers every tensor that a torch function is called with."""
+    """Remembers every parameter that a torch function is called with."""
 
     def __init__(self) -> None:
         super().__init__()

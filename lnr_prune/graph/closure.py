@@ -1,4 +1,4 @@
-"""Closure: ids that are coupled, until what leaves together fills whole slabs of every activation."""
+"""Closure: joins coupled ids until what leaves together fills whole slabs of every activation."""
 
 import math
 
@@ -9,11 +9,11 @@ from lnr_prune.graph.owners import Cut, Owners, along, collapse_axes, varying_ax
 
 
 def close(owners: Owners) -> Tensor:
-    """Unit of each id, (count,): ids that are coupled, until every unit fills whole slabs of every activation.
+    """Unit of each id, (count,): coupled ids are joined until every unit fills whole slabs of every activation.
 
-    Where the owners of an activation vary on several axes, a unit that is not a whole slab along one of
-    them would leave a ragged tensor: it joins the others in the smallest slab that holds it. Attention
-    heads and channel-shuffle pairs come out of this.
+    If the owners of an activation vary on several axes, removing a unit that is not a whole slab along one
+    of them would make the tensor ragged. Such a unit joins the others in the smallest slab that contains it.
+    Attention heads and channel-shuffle pairs are found in this way.
     """
     for name, dim in owners.slots:
         if name in owners.elements:  # used both as a weight and as a value
@@ -45,7 +45,7 @@ def _in_proportion(grid: Tensor, cut: Cut) -> bool:
 
 
 def _alike(owners: Owners, cut: Cut) -> list[Tensor]:
-    """Couples position i of every piece of an axis, the largest pieces that all parts consist of."""
+    """Couples position i of every piece of an axis; the pieces are the largest equal ones that make up all parts."""
     before = len(owners.couplings)
     pieces = cut.ids.unflatten(cut.axis, (-1, math.gcd(*cut.ends)))
     owners.mix(pieces, [cut.axis], cut.reason)
@@ -65,7 +65,7 @@ def _components(label: Tensor, edges: Tensor) -> Tensor:
 
 
 def _ragged(grid: Tensor) -> list[Tensor]:
-    """Pairs of units to join, (2, n) each, so that no unit is less than a whole slab of the grid."""
+    """Pairs of units to join, (2, n) each, so that every unit is at least a whole slab of the grid."""
     axes = varying_axes(grid)
     if len(axes) < 2:
         return []

@@ -1,4 +1,4 @@
-"""Rules of the operations that mix channels: contractions, attention, reductions, norms."""
+"""Rules for the operations that mix channels: contractions, attention, reductions, norms."""
 
 import math
 
@@ -56,11 +56,11 @@ def _produce(
     name: str,
     row_ids: Tensor,
 ) -> Tensor:
-    """The ids of a contraction's output: its weight's rows, which the bias goes along with."""
+    """The ids of a contraction's output: its weight's rows, to which the bias is coupled."""
     x, _, bias = operands
     if bias is not None:
         state.owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), describe(node))
-    applied = x if op_name(node).startswith("conv_transpose") else node  # the weight meets each of its positions
+    applied = x if op_name(node).startswith("conv_transpose") else node  # where the weight is applied
     shape = shape_of(applied)
     state.macs[name] += math.prod(shape) // shape[axis] * state.trace.tensors[name].numel()
     return along(row_ids, axis, shape_of(node))
@@ -100,7 +100,7 @@ def _transposed_convolution(state: Propagation, node: fx.Node) -> Tensor | None:
 
 
 def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int) -> Tensor | None:
-    """A grouped convolution loses whole groups, inputs and outputs; depthwise, that is channel by channel."""
+    """A grouped convolution loses whole groups of inputs and outputs; if depthwise, a group is one channel."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     names, owners, reason = state.trace.names, state.owners, describe(node)
     found = (names[weight], owners.slot(names[weight], 0)) if weight in names else _computed_rows(state, weight, 0)
@@ -140,7 +140,7 @@ def _product(state: Propagation, node: fx.Node) -> Tensor | None:
 
 
 def _count_product(state: Propagation, macs: int, *ids: Tensor) -> None:
-    """Multiply-accumulates of values; they fall at least as the channels of the one that has most of them."""
+    """Counts multiply-accumulates of activations; they fall at least as fast as the channels of the larger one."""
     state.products.append((macs, max(ids, key=Tensor.numel)))
 
 
@@ -205,7 +205,7 @@ def _attention(state: Propagation, node: fx.Node) -> Tensor:
     (ids_q, size_q), (ids_k, size_k), (ids_v, size_v) = (state.of(q), state.extent(q)), every_head(k), every_head(v)
     pairs = math.prod(shape_of(q)[:-1]) * shape_of(k)[-2]
     _count_product(state, pairs * shape_of(q)[-1], ids_q, ids_k)
-    _count_product(state, pairs * shape_of(v)[-1], ids_v)  # those of the weights are q's and k's
+    _count_product(state, pairs * shape_of(v)[-1], ids_v)  # the attention weights' ids are q's and k's
     ids_q, ids_k = (owners.mix(ids, [rank - 1], reason) for ids in (ids_q, ids_k))
     scores = [(ids_q, (*size_q[:-1], 1)), (ids_k.transpose(-1, -2), (*size_k[:-2], 1, size_k[-2]))]
     if mask is not None:

@@ -11,9 +11,9 @@ from lnr_prune.graph.flow import INPUT, OUTPUT
 
 TEXT = (".dot", ".gv")
 IMAGES = (".svg", ".png", ".pdf")
-GOLDEN = 0.618034  # steps of this much around the circle of hues keep neighbours apart
+GOLDEN = 0.618034  # steps of this size around the circle of hues keep neighbours apart
 LIMIT = 120  # seconds that graphviz may take
-STRIPES = 3  # groups that an edge shows at most
+STRIPES = 3  # an edge shows at most so many groups
 STYLE = (
     "  graph [nslimit=1 nslimit1=1 mclimit=0.3]",  # bounds the time of the layout
     '  node [shape=box style="filled,rounded" fontname="Helvetica" fontsize=11 color=gray50]',
@@ -30,9 +30,9 @@ def to_dot(
     """The layers as a graph in the DOT language.
 
     Args:
-        flow: Pairs of layers, along the data.
+        flow: Pairs of layers, in the direction of the data.
         layers: Layer -> names of the groups of its outputs.
-        groups: Name of a group -> what there is to say about it.
+        groups: Name of a group -> a text about it.
         frozen: Layer -> why its outputs are in no group.
     """
     hues = {name: (0.58 + index * GOLDEN) % 1 for index, name in enumerate(groups)}

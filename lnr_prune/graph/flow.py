@@ -1,4 +1,4 @@
-"""Which layer's channels reach which other layer: a trace with everything between the layers left out."""
+"""Which layer feeds which: a trace that leaves out everything between the layers."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ def data_flow(traces: Iterable[Propagation]) -> tuple[tuple[str, str], ...]:
     """Pairs of names, each once, in order of execution: what the first computes goes into the second.
 
     Layers are linear layers, convolutions and embeddings, under the names of their weights. Names in angle brackets
-    are no layers: ``INPUT``, ``OUTPUT``, and operations such as ``<add_3>`` where several layers' outputs meet.
+    are not layers: ``INPUT``, ``OUTPUT``, and operations such as ``<add_3>`` where several layers' outputs meet.
 
     Args:
         traces: Ownership of every value, in evaluation and perhaps in training.

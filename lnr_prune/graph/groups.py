@@ -1,4 +1,4 @@
-"""Channel groups: what can leave a model together, read off the ownership of its activations."""
+"""Channel groups: what can leave a model together, found from the owners of its activations."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ class Consumer:
     Attributes:
         name: Name of the layer, such as "features.3".
         weight: Name of its weight.
-        bias: Name of its bias; None if it has none, or if the bias is to stay as it is.
+        bias: Name of its bias; None if it has none, or if the bias must stay as it is.
         op: "linear", "conv2d", "conv_transpose2d", ...
         channels: Channel that each index of the weight's input dimension reads, -1 = not of this group.
-        dim: That dimension: 1, or 0 where the weight is stored the other way round.
-        blocks: Whether a channel is several rows of its producers (an attention head), not one.
+        dim: That dimension: 1, or 0 if the weight is stored the other way round.
+        blocks: Whether a channel consists of several rows of its producers (an attention head).
     """
 
     name: str
@@ -50,13 +50,13 @@ class ChannelGroup:
         size: Number of channels.
         producers: Names of the layers whose rows (filters) are the channels.
         consumers: The layers that read them.
-        slots: (parameter, dimension) -> channel of every index, -1 = stays: all that shrinks.
-        rows: Those among the slots that produce: the dimensions of outputs of the producers' weights.
-        training: Layers that read the channels in training mode only, such as an auxiliary head's; where
-            nobody else reads them, ``consumers`` is empty.
+        slots: Everything that shrinks: (parameter, dimension) -> channel of every index, -1 = stays.
+        rows: The slots that produce the channels: the output dimensions of the producers' weights.
+        training: Layers that read the channels in training mode only, such as those of an auxiliary head. If
+            no other layer reads them, ``consumers`` is empty.
         held: The ints in the model's forward that count the channels.
-        attributes: (submodule, attribute) -> value in the whole model, and what it loses with each channel,
-            (size,): those among the submodules' attributes that change when channels leave, see `shrinkable`.
+        attributes: The submodules' attributes that change when channels leave: (submodule, attribute) -> value
+            in the whole model, and what it loses with each channel, (size,). See `shrinkable`.
     """
 
     name: str
@@ -76,11 +76,11 @@ class Graph:
 
     Attributes:
         groups: What can be pruned, in order of execution.
-        frozen: Name of a layer whose outputs, or some of them, cannot -> why.
+        frozen: Name of a layer with outputs that cannot be pruned -> why.
         macs: Name of a weight -> multiply-accumulates that it takes part in, in the traced call.
-        products: Of every product of activations with one another, its multiply-accumulates in the traced call, and
-            the share of them that leaves with a channel of each group.
-        layers: Every layer ``y = W x`` whose weight nothing else uses, in order of execution; each index of its
+        products: For every product of two activations, its multiply-accumulates in the traced call, and for each group
+            the share of them that is saved when one channel leaves.
+        layers: Every layer ``y = W x`` whose weight is used nowhere else, in order of execution; each index of its
             inputs counts as a channel.
         repeated: Names of weights that are applied more than once in a forward pass.
         flow: Pairs of layers: what the first computes goes into the second, see `data_flow`.
@@ -145,17 +145,17 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 def _in_training(
     state: Propagation, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Propagation | None:
-    """Lets heads that only run in training read the same channels: they shrink too, but cannot be refitted."""
+    """Lets heads that run only in training read the same channels; they shrink too, but cannot be refitted."""
     try:
         training = trace(model, args, kwargs, training=True)
     except GraphError:
-        logger.warning("parameters that are not used in evaluation were not followed: no trace in training mode")
+        logger.warning("parameters that only training uses are left alone: tracing in training mode failed")
         return None
     return propagate(training, state.owners)
 
 
 def _with_own_bias(state: Propagation, site: Site) -> Site:
-    """A bias that is used elsewhere too must stay as it is."""
+    """The site, without its bias if that is used elsewhere too: then it must stay as it is."""
     if site.bias is None:
         return site
     own = sum((site.weight, site.bias) == (other.weight, other.bias) for other in state.sites)
@@ -163,7 +163,7 @@ def _with_own_bias(state: Propagation, site: Site) -> Site:
 
 
 def _linear_maps(state: Propagation) -> tuple[tuple[Consumer, ...], frozenset[str]]:
-    """The layers whose weight nothing else uses, and the names of those that are applied more than once."""
+    """The layers whose weight is used nowhere else, and the names of weights that are applied more than once."""
     sites = {site.weight: site for site in state.sites}
     times = Counter(site.weight for site in state.sites)
     layers = []
@@ -180,7 +180,7 @@ def _uses(state: Propagation, name: str) -> int:
 
 
 def _named(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """The groups under names of their own: a layer's channels may be in several."""
+    """The groups, each with a name of its own, as one layer's channels may be in several groups."""
     named: dict[str, ChannelGroup] = {}
     for number, group in enumerate(groups):
         name = next((name for name in group.producers if name not in named), f"{group.name} ({number})")
@@ -191,7 +191,7 @@ def _named(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
 def _products(
     state: Propagation, groups: Sequence[ChannelGroup], label: Tensor
 ) -> tuple[tuple[int, Mapping[str, float]], ...]:
-    number = torch.full_like(label, len(groups))  # unit -> its group's
+    number = torch.full_like(label, len(groups))  # unit -> number of its group
     for index, group in enumerate(groups):
         row = group.rows[0]
         number[label[state.owners.slots[row][group.slots[row] >= 0]]] = index
@@ -211,7 +211,7 @@ def layer_name(parameter: str) -> str:
 def _read_group(
     state: Propagation, sites: tuple[Site, ...], slots: dict[Slot, Tensor], size: int
 ) -> ChannelGroup | None:
-    """The group whose units share these slots; None if nobody produces it, reads it, or it is one channel."""
+    """The group whose units share these slots; None if it has no producer, no consumer, or only one channel."""
     reading = {site.columns: site for site in sites if site.columns in slots}
     evaluated = {site.columns for site in state.sites}
     rows = tuple(slot for slot in state.owners.produced if slot in slots)
@@ -236,7 +236,7 @@ def _read_group(
 
 def _frozen_reasons(owners: Owners, label: Tensor) -> dict[int, str]:
     """Unit -> why it stays."""
-    reasons = {int(label[0]): "shares an activation with channels of no known owner"}
+    reasons = {int(label[0]): "shares an activation with values that belong to no known channel"}
     for ids, reason in owners.frozen:
         for unit in torch.unique(label[ids]).tolist():
             reasons.setdefault(unit, reason)
@@ -249,7 +249,7 @@ def labelled_slots(owners: Owners, label: Tensor) -> dict[Slot, Tensor]:
     for name, ids in owners.elements.items():
         grid = collapse_axes(label[ids])
         axes = varying_axes(grid)
-        if len(axes) == 1:  # closure made the units slabs; those of one axis can be told
+        if len(axes) == 1:  # closure made the units slabs; on one axis, a slab is an index
             labelled.setdefault((name, axes[0]), grid.reshape(-1))
     return labelled
 
@@ -257,12 +257,12 @@ def labelled_slots(owners: Owners, label: Tensor) -> dict[Slot, Tensor]:
 def _explain(
     state: Propagation, groups: list[ChannelGroup], label: Tensor, reasons: Mapping[int, str]
 ) -> dict[str, str]:
-    """Layer -> why its outputs, some of them, or all of its weight, are in no group."""
+    """Layer -> why its outputs, some of its outputs, or its whole weight are in no group."""
     owners = state.owners
     mixed: dict[int, str] = {}
     for ids, reason in owners.mixed:
         for unit in torch.unique(label[ids]).tolist():
-            mixed.setdefault(unit, f"its channels can only leave together: mixed by {reason}")
+            mixed.setdefault(unit, f"its channels can only be removed together: mixed by {reason}")
 
     def stated(ids: Tensor, otherwise: str) -> str:
         units = torch.unique(label[ids]).tolist()

@@ -1,4 +1,4 @@
-"""A module as the graph core sees it: its tensors by name, and forwards that can be followed."""
+"""What the graph core needs of a module: its tensors by name, and forwards that can be traced."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ from lnr_prune.errors import GraphError
 
 
 def without_caches(outputs: Any) -> Any:
-    """A forward pass's outputs with None for key-value caches, which follow the layers that fill them."""
+    """A forward pass's outputs, with None for key-value caches, which shrink with the layers that fill them."""
 
     def is_cache(value: Any) -> bool:
         return callable(getattr(value, "get_seq_length", None)) and callable(getattr(value, "update", None))
@@ -42,7 +42,7 @@ def _returning_no_caches(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """Keeps nn.MultiheadAttention from its fused path, where no layer can be seen."""
+    """Turns off the fused path of nn.MultiheadAttention, in which no layer can be seen."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -63,8 +63,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Puts every submodule into training or evaluation mode, and back into its own mode afterwards.
 
-    What forwards leave in the submodules' attributes is forgotten: caches hold values of the weights, sizes and
-    dtypes that they were made with.
+    Whatever forwards store in the submodules' attributes is removed again: such caches depend on the weights, sizes
+    and dtypes that they were computed with.
     """
     attributes = [vars(module) for module in model.modules()]
     holders: list[Any] = [value for each in attributes for value in each.values() if type(value) in (dict, list)]
@@ -79,7 +79,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _put_back(holder: Any, before: Any) -> None:
-    """Makes a dict or list what it was; it is not touched if it still is, as someone may be iterating over it."""
+    """Restores a dict or list; if it has not changed, it is not touched, as someone may be iterating over it."""
     if isinstance(holder, list):
         if len(holder) != len(before) or any(a is not b for a, b in zip(holder, before, strict=True)):
             holder[:] = before
@@ -98,7 +98,7 @@ def check_values(model: nn.Module) -> None:
     """Refuses a model whose parameters have no values, or values that are not finite.
 
     Raises:
-        GraphError: It names the parameter.
+        GraphError: If it is such a model; the message names the parameter.
     """
     for name, tensor in named_tensors(model).items():
         if tensor.is_meta:

@@ -1,4 +1,4 @@
-"""Rules of the operations that only move data: they are run on the ids themselves."""
+"""Rules for the operations that only move data: they are run on the ids themselves."""
 
 import itertools
 from typing import Any
@@ -26,7 +26,7 @@ def _move(state: Propagation, node: fx.Node) -> Ids:
     name, ids, shape = op_name(node), state.of(source), shape_of(source)
     if 0 in shape_of(node):
         return nobody(shape_of(node))
-    reason = f"positions that are named in {describe(node)}"
+    reason = f"fixed positions in {describe(node)}"
     for axis, ends in _named_positions(node):
         if ids.shape[axis] == 1:
             continue
@@ -47,7 +47,7 @@ def _move(state: Propagation, node: fx.Node) -> Ids:
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 def _rearrange(state: Propagation, node: fx.Node) -> Ids | None:
-    """The factor is fixed: what it takes apart or puts together goes as a whole."""
+    """The factor is fixed, so what it splits or joins can only leave as a whole."""
     name, factor = op_name(node), argument(node, 1, "factor")
     ids, reason = state.of(argument(node, 0, "self")), describe(node)
     axis = 1 if name == "channel_shuffle" else ids.dim() - 3
@@ -66,9 +66,9 @@ def _reshape_as(state: Propagation, node: fx.Node) -> Tensor:
 
 
 def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
-    """Axes that the operation cuts into parts, with the parts' ends; None where single positions are named.
+    """Axes that the operation cuts into parts, with the parts' ends; None if it picks single positions.
 
-    The forward will name the same positions, or the same fractions of the axis, when channels are gone.
+    After channels have left, the forward will use the same positions, or the same fractions of the axis.
     """
     name = op_name(node)
     if name == "index":
@@ -113,7 +113,7 @@ def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
 
 @rule("slice_scatter")
 def _slice_scatter(state: Propagation, node: fx.Node) -> Tensor | None:
-    """A part of a value is replaced by another value: the two parts leave together."""
+    """A part of a value is replaced by another value, so the two leave together."""
     source, axis, shape = argument(node, 1, "src"), argument(node, 2, "dim", 0), shape_of(node)
     part = range(shape[axis])[slice(argument(node, 3, "start"), argument(node, 4, "end"), argument(node, 5, "step", 1))]
     ids, written = state.of(argument(node, 0, "self")), (state.of(source), state.extent(source))
@@ -121,7 +121,7 @@ def _slice_scatter(state: Propagation, node: fx.Node) -> Tensor | None:
         return meet(state, node, [(ids, shape_of(source)), written], shape_of(source))
     if part.step != 1 or ids.shape[axis] == 1:
         return None
-    reason, sizes = f"positions that are named in {describe(node)}", [part.start, len(part), shape[axis] - part.stop]
+    reason, sizes = f"fixed positions in {describe(node)}", [part.start, len(part), shape[axis] - part.stop]
     state.owners.cuts.append(Cut(ids, axis % len(shape), tuple(itertools.accumulate(filter(None, sizes))), reason))
     parts = list(ids.split(sizes, axis))
     parts[1] = meet(state, node, [(parts[1], shape_of(source)), written], shape_of(source))
@@ -129,7 +129,7 @@ def _slice_scatter(state: Propagation, node: fx.Node) -> Tensor | None:
 
 
 def _side_by_side(parts: list[Tensor], sizes: list[int], axis: int) -> Tensor:
-    """Ids of these sizes along an axis, expanded only where they must be."""
+    """Concatenates ids of these sizes along an axis; they are expanded only where they must be."""
     common = [max(part.shape[k] for part in parts) for k in range(parts[0].dim())]
     full = [part.expand([*common[:axis], size, *common[axis + 1 :]]) for part, size in zip(parts, sizes, strict=True)]
     return collapse_axes(torch.cat(full, axis))
@@ -144,7 +144,7 @@ def _expand(state: Propagation, node: fx.Node) -> Tensor:
 
 @rule(*JOINS)
 def _join(state: Propagation, node: fx.Node) -> Tensor:
-    """Concatenation: ids side by side, expanded only where they must be."""
+    """Concatenation: puts ids side by side; they are expanded only where they must be."""
     values, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
     values = [value for value in values if 0 not in shape_of(value)]
     stack = op_name(node) == "stack"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # torchvision lies beside it
+TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # ends in a separator, so torchvision is not inside
 
 
 def describe(node: fx.Node) -> str:
@@ -35,7 +35,7 @@ def _innermost(node: fx.Node) -> tuple[str, str]:
 
 
 def code_line(node: fx.Node) -> str:
-    """Where the line of code is that calls a node, outside of torch; "" if that is not known."""
+    """File and line of the code outside torch that calls a node; "" if unknown."""
     lines = [
         line.strip()
         for line in (node.meta.get("stack_trace") or "").splitlines()
@@ -45,7 +45,7 @@ def code_line(node: fx.Node) -> str:
 
 
 def op_name(node: fx.Node) -> str:
-    """ATen name of a node's operation, without overload and namespace; in-place variants like the others."""
+    """ATen name of a node's operation, without overload and namespace; the same for in-place variants."""
     schema = getattr(node.target, "_schema", None)
     name = str(schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target)))
     name = name.removeprefix("_unsafe_")

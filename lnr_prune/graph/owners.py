@@ -20,8 +20,8 @@ Slot = tuple[str, int]
 class Cut:
     """Where an operation cuts an axis into parts.
 
-    The forward may cut at the same fractions of the axis when channels are gone. So every unit must leave
-    all parts in proportion; if one does not, the equal pieces that the parts consist of shrink alike.
+    After channels have left, the forward may cut at the same fractions of the axis. So every unit must shrink
+    all parts in proportion. If one does not, the equal pieces that make up the parts must shrink alike.
 
     Attributes:
         ids: Owners of what is cut.
@@ -60,7 +60,7 @@ class Owners:
         return self.slots[name, dim]
 
     def value(self, name: str) -> Tensor:
-        """The ids of a parameter that is used as a value: of its slot if it varies on one axis, else its own."""
+        """The ids of a parameter that is used as a value: its slot's if just one axis has size > 1, else new ones."""
         shape = self.tensors[name].shape
         if name in self.by_row:  # what is computed from it may mix all columns
             reason = "a layer's weight is computed from it: fold the weight into a plain parameter to prune its inputs"
@@ -76,24 +76,24 @@ class Owners:
         return self.elements[name]
 
     def rows(self, name: str, dim: int) -> Tensor:
-        """The ids of a weight's dimension of outputs: channels that the weight produces."""
+        """The ids of a weight's output dimension: channels that the weight produces."""
         self.produced[name, dim] = self.slot(name, dim)
         return self.produced[name, dim]
 
     def is_produced(self, ids: Tensor) -> bool:
-        """Whether a weight produces some of these channels, not only parameters that go along with them."""
+        """Whether a weight produces some of these channels; other parameters are only coupled to channels."""
         largest = int(ids.max())
         return any(int(rows[0]) <= largest <= int(rows[-1]) for rows in self.produced.values() if len(rows))
 
     def couple(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """What meets leaves together; what meets nobody stays."""
+        """Ids that meet each other leave together; ids that meet nobody stay."""
         shape = torch.broadcast_shapes(a.shape, b.shape)
-        key = a.expand(shape) * 2**32 + b.expand(shape)  # one number a pair: unique() is quick on these
+        key = a.expand(shape) * 2**32 + b.expand(shape)  # one number per pair: unique() is fast on these
         key = torch.unique(key[a.expand(shape) != b.expand(shape)])
         if len(key):
             pairs = torch.stack([key // 2**32, key % 2**32])
             orphaned = (pairs == 0).any(0)
-            self.freeze(pairs[:, orphaned], f"meets a value of no known channel in {reason}")
+            self.freeze(pairs[:, orphaned], f"meets a value that belongs to no known channel in {reason}")
             self.couplings.append(pairs[:, ~orphaned])
 
     def couple_axis(self, ids: Tensor, axis: int, slot: Tensor, reason: str) -> None:
@@ -113,7 +113,7 @@ class Owners:
         return ids
 
     def freeze(self, ids: Tensor, reason: str) -> None:
-        """These owners stay, and whatever is coupled to them."""
+        """These owners stay, and so does whatever is coupled to them."""
         ids = torch.unique(ids)
         ids = ids[ids != 0]
         if len(ids):
@@ -145,7 +145,7 @@ def along(slot: Tensor, axis: int, shape: Sequence[int]) -> Tensor:
 
 
 def collapse_axes(ids: Tensor) -> Tensor:
-    """Drops the axes on which the ids do not vary to size 1."""
+    """Reduces every axis on which the ids do not vary to size 1."""
     for axis in range(ids.dim()):
         first = ids.narrow(axis, 0, 1)
         if ids.shape[axis] > 1 and (ids.stride(axis) == 0 or bool((ids == first).all())):

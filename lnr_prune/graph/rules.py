@@ -19,7 +19,7 @@ logger = logging.getLogger("lnr_prune")
 Ids = Tensor | list[Tensor]
 """The ids of a value; one tensor for each output of an operation that has several."""
 
-# What they give has the shape of their first operand, channel by channel.
+# Their result has the shape of their first operand, channel by channel.
 SAME = {"dropout", "feature_dropout", "alpha_dropout", "fill", "to", "_to_copy", "type_as", "lift_fresh_copy", "zero"}
 # Pointwise operations that lack PyTorch's tag for it.
 POINTWISE = {
@@ -27,7 +27,7 @@ POINTWISE = {
     "hardsigmoid", "hardswish", "less", "less_equal", "log_sigmoid", "masked_fill", "multiply", "negative",
     "not_equal", "relu6", "rsub", "selu", "softplus", "special_expit", "subtract", "true_divide", "where",
 }  # fmt: skip
-# They make values that are the same everywhere.
+# Their result has the same value everywhere.
 UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like")}
 # Position of the weight among the arguments of a layer's operation.
 WEIGHTS = {"linear": 1, **{f"conv{n}d": 1 for n in (1, 2, 3)}}
@@ -45,8 +45,8 @@ class Site:
         weight: Name of the weight.
         bias: Name of the bias, if any.
         op: ATen name of the operation, such as "linear" or "conv2d".
-        rows: The weight's dimension of outputs.
-        columns: The weight's dimension of inputs.
+        rows: The weight's output dimension.
+        columns: The weight's input dimension.
     """
 
     weight: str
@@ -60,7 +60,7 @@ class Site:
 class Propagation:
     """Ownership of every value in a trace, and the multiply-accumulates that each weight takes part in.
 
-    Those of values with one another, such as an attention's scores, are listed with the ids of one of them.
+    Products of two activations, such as attention scores, are listed with the ids of one of them.
     """
 
     trace: Trace
@@ -85,7 +85,7 @@ class Propagation:
         return ids
 
     def extent(self, node: fx.Node) -> tuple[int, ...]:
-        """Shape of a value; 1 along the axes on which a value that nobody owns is uniform, whatever its size is."""
+        """Shape of a value; if nobody owns the value, 1 along the axes on which it is uniform."""
         if node not in self.extents:
             owned = node.op != "call_function" or bool(self.of(node).any())
             self.extents[node] = shape_of(node) if owned else self._uniform_extent(node)
@@ -106,7 +106,7 @@ class Propagation:
         """The actual value of a node that does not depend on the model's inputs, such as an index table.
 
         Raises:
-            ValueError: If it does.
+            ValueError: If it depends on them.
         """
         if node not in self.known:
             if node in self.trace.names:
@@ -140,7 +140,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def propagate(trace: Trace, owners: Owners | None = None) -> Propagation:
-    """Walks the graph once and returns the ownership of every value; owners of another trace of the model go on."""
+    """Walks the graph once and returns the ownership of every value; owners of another trace can be extended."""
     state = Propagation(trace, Owners(trace.tensors) if owners is None else owners)
     for node in trace.nodes:
         given = node.op == "placeholder" and node not in trace.names and node not in trace.constants
@@ -161,7 +161,7 @@ def propagate(trace: Trace, owners: Owners | None = None) -> Propagation:
 
 
 def _computed_weights(state: Propagation) -> set[str]:
-    """Parameters that a layer's weight is computed from, as where weights are standardised."""
+    """Parameters that a layer's weight is computed from, for example if weights are standardised."""
     found: set[str] = set()
     for node in state.trace.nodes:
         position = WEIGHTS.get(op_name(node))
@@ -196,7 +196,7 @@ def _visit(state: Propagation, node: fx.Node) -> Ids:
             _freeze_inputs(state, node)
         return untouched
     if isinstance(untouched, list) and isinstance(ids, Tensor):
-        return [ids, *untouched[1:]]  # statistics and indices beside the result
+        return [ids, *untouched[1:]]  # statistics and indices come after the result
     return ids
 
 
@@ -246,7 +246,7 @@ def meet(
     operands: list[tuple[Tensor, tuple[int, ...]]],
     shape: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Pointwise: what meets is coupled; what meets an unowned value that varies with it cannot leave.
+    """Pointwise: ids that meet are coupled; ids that meet an unowned value that varies with them cannot leave.
 
     Args:
         state: The propagation.
@@ -262,18 +262,18 @@ def meet(
     owned = _without_singles(owners, [(ids, size) for ids, size in padded if bool(ids.any())], reason)
     if not owned:
         return nobody(shape)
-    # any representative will do: one that a weight produces, and the smallest
+    # any operand may come first: take one that a weight produces, and the smallest of these
     owned.sort(key=lambda operand: (not owners.is_produced(operand[0]), operand[0].numel()))
     met, produced = owned[0][0], owners.is_produced(owned[0][0])
     for ids, size in owned[1:]:
         shared = {axis for axis in varying_axes(met) if size[axis] > 1}
         if produced and not owners.is_produced(ids) and shared != set(varying_axes(met)):
-            # a parameter that several slabs share (a rotary table, a norm per head) stays; slabs go as a whole
+            # a parameter that several slabs share (a rotary table, a norm per head) stays; slabs leave as a whole
             met = owners.mix(met, sorted(shared), reason)
             owners.freeze(ids, f"shared by several channels in {reason}")
         else:
             owners.couple(met, ids, reason)
-            # along an axis on which one of them does not vary, all of the other's are tied to the same owner
+            # if one of them does not vary along an axis, all ids of the other there are tied to the same owner
             both = set(varying_axes(met)) & set(varying_axes(ids))
             met = owners.mix(met, sorted(set(varying_axes(met)) - both), reason)
             ids = owners.mix(ids, sorted(set(varying_axes(ids)) - both), reason)
@@ -282,7 +282,7 @@ def meet(
         if not bool(ids.any()):
             shared = {axis for axis in varying_axes(met) if size[axis] > 1}
             if shared and shared == set(varying_axes(met)):
-                owners.freeze(met, f"meets a value of no known channel in {reason}")
+                owners.freeze(met, f"meets a value that belongs to no known channel in {reason}")
             elif shared:
                 met = owners.mix(met, sorted(shared), reason)
     return met
@@ -293,7 +293,7 @@ Operand = tuple[Tensor, tuple[int, ...]]
 
 
 def _without_singles(owners: Owners, owned: list[Operand], reason: str) -> list[Operand]:
-    """Leaves out what has one entry for all channels of the others, such as a gate a position: it stays."""
+    """Leaves out operands with one entry for all channels of the others, such as one gate per position: they stay."""
     varying = {axis for ids, _ in owned for axis in varying_axes(ids)}
     single = [ids.numel() == 1 and all(size[axis] == 1 for axis in varying) for ids, size in owned]
     if all(single):

@@ -12,7 +12,7 @@ from lnr_prune.graph.nodes import argument, code_line, module_kind, module_path,
 from lnr_prune.graph.owners import Slot
 from lnr_prune.graph.rules import Propagation
 
-SHAPES = {"view", "reshape", "expand", "broadcast_to"}  # of an argument that lists the result's sizes
+SHAPES = {"view", "reshape", "expand", "broadcast_to"}  # operations with an argument that lists the result's sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Count:
     """An int argument of an operation that counts indices of an axis.
 
     Attributes:
-        position: Where it is: position of the argument, and in it, if it is a list.
+        position: Position of the argument, and the position in it if it is a list.
         units: Unit of every index that it counts, (int,); 0 = of no unit, or of several.
         sign: -1 where the axis is counted from its end.
     """
@@ -32,11 +32,11 @@ class Count:
 
 @dataclass(frozen=True, eq=False)
 class HeldInt:
-    """An int in a forward that counts a group's channels: what ``num_heads`` or ``view(-1, 800)`` becomes in a trace.
+    """An int in a forward that counts a group's channels, such as ``num_heads`` or the 800 in ``view(-1, 800)``.
 
     Attributes:
-        module: Name of the submodule whose forward has it.
-        line: The line of code; the submodule's name if that is unknown.
+        module: Name of the submodule whose forward contains it.
+        line: The line of code; the submodule's name if the line is unknown.
         value: The int, in the traced call.
         per_channel: What it loses with each channel of the group, (size,).
     """
@@ -55,7 +55,7 @@ def along_axis(state: Propagation, label: Tensor, node: fx.Node, axis: int, part
         label: Unit of each id.
         node: The value.
         axis: The axis.
-        part: Which output of an operation that has several.
+        part: Which output, if the operation has several.
     """
     value, ids = node.meta["val"], state.ids.get(node)
     if part is not None and isinstance(ids, list):
@@ -116,7 +116,7 @@ def _counts(state: Propagation, label: Tensor, node: fx.Node) -> Iterator[Count]
 
 
 def channels_of(owners_slots: Mapping[Slot, Tensor], label: Tensor, slots: Mapping[Slot, Tensor]) -> Tensor:
-    """Channel of every unit, -1 = of none, read off a group's slots."""
+    """Channel of every unit, -1 = of none, found from a group's slots."""
     channel_of = torch.full((len(label),), -1)
     for slot, channels in slots.items():
         if slot in owners_slots:
@@ -128,7 +128,7 @@ def channels_of(owners_slots: Mapping[Slot, Tensor], label: Tensor, slots: Mappi
 def held_ints(
     traces: Sequence[Propagation], label: Tensor, groups: Mapping[str, Mapping[Slot, Tensor]]
 ) -> dict[str, tuple[HeldInt, ...]]:
-    """The ints that each group's channels are counted by, in any of the traces.
+    """The ints that count each group's channels, in any of the traces.
 
     Args:
         traces: Ownership of every value, in evaluation and perhaps in training; they share their owners.
@@ -147,7 +147,7 @@ def held_ints(
     found: dict[str, dict[Any, HeldInt]] = defaultdict(dict)
     for state in traces:
         for node in state.trace.nodes:
-            if module_kind(node).startswith("torch.nn."):  # which the collapse knows
+            if module_kind(node).startswith("torch.nn."):  # the collapse handles these
                 continue
             for count in counts(state, label, node):
                 for index in torch.unique(group_of[count.units]).tolist():

@@ -13,7 +13,7 @@ from lnr_prune.errors import GraphError, ran_out_of_memory
 from lnr_prune.graph.module import _returning_no_caches, in_mode, named_tensors, unfused_attention
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
-"""What sizes that depend on the input are in a graph."""
+"""Types that sizes have in a graph if they depend on the input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Trace:
         module: The ATen graph, with the submodules that it calls.
         names: Placeholder node -> name of its parameter or buffer; tied tensors share one name.
         tensors: Name -> parameter or buffer.
-        constants: Placeholder node -> tensor that the forward makes up itself.
+        constants: Placeholder node -> tensor that the forward creates itself.
     """
 
     module: fx.GraphModule
@@ -62,13 +62,15 @@ def export(
     """
     try:
         with in_mode(model, training), unfused_attention(), _returning_no_caches(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own
+            warnings.simplefilter("ignore")  # torch's own warnings
             program = torch.export.export(model, args, dict(kwargs), strict=False, dynamic_shapes=dynamic_shapes)
             if any(_hides_something(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # inlines regions, replaces writes through views
     except Exception as error:  # torch.export raises errors of many kinds
         if ran_out_of_memory(error):
-            raise GraphError(f"{type(model).__name__} ran out of memory being traced: give smaller batches") from error
+            raise GraphError(
+                f"{type(model).__name__} ran out of memory while it was traced: give smaller batches"
+            ) from error
         raise GraphError(
             f"torch.export could not trace {type(model).__name__}: {str(error).strip().splitlines()[0]}. "
             "Make the forward traceable (torch.export.export(model, args, strict=False) must pass), "
@@ -78,7 +80,7 @@ def export(
 
 
 def read(program: ExportedProgram, model: nn.Module) -> Trace:
-    """The trace of a program that the model was exported to; sizes are those of the traced call."""
+    """The trace of an exported program of the model; sizes are those of the traced call."""
     signature = program.graph_signature
     placeholders = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     state = named_tensors(model)
@@ -86,7 +88,7 @@ def read(program: ExportedProgram, model: nn.Module) -> Trace:
     canonical = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
     names, constants = {}, {}
     module = _with_known_sizes(program.graph_module)
-    module.graph.eliminate_dead_code()  # attention weights that are averaged over heads and thrown away
+    module.graph.eliminate_dead_code()  # such as attention weights that nobody uses
     for node in module.graph.nodes:
         if node.op == "placeholder" and placeholders.get(node.name) in canonical:
             names[node] = canonical[placeholders[node.name]]

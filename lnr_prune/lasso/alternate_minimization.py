@@ -14,17 +14,17 @@ from lnr_prune.lasso.solution import Iterate, certified
 
 @dataclass(frozen=True)
 class AlternateMinimization:
-    """Minimises over M and eta in turn, ``w||M_g|| = min_{eta_g > 0} (||M_g||^2 / eta_g + w^2 eta_g) / 2``.
+    """Minimises over M and eta in turn, by ``w||M_g|| = min_{eta_g > 0} (||M_g||^2 / eta_g + w^2 eta_g) / 2``.
 
     For fixed eta, ``M = B (R + lam D_eta^-1)^-1``; for fixed M, ``eta_g = (||M_g||^2 + eps)^(1/2) / w_g``.
-    It comes close in a few rounds but never reaches exact zeros, so every round is followed by one
-    proximal step, which does, and after ``rounds`` of them FISTA goes on from there.
+    A few rounds come close to the optimum but never reach exact zeros. So each round is followed by one
+    proximal step, which does. After ``rounds`` rounds, FISTA continues from there.
 
     Args:
         rounds: Rounds before FISTA takes over.
         momentum: q of FISTA.
         smoothing: eps, relative to the largest group's squared norm.
-        max_iterations: When to give up, rounds included.
+        max_iterations: Iterations after which to give up, rounds included.
 
     References:
         Bach, Jenatton, Mairal and Obozinski, "Optimization with Sparsity-Inducing Penalties", 2012, section 5.
@@ -36,10 +36,10 @@ class AlternateMinimization:
     max_iterations: int = 100_000
 
     def iterates(self, problem: GroupLasso, lam: float, start: Matrices, tol: float) -> Iterator[Iterate]:
-        """Yields M, for ever."""
+        """Yields M without end."""
         step = 1 / lipschitz(problem)
         M = start
-        if not bool(problem.norms(M).any()):  # eta = 0 would stay: begin at a gradient step from zero
+        if not bool(problem.norms(M).any()):  # eta = 0 would stay 0: start with a gradient step
             M = tuple(step * block.B for block in problem.blocks)
         proximal = M
         for round_ in range(1, self.rounds + 1):

@@ -10,9 +10,9 @@ from torch import Tensor
 from lnr_prune.lasso.problem import Block, GroupLasso
 
 RIDGE = 1e-8  # relative to every column's second moment
-PANEL = 128  # columns that go before H and M are updated
-TIE = 1e-6  # relative difference of two costs that may be rounding
-LEAF = 256  # size below which an inverse is LAPACK's
+PANEL = 128  # columns removed before H and M are updated
+TIE = 1e-6  # relative difference of two costs that may be due to rounding
+LEAF = 256  # matrices up to this size are inverted by LAPACK
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,15 +21,15 @@ class Elimination:
 
     Attributes:
         order: Groups in the order of their removal, (n_groups,) int64.
-        errors: ``sum_c E||y_c - M_c x_c||^2 / sum_c E||y_c||^2`` of the refit with k groups kept, index k,
-            (n_groups + 1,) float64. The ridge's own share is counted in: but for rounding it is never too small.
+        errors: ``sum_c E||y_c - M_c x_c||^2 / sum_c E||y_c||^2`` of the refit that keeps k groups, at index k,
+            (n_groups + 1,) float64. The error that the ridge adds is included: only rounding can make it too small.
     """
 
     order: Tensor
     errors: Tensor
 
     def support(self, count: int) -> Tensor:
-        """The last ``count`` groups to go, (n_groups,) bool.
+        """The ``count`` groups that are removed last, (n_groups,) bool.
 
         Raises:
             ValueError: If count is out of range.
@@ -43,20 +43,21 @@ class Elimination:
 
 
 def backward(problem: GroupLasso, *, ridge: float = RIDGE) -> Elimination:
-    """Removes, one after another, the group whose absence costs least when all others are refitted.
+    """Removes one group after another: always the one whose removal costs least once the others are refitted.
 
-    With ``H = (R + ridge)^-1`` and ``M = B H`` on the groups still there, summed over the consumers::
+    With ``H = (R + ridge)^-1`` and ``M = B H`` on the remaining groups, summed over the consumers::
 
         cost_g = Tr(M_g H_gg^-1 M_g^T),   M <- M - M_g H_gg^-1 H_g:,   H <- H - H_:g H_gg^-1 H_g: .
 
-    Unpenalised columns are eliminated first; the weights w play no part. `PANEL` columns at a time are taken from
-    the groups that are cheapest by now, as if there were no others; one matrix product then gives what every group
-    would have cost at every step, and the panel counts up to where another would have been cheaper. Both matrices
-    are computed afresh whenever three quarters of the groups have gone, so that rounding does not pile up.
+    Unpenalised columns are eliminated first; the weights w are not used. Each panel plans the removal of about
+    `PANEL` columns, from the groups that are cheapest at that point, as if there were no others. One matrix product
+    then gives what every group would have cost at every step of the panel. The panel is valid up to the first step at
+    which another group would have been cheaper. Both matrices are recomputed whenever three quarters of the groups
+    have been removed, so that rounding errors do not add up.
 
     Args:
         problem: The problem.
-        ridge: Relative to every column's own second moment, > 0: it makes a singular R invertible.
+        ridge: Ridge relative to every column's own second moment, > 0. It makes a singular R invertible.
 
     Returns:
         The `Elimination`.
@@ -95,12 +96,12 @@ def backward(problem: GroupLasso, *, ridge: float = RIDGE) -> Elimination:
         costs = _total([traces(sweep.h, sweep.m) for sweep in sweeps]).where(alive, math.inf)
         candidates = costs.argsort()[: min(steps + steps // 2, left)]
         guess = candidates[_cheapest([sweep.few(candidates) for sweep in sweeps], steps)]
-        costs = _total([sweep.open(guess) for sweep in sweeps])  # of every group before every step
+        costs = _total([sweep.open(guess) for sweep in sweeps])  # cost of every group before every step
         gone = torch.zeros_like(costs, dtype=torch.int8).scatter_(1, guess[:, None], 1)
         costs = costs.where(alive & (gone.cumsum(0) <= gone), math.inf)
         own = costs.gather(1, guess[:, None])[:, 0]
         wrong = own > (1 + TIE) * costs.amin(1) + 1e-14 * scale
-        wrong[0] = False  # then another group has become cheaper than the candidates
+        wrong[0] = False  # the first step is right; at a wrong one, a group outside the candidates became cheaper
         done = int(wrong.nonzero()[0]) if bool(wrong.any()) else steps
         for g, cost in zip(names[guess[:done]].tolist(), own.tolist(), strict=False):
             order.append(g)
@@ -116,9 +117,9 @@ def _total(terms: Sequence[Tensor]) -> Tensor:
 
 
 def _cheapest(parts: Sequence[tuple[Tensor, Tensor]], steps: int) -> Tensor:
-    """Who goes first, ``steps`` of them, if only few may go: H and ``M^T M`` of these, both (groups, width) squared.
+    """The first ``steps`` groups to remove among a few, given H and ``M^T M``, both (groups, width, groups, width).
 
-    With ``K = H_gg^-1 H_g:`` and ``V = (M^T M)_g: - (M^T M)_gg K / 2`` removing g is ``H -= H_:g K``,
+    With ``K = H_gg^-1 H_g:`` and ``V = (M^T M)_g: - (M^T M)_gg K / 2``, removing g means ``H -= H_:g K`` and
     ``M^T M -= K^T V + V^T K``.
     """
     alive = torch.ones(len(parts[0][0]), dtype=torch.bool, device=parts[0][0].device)
@@ -139,10 +140,10 @@ def _cheapest(parts: Sequence[tuple[Tensor, Tensor]], steps: int) -> Tensor:
 
 
 class _Sweep:
-    """One consumer's H and M on the columns that are left, and the diagonal blocks h of H and m of ``M^T M``.
+    """One consumer's H and M on the remaining columns, and the diagonal blocks h of H and m of ``M^T M``.
 
-    With ``u = L^-1 H_g:``, ``L L^T = H_gg``, ``a = L^-1 M_g^T``, ``z = a M`` and ``v = z - a a^T u / 2``, removing g is
-    ``H -= u^T u``, ``M -= a^T u`` and ``M^T M -= u^T v + v^T u``.
+    With ``u = L^-1 H_g:``, ``L L^T = H_gg``, ``a = L^-1 M_g^T``, ``z = a M`` and ``v = z - a a^T u / 2``, removing g
+    means ``H -= u^T u``, ``M -= a^T u`` and ``M^T M -= u^T v + v^T u``.
     """
 
     def __init__(self, block: Block, names: Tensor, n_groups: int, ridge: float) -> None:
@@ -155,7 +156,7 @@ class _Sweep:
         self.h, self.m = diagonal_blocks(self.H, self.M, self.columns, torch.ones_like(names))
 
     def compact(self, alive: Tensor) -> None:
-        """Drops the groups that have gone; until then their columns are zero."""
+        """Drops the columns of the removed groups, which have been zero so far."""
         there = torch.ones(len(self.H) + 1, dtype=torch.bool, device=alive.device)
         there[self.columns[~alive]], there[-1] = False, False
         kept = there.nonzero()[:, 0]
@@ -164,7 +165,7 @@ class _Sweep:
         self.h, self.m = self.h[alive], self.m[alive]
 
     def few(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """H and ``M^T M`` of a few groups, (groups, width, groups, width), H the identity where padded."""
+        """H and ``M^T M`` of a few groups, (groups, width, groups, width); H is the identity where padded."""
         index = self.columns[candidates].flatten()
         there = index < len(self.H)
         index = index * there
@@ -174,7 +175,7 @@ class _Sweep:
         return H.view(shape), (M.T @ M).view(shape)
 
     def open(self, groups: Tensor) -> Tensor:
-        """Prepares to remove these groups in this order; what every group costs before each step."""
+        """Prepares to remove these groups in this order; returns what every group costs before each step."""
         columns = self.columns[groups]
         there = columns < len(self.H)
         index, self.ends = columns[there], there.sum(1).cumsum(0)
@@ -196,7 +197,7 @@ class _Sweep:
         return costs.view(len(groups), -1)
 
     def close(self, done: int) -> None:
-        """Takes out of H and M the groups of the first ``done`` steps."""
+        """Removes the groups of the first ``done`` steps from H and M."""
         used = int(self.ends[done - 1])
         u, a = self.u[:used], self.a[:used]
         self.H.addmm_(u.T, u, alpha=-1)
@@ -205,7 +206,7 @@ class _Sweep:
 
 
 def normalised(block: Block, columns: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """R and B of these columns at unit second moment, which no cost depends on, with the ridge."""
+    """R and B of these columns, scaled to unit second moment (which changes no cost), with the ridge."""
     R, B = block.R[columns].double()[:, columns], block.B[:, columns].double()
     size = R.diagonal().sqrt()
     scale = torch.where(size > 0, 1 / size, 0.0)
@@ -215,7 +216,7 @@ def normalised(block: Block, columns: Tensor, ridge: float) -> tuple[Tensor, Ten
 
 
 def members(group: Tensor, n_groups: int) -> Tensor:
-    """Columns of every group, (n_groups, width), padded with the number of columns."""
+    """Columns of every group, (n_groups, width), padded with ``len(group)``."""
     order = group.argsort(stable=True)
     sizes = torch.bincount(group, minlength=n_groups)
     slot = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group[order]]
@@ -225,7 +226,7 @@ def members(group: Tensor, n_groups: int) -> Tensor:
 
 
 def diagonal_blocks(A: Tensor, M: Tensor, columns: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
-    """Every group's blocks of sign A (the identity where padded) and of ``M^T M``, (n_groups, width, width)."""
+    """Every group's blocks of ``sign A`` (the identity where padded) and of ``M^T M``, (n_groups, width, width)."""
     there = columns < len(A)
     if not len(A):
         return there[:, :, None] + A.new_ones(1, 1, 1), there[:, :, None] * A.new_ones(1, 1, 1)
@@ -248,7 +249,7 @@ def traces(a: Tensor, m: Tensor) -> Tensor:
 
 
 def inverse(A: Tensor) -> Tensor:
-    """``A^-1``; where rounding has made A indefinite, with the least of some growing ridges."""
+    """``A^-1``. If rounding has made A indefinite, a ridge is added that grows until the inverse exists."""
     ridge = 0.0
     while True:
         try:
@@ -260,7 +261,7 @@ def inverse(A: Tensor) -> Tensor:
 
 
 def _by_halves(A: Tensor) -> Tensor:
-    """``A^-1`` of a positive definite A: nearly all of it is matrix products."""
+    """``A^-1`` of a positive definite A, computed almost entirely by matrix products."""
     n = len(A)
     if n <= LEAF:
         return torch.cholesky_inverse(torch.linalg.cholesky(A))
@@ -276,7 +277,7 @@ def _by_halves(A: Tensor) -> Tensor:
 
 
 def _add_symmetric(A: Tensor, X: Tensor, Y: Tensor, sign: int) -> Tensor:
-    """``A += sign X Y`` in place, where A and ``X Y`` are symmetric: little more than half of the product."""
+    """``A += sign X Y`` in place for symmetric A and ``X Y``: computes little more than half of the product."""
     if len(A) <= LEAF:
         return A.addmm_(X, Y, alpha=sign)
     half = len(A) // 2

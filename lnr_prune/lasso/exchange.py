@@ -1,4 +1,4 @@
-"""Exchanges of one kept for one dropped group: a last improvement of any support."""
+"""Swaps of a kept group for a dropped one: a last improvement of any support."""
 
 import math
 
@@ -8,24 +8,24 @@ from torch import Tensor
 from lnr_prune.lasso.backward import RIDGE, diagonal_blocks, inverse, members, normalised, traces
 from lnr_prune.lasso.problem import Block, GroupLasso
 
-DEPENDENT = 1e-6  # share of a column's second moment below which the kept columns explain it
+DEPENDENT = 1e-6  # the kept columns explain a column if less than this share of its second moment remains
 
 
 def exchange(problem: GroupLasso, support: Tensor, *, ridge: float = RIDGE, tries: int = 8) -> Tensor:
-    """Swaps one kept for one dropped group until the refit's error falls no more; the count stays.
+    """Swaps a kept group for a dropped one until the refit's error stops falling; their number stays the same.
 
-    A dropped group is let in, then the group goes that costs least: if that is another one, the swap was worth
-    it. All follows from one tableau per consumer, on which letting groups in or out is the same pivot (the sweep
-    operator), with ``S`` the kept columns, ``H = R_SS^-1`` and ``D`` the others:
+    A dropped group is added, then the group that costs least is removed. If that is another group, the swap has
+    paid off. Everything is read from one tableau per consumer; adding and removing a group are the same pivot on it
+    (the sweep operator). With ``S`` the kept columns, ``D`` the others and ``H = R_SS^-1``:
 
         T = [[-H, H R_SD], [R_DS H, R_DD - R_DS H R_SD]],   X = [M_S, B_D - M_S R_SD].
 
     Args:
         problem: The problem.
-        support: True for every group that is kept at first, (n_groups,) bool.
+        support: True for every group that is kept at the start, (n_groups,) bool.
         ridge: As for `backward`.
-        tries: How many dropped groups, those of largest gain first, are tried before giving up; those that
-            the kept ones explain are passed over.
+        tries: How many dropped groups are tried before giving up, the largest gain first. Groups that the kept
+            ones explain are skipped.
 
     Returns:
         The new support, (n_groups,) bool.
@@ -55,12 +55,12 @@ def exchange(problem: GroupLasso, support: Tensor, *, ridge: float = RIDGE, trie
             kept[leaver] = False
             if improved:
                 break
-    better = sum(_Tableau(block, kept, ridge).explained for block in blocks) > explained  # not by rounding alone
+    better = sum(_Tableau(block, kept, ridge).explained for block in blocks) > explained  # not just rounding
     return kept if better else support.clone()
 
 
 class _Tableau:
-    """One consumer's T and X of `exchange`."""
+    """T and X of `exchange`, for one consumer."""
 
     def __init__(self, block: Block, kept: Tensor, ridge: float) -> None:
         self.T, self.X = normalised(block, torch.arange(len(block.R), device=kept.device), ridge)
@@ -75,14 +75,14 @@ class _Tableau:
         self.X[:, S] = M
 
     def accepts(self, g: int) -> bool:
-        """Whether group g is not all but explained by the kept ones: pivots on rounding would spoil T."""
+        """False if the kept groups all but explain group g: a pivot on rounding errors would spoil T."""
         columns = self.columns[g]
         columns = columns[columns < len(self.T)]
         L, info = torch.linalg.cholesky_ex(self.T[columns][:, columns])
         return int(info) == 0 and bool((L.diagonal() > DEPENDENT**0.5).all())
 
     def pivot(self, g: int, sign: int) -> None:
-        """Lets group g in (sign 1) or out (sign -1)."""
+        """Adds group g (sign 1) or removes it (sign -1)."""
         columns = self.columns[g]
         columns = columns[columns < len(self.T)]
         if not len(columns):
@@ -98,7 +98,7 @@ class _Tableau:
 
 
 def _values(tableaus: list[_Tableau], kept: Tensor) -> Tensor:
-    """What every group is worth: the error that letting it in takes away, or that letting it go adds."""
+    """What every group is worth: by how much the error falls if it is added, or rises if it is removed."""
     sign = torch.where(kept, -1.0, 1.0)
     blocks = (diagonal_blocks(tableau.T, tableau.X, tableau.columns, sign) for tableau in tableaus)
     return torch.stack([traces(t, x) for t, x in blocks]).sum(0)

@@ -15,8 +15,8 @@ class Fista:
     """``A = M_k + k/(k+q+1) (M_k - M_{k-1})``, ``M_{k+1} = prox_{lam/L}(A - (A R - B) / L)``: O(1/k^2), not monotone.
 
     Args:
-        momentum: q > 0. Larger values bounce less and start more slowly.
-        max_iterations: When to give up.
+        momentum: q > 0. Larger values oscillate less but start more slowly.
+        max_iterations: Iterations after which to give up.
 
     References:
         Beck and Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm", 2009.
@@ -31,14 +31,14 @@ class Fista:
             raise ValueError(f"momentum (q) must be positive, got {self.momentum}")
 
     def iterates(self, problem: GroupLasso, lam: float, start: Matrices, tol: float) -> Iterator[Iterate]:
-        """Yields M_k, for ever."""
+        """Yields M_k without end."""
         step = 1 / lipschitz(problem)
         M = M_last = start
         MR = MR_last = problem.products(M)
         for k in count():
             yield certified(problem, M, MR, lam)
             u = k / (k + self.momentum + 1)
-            A, AR = _ahead(M, M_last, u), _ahead(MR, MR_last, u)  # M -> M R is linear: no second product
+            A, AR = _ahead(M, M_last, u), _ahead(MR, MR_last, u)  # M -> M R is linear, so no second product
             M_last, MR_last = M, MR
             M = proximal_step(problem, A, AR, lam, step)
             MR = problem.products(M)

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-RIDGE = 1e-9  # of a singular R, relative to its mean diagonal
-REFINEMENTS = 3  # by which the ridge is taken back
+RIDGE = 1e-9  # added to a singular R, relative to its mean diagonal
+REFINEMENTS = 3  # refinement steps, which undo the ridge
 
 
 def _least_squares(R: Tensor, B: Tensor) -> Tensor:
-    """``B R^+``, of least norm where R is singular to working precision: one Cholesky factorisation as a rule.
+    """``B R^+``, of least norm where R is singular to working precision; usually one Cholesky factorisation.
 
-    A singular R gets a ridge that rounding could have made, whose effect a few steps of iterative refinement
-    take back (iterated Tikhonov); eigenvalues come in only where that fails.
+    A singular R gets a ridge as small as rounding errors. A few steps of iterative refinement undo its effect
+    (iterated Tikhonov). Eigenvalues are computed only if that fails.
     """
-    alive = R.diagonal() > 0  # nothing of dead columns, not even rounding
+    alive = R.diagonal() > 0  # dead columns get zeros, without rounding errors
     rounding = len(R) * torch.finfo(R.dtype).eps
     L, info = torch.linalg.cholesky_ex(R)
     if int(info) == 0 and bool((L.diagonal().square() > 1e3 * rounding * R.diagonal()).all()):

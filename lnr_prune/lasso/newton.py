@@ -12,36 +12,36 @@ from lnr_prune.lasso.prox import Matrices
 from lnr_prune.lasso.solution import Iterate
 
 RETRIES = 5  # Levenberg-Marquardt attempts before a plain proximal step
-PATIENCE = 8  # accepted steps without progress before rounding is blamed
-CROWD = 50  # groups that may always enter together
-SINGLE_PATIENCE = 1  # the same in float32, where float64 goes on
-SINGLE_GAP = 1e-4  # relative gap from which one more step is worth being seen in float64
+PATIENCE = 8  # accepted steps without progress before stopping: rounding prevents more
+CROWD = 50  # so many groups may always enter together
+SINGLE_PATIENCE = 1  # the same in float32, after which float64 continues
+SINGLE_GAP = 1e-4  # relative gap from which float64 takes over, after one more step
 SINGLE_COLUMNS = 400  # below this many columns float32 saves nothing
 
 
 @dataclass(frozen=True)
 class Newton:
-    """Newton's method on alternate minimization's own variables, one number eta_g >= 0 a group.
+    """Newton's method on the variables of alternate minimization, one number eta_g >= 0 per group.
 
     Minimising over M first leaves a smooth convex function of eta,
 
         phi(eta) = lam/2 sum_g w_g^2 eta_g - 1/2 sum_c Tr(B_c (R_c + lam D_eta^-1)^-1 B_c^T),
 
-    with ``||M_g|| = w_g eta_g`` at the optimum. In relative steps ``delta = d eta / eta``, on the groups
-    with eta > 0 only, and with ``W = S R S + lam I`` (positive definite even if R is singular),
+    with ``||M_g|| = w_g eta_g`` at the optimum. In relative steps ``delta = d eta / eta``, only on the groups
+    with eta > 0, and with ``W = S R S + lam I`` (positive definite even if R is singular),
     ``S = D_eta^(1/2)``, ``Y = W^-1 S B^T``, ``V = (B - M R) / lam``:
 
         Hessian = groupsum((Y Y^T) o (I - lam W^-1)),   Hessian delta = eta ||V||^2 (||V|| / w - 1).
 
-    Groups with ``||V_g|| > w_g`` enter, groups whose eta reaches 0 leave: zeros are exact. A step that
-    raises phi is damped (Levenberg-Marquardt), at last replaced by a proximal step: phi never rises.
-    A cold start at small lam goes there in stages, one Newton step each.
+    Groups with ``||V_g|| > w_g`` enter and groups whose eta reaches 0 leave, so zeros are exact. A step that
+    raises phi is damped (Levenberg-Marquardt). If that fails, a proximal step replaces it, so phi never rises.
+    A cold start reaches a small lam in stages, with one Newton step each.
 
     Args:
-        mixed: Whether float64 problems take their first steps in float32, where that pays. The last steps
-            and every reported gap are float64 all the same.
-        continuation: Factor between two stages' lam, in (0, 1).
-        max_iterations: When to give up.
+        mixed: Whether float64 problems take their first steps in float32 where that saves time. The last steps
+            and every reported gap are in float64 anyway.
+        continuation: Factor between the lam of two stages, in (0, 1).
+        max_iterations: Iterations after which to give up.
 
     References:
         Poon and Peyre, "Smooth Bilevel Programming for Sparse Regularization", 2021.
@@ -53,7 +53,7 @@ class Newton:
     max_iterations: int = 500
 
     def iterates(self, problem: GroupLasso, lam: float, start: Matrices, tol: float) -> Iterator[Iterate]:
-        """Yields every accepted point; ends where rounding stops all progress."""
+        """Yields every accepted point; ends when rounding stops all progress."""
         eta = problem.norms(start) / problem.weights
         done = 0
         if (
@@ -65,7 +65,7 @@ class Newton:
                 yield point.iterate(problem, lam, done, certified=False)
                 eta, done = point.eta.to(eta), done + point.factorisations
                 if point.lam <= lam and point.certificate(problem, lam)[1] <= max(tol, SINGLE_GAP):
-                    next_eta = _newton_step(problem.single, point)(0.0)  # its point is for float64 to see
+                    next_eta = _newton_step(problem.single, point)(0.0)  # float64 evaluates it
                     eta = eta if next_eta is None else next_eta.to(eta)
                     break
         for point in _newton(problem, lam, eta, self.continuation, PATIENCE):
@@ -87,7 +87,7 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """phi and what its derivatives need, at one eta and lam."""
+    """phi, and what its derivatives need, for one eta and lam."""
 
     lam: float
     eta: Tensor
@@ -100,7 +100,7 @@ class Point:
     quadratic: float  # Tr(M R M^T)
     penalty: float  # sum_g w_g ||M_g||
     violation: float  # max_g ||G_g|| / w_g
-    factorisations: int = 1  # spent on it, rejected steps included
+    factorisations: int = 1  # that it took, rejected steps included
 
     def certificate(self, problem: GroupLasso, lam: float) -> tuple[float, float]:
         """P(M) at lam and its relative duality gap."""
@@ -114,14 +114,14 @@ class Point:
         return M
 
     def iterate(self, problem: GroupLasso, lam: float, done: int, *, certified: bool) -> Iterate:
-        """What `solve` sees of it."""
+        """The point as the `Iterate` that `solve` gets."""
         value, gap = self.certificate(problem, lam)
         gap, spent = gap if certified else math.inf, done + self.factorisations
         return Iterate(value, gap, lambda: self.coefficients(problem), spent)
 
 
 def _newton(problem: GroupLasso, lam: float, eta: Tensor, continuation: float, patience: int) -> Iterator[Point]:
-    """Accepted points, all in the problem's dtype, from eta on (0: a cold start)."""
+    """Accepted points, all in the problem's dtype, starting from eta (0: a cold start)."""
     eta, stage, done = _start(problem, lam, eta, continuation)
     point = _evaluate(problem, eta, stage, done)
     damping, stalled, best_gap, best_phi = 0.0, 0, math.inf, math.inf
@@ -141,7 +141,7 @@ def _newton(problem: GroupLasso, lam: float, eta: Tensor, continuation: float, p
 
 
 def _evaluate(problem: GroupLasso, eta: Tensor, lam: float, factorisations: int = 1) -> Point | None:
-    """The point at eta, or None where W cannot be factorised."""
+    """The point at eta, or None if W cannot be factorised."""
     active = eta.nonzero()[:, 0]
     position = torch.full_like(eta, -1, dtype=torch.long)
     position[active] = torch.arange(len(active), device=eta.device)
@@ -168,7 +168,7 @@ def _evaluate(problem: GroupLasso, eta: Tensor, lam: float, factorisations: int 
         factors.append(Factor(columns, group, L, Y, M, G))
     v, correlations = v2.sqrt(), g2.sqrt()
     measured = (failed, w.square() @ e, linear, slack, w @ (e * v), (correlations / problem.weights).max())
-    bad, trace, tr_MB, tr_MG, penalty, violation = torch.stack(measured).tolist()  # the one wait for the device
+    bad, trace, tr_MB, tr_MG, penalty, violation = torch.stack(measured).tolist()  # the only wait for the device
     if bad or not math.isfinite(tr_MB):
         return None
     phi = (lam * trace - tr_MB) / 2
@@ -191,7 +191,7 @@ def _hessian(point: Point) -> Tensor:
 
 
 def _descend(problem: GroupLasso, point: Point, shrink: float, damping: float) -> tuple[Point | None, float]:
-    """One accepted step from the point at its lam towards the optimum at ``shrink * lam``; and the next damping."""
+    """One accepted step from the point towards the optimum at ``shrink`` times its lam, and the next damping."""
     step, lam = _newton_step(problem, point, shrink), point.lam * shrink
     tiny = 1e-9 if point.eta.dtype == torch.float64 else 1e-4
     limit = point.phi + tiny * problem.scale if shrink == 1.0 else math.inf
@@ -206,7 +206,7 @@ def _descend(problem: GroupLasso, point: Point, shrink: float, damping: float) -
 
 
 def _newton_step(problem: GroupLasso, point: Point, shrink: float = 1.0) -> Callable[[float], Tensor | None]:
-    """Damping -> the eta that Newton's method goes to; None where the damped Hessian cannot be factorised."""
+    """Damping -> the next eta of Newton's method; None if the damped Hessian cannot be factorised."""
     # eta * shrink at lam * shrink keeps W and M as they are; V grows by 1 / shrink
     H, eta, v, lam = _hessian(point) / shrink, point.eta * shrink, point.v / shrink, point.lam * shrink
     w, active = problem.weights, point.active
@@ -248,13 +248,13 @@ def _proximal_eta(problem: GroupLasso, point: Point, lam: float) -> Tensor:
 
 
 def _start(problem: GroupLasso, lam: float, eta: Tensor, continuation: float) -> tuple[Tensor, float, int]:
-    """Eta to begin with, the lam of the first stage, and the factorisations up to its point."""
+    """The first eta, the lam of the first stage, and the factorisations up to its point."""
     if bool((eta > 0).any()):
         return eta, lam, 1
     w = problem.weights
     gains = problem.norms([block.B for block in problem.blocks]) / w
     stage = max(lam, continuation * float(gains.max()))
-    if lam < stage and float((gains > stage).double().mean()) > 0.5:  # most will stay: start from a ridge
+    if lam < stage and float((gains > stage).double().mean()) > 0.5:  # most will stay: start with ridge regression
         ridge = [_ridge_solution(block) for block in problem.blocks]
         return problem.norms(ridge) / w, lam, 2
     chosen = gains > stage
@@ -262,7 +262,7 @@ def _start(problem: GroupLasso, lam: float, eta: Tensor, continuation: float) ->
 
 
 def _curvature(problem: GroupLasso, candidates: Tensor) -> float:
-    """An upper bound of the largest eigenvalue of R on the candidate groups: the smaller of two norms."""
+    """An upper bound on the largest eigenvalue of R on the candidate groups: the smaller of two norms."""
     bound = torch.finfo(problem.weights.dtype).tiny
     for block in problem.blocks:
         columns = candidates[block.groups].nonzero()[:, 0]

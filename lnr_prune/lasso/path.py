@@ -1,4 +1,4 @@
-"""Along the regularisation path: many lam, or the lam that keeps a wanted number of groups."""
+"""The regularisation path: solutions at many lam, or the lam that keeps a given number of groups."""
 
 import math
 import sys
@@ -14,17 +14,17 @@ from lnr_prune.lasso.problem import GroupLasso
 from lnr_prune.lasso.solution import Solution
 from lnr_prune.lasso.solve import Solver, solve
 
-NARROW = 1e-5  # relative width of a bracket that no count can be told apart in
+NARROW = 1e-5  # relative width at which a bracket is not searched further
 ROUGH = 1e-4  # gap that is good enough far from the wanted count
-DESCENT = 5.0  # largest factor between two lam while nothing is known below
+DESCENT = 5.0  # largest factor between two lam until a lam is known that keeps more
 
 
 @dataclass(frozen=True, eq=False)
 class RegularizationPath:
-    """Solutions at falling lam; each says what it cost (``iterations``, ``factorisations``, ``seconds``).
+    """Solutions at decreasing lam; each records its cost (``iterations``, ``factorisations``, ``seconds``).
 
     Attributes:
-        solutions: One a lam, the largest lam first.
+        solutions: One per lam, the largest lam first.
     """
 
     solutions: tuple[Solution, ...]
@@ -60,23 +60,23 @@ def regularization_path(
     tol: float = 1e-6,
     progress: bool | None = None,
 ) -> RegularizationPath:
-    """``M(lam) = argmin_M P(M)`` at many lam, each started from the one before.
+    """``M(lam) = argmin_M P(M)`` at many lam, each started from the previous solution.
 
     Args:
         problem: The problem.
         lams: Penalties, >= 0, in any order. Default: ``n_lams`` of them, evenly spaced in log lam from
             `GroupLasso.lambda_max` to ``smallest`` times it.
-        n_lams: Number of lam if none are given.
-        smallest: The last of them, as a fraction of lambda_max, in (0, 1).
+        n_lams: Number of lam, if ``lams`` is not given.
+        smallest: The smallest of them, as a fraction of lambda_max, in (0, 1).
         solver: As for `solve`.
         tol: As for `solve`.
-        progress: Whether to show a progress bar on stderr. Default: if stderr is a terminal.
+        progress: Whether to show a progress bar on stderr. Default: only if stderr is a terminal.
 
     Returns:
-        The `RegularizationPath`, sorted by falling lam.
+        The `RegularizationPath`, sorted by decreasing lam.
 
     Raises:
-        ValueError: If n_lams or smallest is out of range, or what `solve` raises.
+        ValueError: If n_lams or smallest is out of range, or if `solve` raises it.
 
     Example:
         >>> from lnr_prune import Block
@@ -99,7 +99,7 @@ def regularization_path(
 
 @dataclass(frozen=True)
 class Visit:
-    """One solve of a search: where, what it kept, to which gap, and what it cost."""
+    """One solve of a search: its lam, how many groups it kept, its gap and its cost."""
 
     lam: float
     n_kept: int
@@ -114,7 +114,7 @@ class CountSearch:
 
     Attributes:
         solution: The solution with the wanted number of groups, or the nearest that keeps more.
-        note: Why there is none with just that number; "" if there is.
+        note: Why no solution keeps exactly that number; "" if one does.
         visits: Every solve on the way.
     """
 
@@ -126,12 +126,12 @@ class CountSearch:
 def lam_for_count(
     problem: GroupLasso, count: int, *, solver: str | Solver = "newton", tol: float = 1e-6
 ) -> CountSearch:
-    """The lam at which ``count`` groups are kept, by a warm-started search on log lam.
+    """Finds the lam at which ``count`` groups are kept, by a warm-started search on log lam.
 
-    The count falls, as a rule, from all groups at small lam to none at `GroupLasso.lambda_max`: the lam are
-    interpolated (log-odds of the count against log lam) inside a bracket, to loose gaps while it is wide. Groups
-    that tie enter together: then no lam keeps exactly ``count``, and the nearest solution found that keeps
-    more is returned, or least squares if even lam = 0 keeps fewer.
+    The count usually falls from all groups at small lam to none at `GroupLasso.lambda_max`. So lam is interpolated
+    inside a bracket (log-odds of the count against log lam); while the bracket is wide, loose gaps are enough.
+    Groups that tie enter together, and then no lam keeps exactly ``count``. In that case the nearest solution found
+    that keeps more is returned, or least squares if even lam = 0 keeps fewer.
 
     Args:
         problem: The problem.
@@ -166,7 +166,7 @@ def lam_for_count(
     top = problem.lambda_max()
     if top == 0.0:
         return everything()
-    high = higher = (top, 0)  # (lam, groups kept) on either side of the count; higher: the one before high
+    high = higher = (top, 0)  # (lam, groups kept) on either side of the count; higher: the previous high
     low: tuple[float, int] | None = None
     more: Solution | None = None  # the solution at low
     sharp, turn = False, 0
@@ -175,7 +175,7 @@ def lam_for_count(
             sharp, tol, high = True, tol * 1e-4, (min(top, 1.01 * high[0]), high[1])
         turn += 1
         if low:
-            share = _share(high, low, problem.n_groups, count) if turn % 3 else 0.5  # interpolation alone may creep
+            share = _share(high, low, problem.n_groups, count) if turn % 3 else 0.5  # interpolation alone may be slow
             lam = high[0] * (low[0] / high[0]) ** min(max(share, 0.1), 0.9)
         elif high[1]:
             factor = (higher[0] / high[0]) ** (_share(higher, high, problem.n_groups, count) - 1)
@@ -200,7 +200,7 @@ def lam_for_count(
 
 
 def _share(first: tuple[float, int], second: tuple[float, int], n_groups: int, count: int) -> float:
-    """How far from first to second the count is, if its log-odds are linear in log lam; 1/2 if they do not tell."""
+    """How far from first to second the count lies, if its log-odds are linear in log lam; 1/2 if they are equal."""
 
     def log_odds(kept: int) -> float:
         return math.log((kept + 0.5) / (n_groups - kept + 0.5))

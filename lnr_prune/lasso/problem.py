@@ -13,14 +13,14 @@ from lnr_prune.lasso.prox import Matrices, group_norms
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One consumer ``y = W x``: all that the problem needs to know of it.
+    """One consumer ``y = W x``: everything that the problem needs to know about it.
 
     Args:
         R: ``E[x x^T]``, (d, d), symmetric positive semi-definite, possibly singular.
         B: ``E[y x^T]``, (h, d), of R's dtype and device.
-        t: ``E||y||^2``, a number; it only bounds the duality gap.
+        t: ``E||y||^2``, a number; only the duality gap and relative errors depend on it.
         groups: Group of every column of x, (d,) int64; -1 marks an unpenalised column (a bias, or a
-            channel that is not up for removal). Default: every column is its own group.
+            channel that must stay). Default: every column is its own group.
 
     Raises:
         ValueError: If shapes or dtypes do not fit, or a value is out of range or not finite.
@@ -56,7 +56,7 @@ class Block:
 
     @cached_property
     def unpenalised(self) -> Tensor:
-        """Indices of the columns that belong to none."""
+        """Indices of the columns that belong to no group."""
         return (self.groups < 0).nonzero()[:, 0]
 
 
@@ -65,11 +65,11 @@ class GroupLasso:
     """``min_M P(M) = sum_c [1/2 Tr(M_c R_c M_c^T) - Tr(B_c M_c^T)] + lam sum_g w_g (sum_c ||M_c[:,g]||_F^2)^(1/2)``.
 
     Up to the constant ``sum_c t_c / 2`` this is ``1/2 sum_c E||y_c - M_c x_c||^2`` plus the penalty.
-    Consumers (blocks) share their groups: channel g leaves all of them or none.
+    Consumers (blocks) share their groups: channel g is removed from all of them or from none.
 
     Args:
         blocks: One `Block` for each consumer.
-        weights: ``w_g > 0``, (n_groups,). Default: ones for every group that the blocks name.
+        weights: ``w_g > 0``, (n_groups,). Default: 1 for every group that occurs in the blocks.
 
     Raises:
         ValueError: If there is no block, no group, a weight that is not positive, or a group
@@ -107,7 +107,7 @@ class GroupLasso:
 
     @property
     def groups(self) -> Matrices:
-        """Group of every column, one tensor a block."""
+        """Group of every column, one tensor per block."""
         return tuple(block.groups for block in self.blocks)
 
     @property
@@ -133,7 +133,7 @@ class GroupLasso:
         return tuple(MR_c - block.B for MR_c, block in zip(MR, self.blocks, strict=True))
 
     def value(self, coefficients: Sequence[Tensor], lam: float = 0.0) -> float:
-        """The objective ``P(M)``; at ``lam = 0`` the reconstruction error less ``t / 2``."""
+        """The objective ``P(M)``; at ``lam = 0`` the reconstruction error minus ``t / 2``."""
         return self._value(coefficients, self.products(coefficients), lam)
 
     def error(self, coefficients: Sequence[Tensor]) -> float:
@@ -146,28 +146,28 @@ class GroupLasso:
         return float((reduced.norms([block.B for block in reduced.blocks]) / self.weights).max())
 
     def duality_gap(self, coefficients: Sequence[Tensor], lam: float) -> float:
-        """``(P(M) - D) / (t' / 2)``, an upper bound of M's distance to the optimum from R, B, t alone.
+        """``(P(M) - D) / (t' / 2)``, an upper bound on M's distance to the optimum, from R, B and t alone.
 
-        D is the dual value of the feasible point that is nearest at hand, a mixture of M and the
-        least-squares solution scaled until every ``||G_g|| <= lam w_g``, ``G = B' - M R'`` (primes:
-        unpenalised columns eliminated). It may be off zero by rounding, either way.
+        D is the dual value of a feasible point that is easy to find: a mixture of M and the
+        least-squares solution, scaled until every ``||G_g|| <= lam w_g``, with ``G = B' - M R'`` (a prime means
+        that unpenalised columns are eliminated). Rounding can make a gap of zero slightly positive or negative.
         """
         eliminated = self.eliminated
         reduced = eliminated.problem
         M = tuple(M[:, block.penalised] for M, block in zip(coefficients, self.blocks, strict=True))
         primal, gap = reduced.certificate(M, reduced.products(M), lam)
-        # unpenalised columns off their optimum cost this much more:
+        # what unpenalised columns cost because they are not at their optimum:
         excess = self.value(coefficients, lam) + eliminated.constant - primal
         return gap + excess / reduced.scale
 
     @property
     def scale(self) -> float:
-        """``t / 2``, what gaps and errors are relative to (1 for a problem without signal)."""
+        """``t / 2``, by which gaps and errors are divided (1 for a problem without signal)."""
         return self.t / 2 if self.t > 0 else 1.0
 
     @cached_property
     def traces(self) -> Tensor:
-        """Trace of R over every group's columns, all blocks: at least the curvature along the group, (n_groups,)."""
+        """Trace of R over every group's columns in all blocks, (n_groups,): it bounds the group's curvature."""
         traces = self.weights.new_zeros(self.n_groups + 1)
         for block in self.blocks:
             traces.index_add_(0, block.groups.where(block.groups >= 0, self.n_groups), block.R.diagonal())
@@ -175,7 +175,7 @@ class GroupLasso:
 
     @cached_property
     def single(self) -> "GroupLasso | None":
-        """The problem in float32; None if it is not float64, or its squares may leave float32's range."""
+        """The problem in float32; None if it is not float64, or if its squares may exceed float32's range."""
         sizes = [float(a.abs().max()) for block in self.blocks for a in (block.R, block.B) if a.numel()]
         if self.weights.dtype != torch.float64 or not all(1e-12 < size < 1e12 for size in sizes):
             return None
@@ -205,7 +205,7 @@ class GroupLasso:
 
     @cached_property
     def eliminated(self) -> "Eliminated":
-        """The same problem without its unpenalised columns u, which the Schur complement takes out.
+        """The same problem with its unpenalised columns u eliminated, by the Schur complement.
 
         ``R' = R_pp - R_pu R_uu^+ R_up``, ``B' = B_p - B_u R_uu^+ R_up``, ``t' = t - Tr(B_u R_uu^+ B_u^T)``.
         """
@@ -222,12 +222,12 @@ class GroupLasso:
 
 @dataclass(frozen=True, eq=False)
 class Eliminated:
-    """A problem without unpenalised columns, and the way back.
+    """A problem without unpenalised columns, and how to get back to the full one.
 
     Attributes:
         problem: The reduced problem.
-        complete: Its coefficients -> those of the full problem, the unpenalised columns at their optimum.
-        constant: Objective of the reduced problem less that of the full one.
+        complete: Its coefficients -> those of the full problem, with the unpenalised columns at their optimum.
+        constant: Objective of the reduced problem minus that of the full one.
     """
 
     problem: GroupLasso
@@ -248,7 +248,7 @@ def _schur(block: Block) -> tuple[Block, Callable[[Tensor], Tensor], float]:
     explained = float((M_u * B_u).sum())
     R, B = block.R[p][:, p], block.B[:, p]
     remains = R.diagonal() - (T * R_pu).sum(1) > torch.finfo(R.dtype).eps ** (2 / 3) * R.diagonal()
-    R = (R - T @ R_pu.T) * remains * remains[:, None]  # columns that u explains to rounding have no say
+    R = (R - T @ R_pu.T) * remains * remains[:, None]  # columns that u explains up to rounding are zeroed
     t = block.t - explained if explained < (1 - 1e-14) * block.t else 0.0
     reduced = Block((R + R.T) / 2, (B - M_u @ R_pu.T) * remains, t, block.groups[p])
 
@@ -264,17 +264,17 @@ def _schur(block: Block) -> tuple[Block, Callable[[Tensor], Tensor], float]:
 def debias(problem: GroupLasso, support: Tensor, ridge: float = 0.0) -> Matrices:
     """``argmin_M sum_c E||y_c - M_c x_c||^2 + ridge * mean(diag R_c) * ||M_c||_F^2``, M zero off the support.
 
-    The least-squares refit that undoes the shrinkage of the lasso; unpenalised columns are always
-    refitted (and never ridged). Where the kept columns are linearly dependent and ``ridge = 0`` it is
-    the solution of least norm.
+    This least-squares refit undoes the shrinkage of the lasso. Unpenalised columns are always refitted, and
+    never get a ridge. If the kept columns are linearly dependent and ``ridge = 0``, the result is the solution
+    of least norm.
 
     Args:
-        problem: The problem, with its unpenalised columns.
+        problem: The problem, including its unpenalised columns.
         support: True for every group that is kept, (n_groups,) bool.
         ridge: Ridge as a fraction of the mean second moment of the block's columns, >= 0.
 
     Returns:
-        One (h_c, d_c) matrix a block.
+        One (h_c, d_c) matrix per block.
 
     Raises:
         ValueError: If support has the wrong shape or ridge is negative.

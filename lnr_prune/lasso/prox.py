@@ -11,15 +11,15 @@ Matrices = tuple[Tensor, ...]
 
 
 def group_norms(matrices: Sequence[Tensor], groups: Sequence[Tensor], n_groups: int) -> Tensor:
-    """``(sum_c ||M_c[:, g]||_F^2)^(1/2)`` of every group ``g``; columns of group -1 count nowhere.
+    """``(sum_c ||M_c[:, g]||_F^2)^(1/2)`` of every group ``g``; columns of group -1 are ignored.
 
     Args:
-        matrices: One (h_c, d_c) matrix a consumer.
-        groups: For each of them the group of every column, (d_c,) int64, -1 = in no group.
+        matrices: One (h_c, d_c) matrix per consumer.
+        groups: For each matrix, the group of every column, (d_c,) int64, -1 = in no group.
         n_groups: Number of groups.
 
     Returns:
-        (n_groups,) norms, of the matrices' dtype.
+        (n_groups,) norms, in the matrices' dtype.
     """
     squares = matrices[0].new_zeros(n_groups + 1)
     for matrix, group in zip(matrices, groups, strict=True):
@@ -46,9 +46,9 @@ def prox_group_lasso(
     become exactly zero. Columns of group -1 are not penalised and stay as they are.
 
     Args:
-        matrices: The point M, (h, d); or one matrix for each consumer, whose groups are joint.
+        matrices: The point M, (h, d); or one matrix for each consumer, with shared groups.
         threshold: t >= 0, one number or one for each group, (n_groups,).
-        groups: Group of every column, (d,) int64, -1 = unpenalised; one tensor a matrix if
+        groups: Group of every column, (d,) int64, -1 = unpenalised; one tensor per matrix if
             several are given. Default: every column is its own group.
 
     Returns:
@@ -88,7 +88,7 @@ def prox_group_lasso(
 
 
 def shrink(matrices: Sequence[Tensor], threshold: Tensor, groups: Sequence[Tensor], n_groups: int) -> Matrices:
-    """`prox_group_lasso` without the checks: the solvers' inner loop."""
+    """`prox_group_lasso` without the checks, for the solvers' inner loops."""
     norms = group_norms(matrices, groups, n_groups)
     scale = (1 - threshold / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min(0)
     scale = torch.cat([scale, scale.new_ones(1)])  # group -1, the last entry, is not shrunk

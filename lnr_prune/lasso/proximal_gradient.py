@@ -15,13 +15,13 @@ class ProximalGradient:
     """``M <- prox_{lam/L}(M - (M R - B) / L)``, ``L`` the largest eigenvalue of R: a descent method, O(1/k).
 
     Args:
-        max_iterations: When to give up.
+        max_iterations: Iterations after which to give up.
     """
 
     max_iterations: int = 100_000
 
     def iterates(self, problem: GroupLasso, lam: float, start: Matrices, tol: float) -> Iterator[Iterate]:
-        """Yields M, for ever."""
+        """Yields M without end."""
         step = 1 / lipschitz(problem)
         M = start
         while True:

@@ -15,7 +15,8 @@ class Status(enum.Enum):
 
     CONVERGED = "the duality gap is below the tolerance: nothing to do"
     MAX_ITERATIONS = (
-        "the iteration limit came before the tolerance: use solver='newton', a larger lam, or raise max_iterations"
+        "the iteration limit was reached before the tolerance: use solver='newton', a larger lam "
+        "or a larger max_iterations"
     )
     STALLED = "rounding keeps the duality gap above the tolerance: use float64 second moments, or accept a larger tol"
 
@@ -32,8 +33,8 @@ class Iterate:
     Attributes:
         value: The objective P(M).
         gap: Relative duality gap; infinite if it was not computed in the problem's own precision.
-        coefficients: Gives M when it is called.
-        factorisations: Cholesky factorisations of R's columns so far.
+        coefficients: Returns M when it is called.
+        factorisations: Cholesky factorisations so far.
     """
 
     value: float
@@ -53,7 +54,7 @@ class Solution:
     """A certified minimiser of a `GroupLasso`.
 
     Attributes:
-        coefficients: M, one (h_c, d_c) matrix a consumer, unpenalised columns included.
+        coefficients: M, one (h_c, d_c) matrix per consumer, unpenalised columns included.
         support: True for every group that is not zero, (n_groups,) bool.
         lam: The penalty it was solved at.
         gap: Relative duality gap, at least ``(P(M) - min P) / (t / 2)``.
@@ -61,8 +62,8 @@ class Solution:
         iterations: Number of iterations.
         solver: Name of the solver.
         status: Why it stopped; ``status.advice`` is a sentence.
-        factorisations: Cholesky factorisations it took, of the columns that were active then.
-        seconds: Wall-clock time it took.
+        factorisations: Cholesky factorisations that it took, each of the columns that were active at the time.
+        seconds: Wall-clock time that it took.
     """
 
     coefficients: Matrices

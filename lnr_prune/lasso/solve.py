@@ -1,4 +1,4 @@
-"""Solvers of the group-lasso problem, all behind one verb, `solve`."""
+"""Solvers of the group-lasso problem, all behind one function, `solve`."""
 
 import math
 import time
@@ -36,13 +36,13 @@ class Solver(Protocol):
 
     @property
     def max_iterations(self) -> int:
-        """When to give up."""
+        """Iterations after which to give up."""
         ...
 
     def iterates(self, problem: GroupLasso, lam: float, start: Matrices, tol: float) -> Iterator[Iterate]:
-        """Yields the start or a first step first; ends only where rounding stops all progress.
+        """Yields iterates, beginning with the start or a first step; ends only when rounding stops all progress.
 
-        The problem has no unpenalised columns. `certified` makes an iterate of M and ``M R``.
+        The problem has no unpenalised columns. `certified` makes an iterate from M and ``M R``.
         """
         ...
 
@@ -70,7 +70,7 @@ def solve(
 
     Args:
         problem: The problem.
-        lam: Penalty, >= 0. At ``problem.lambda_max()`` and above the answer is M = 0 (a legal one); at 0
+        lam: Penalty, >= 0. At ``problem.lambda_max()`` and above, the answer is M = 0, which is valid; at 0
             it is least squares.
         solver: A name of `SOLVERS`, or settings such as ``Fista(momentum=50)``.
         tol: Relative duality gap to reach, >= 0.
@@ -142,7 +142,7 @@ def solve(
 
 
 def _least_squares_iterate(problem: GroupLasso, M: Matrices) -> Iterate:
-    """A least-squares solution; its gap is zero if ``M R = B`` to rounding, else what t can tell."""
+    """A least-squares solution; its gap is zero if ``M R = B`` up to rounding, else the bound from t."""
     MR = problem.products(M)
     iterate = certified(problem, M, MR, 0.0)
     for M_c, MR_c, block in zip(M, MR, problem.blocks, strict=True):

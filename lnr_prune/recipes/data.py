@@ -1,7 +1,7 @@
 """Real digits for the recipes: scikit-learn's embedded 8x8 digits, MNIST and Fashion-MNIST.
 
-scikit-learn, torchvision and matplotlib come with the ``recipes`` extra and are imported only when asked for:
-the library itself never needs them.
+scikit-learn, torchvision and matplotlib come with the ``recipes`` extra and are imported only when they are needed.
+The library itself never needs them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TORCHVISION_NAMES = {"mnist": "MNIST", "fashion": "FashionMNIST"}
 NAMES = ("digits", *TORCHVISION_NAMES)
 
 
-# Mean and standard deviation of the training pixels, as published: trained weights expect these very numbers.
+# Mean and standard deviation of the training pixels, as published: trained weights expect exactly these numbers.
 NORMALISATION = {"mnist": (0.1307, 0.3081), "fashion": (0.2860, 0.3530)}
 DIGITS_TEST_SIZE = 360
 
@@ -43,16 +43,16 @@ class Data:
 
 
 def load(name: str = "digits", root: str | Path | None = None) -> Data:
-    """Load a data set by name.
+    """Loads a data set by name.
 
     Args:
         name: "digits" (embedded, no file needed), "mnist" or "fashion".
-        root: Folder that holds ``MNIST/raw`` or ``FashionMNIST/raw``; by default the environment variable
-            ``LNR_PRUNE_DATA``. Files that it lacks are downloaded into it by torchvision.
+        root: Folder that holds ``MNIST/raw`` or ``FashionMNIST/raw``. Default: the environment variable
+            ``LNR_PRUNE_DATA``. torchvision downloads missing files into it.
 
     Raises:
         ValueError: If no data set has this name.
-        LnrPruneError: If the files or the package that reads them are missing.
+        LnrPruneError: If the files, or the package that reads them, are missing.
     """
     if name == "digits":
         return _load_digits()
@@ -75,7 +75,7 @@ def _load_digits() -> Data:
     pixels, labels = require("sklearn.datasets").load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     images = functional.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False)
-    # The split does not follow the user's seed: test accuracies of different runs stay comparable.
+    # The split does not depend on the user's seed, so that test accuracies of different runs stay comparable.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = order[:DIGITS_TEST_SIZE], order[DIGITS_TEST_SIZE:]
     images = (images - images[train].mean()) / images[train].std()
@@ -101,7 +101,7 @@ def _open_torchvision(dataset: str, root: Path) -> tuple[Any, Any]:
     raw = root / dataset / "raw"
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            # torchvision reads unzipped files only and unzips in place, which a read-only folder does not allow.
+            # torchvision reads only unzipped files, and unzips in place, which a read-only folder does not allow.
             if not os.access(raw if raw.is_dir() else root, os.W_OK):
                 shutil.copytree(raw, Path(scratch, dataset, "raw"), copy_function=shutil.copyfile)
                 root = Path(scratch)

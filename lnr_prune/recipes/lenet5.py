@@ -17,7 +17,7 @@ LEARNING_RATE = 1e-3
 
 
 class LeNet5(nn.Module):
-    """The Caffe LeNet-5: 431,080 parameters at the default widths; a pruned one is narrower.
+    """The Caffe LeNet-5: 431,080 parameters with the default widths; a pruned one is narrower.
 
     Args:
         conv1: Filters of the first convolution.
@@ -49,7 +49,7 @@ def initialised(seed: int) -> LeNet5:
 
 
 def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, batch_size: int, seed: int) -> float:
-    """One pass over the training images, in the seed's order; returns the accuracy on the way."""
+    """One pass over the training images, in the seed's order; returns the accuracy during the pass."""
     correct = 0
     model.train()
     for images, labels in batches(data.train_images, data.train_labels, batch_size, seed):
@@ -79,7 +79,7 @@ def accuracy(model: Classifier, data: Data) -> float:
 
 
 def load_weights(path: Path) -> LeNet5:
-    """A LeNet-5 with the weights of a safetensors file, a narrower one if they were pruned.
+    """A LeNet-5 with the weights of a safetensors file; narrower if these are pruned.
 
     Raises:
         LnrPruneError: If the file does not hold a LeNet-5.

@@ -1,4 +1,4 @@
-"""The two figures of the reference session, drawn without any window or global state."""
+"""The two figures of the reference session, drawn without a window or global state."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from lnr_prune.runtime.optional import require
 
-FLOOR = 1e-12  # the reference's: keeps the logarithm of an exact optimum finite
+FLOOR = 1e-12  # as in the reference: keeps the logarithm of an exact optimum finite
 
 
 def pareto(curves: Mapping[str, Sequence[Mapping[str, Any]]], dense_accuracy: float, path: Path) -> None:
@@ -46,8 +46,8 @@ def convergence(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
     """``log10(objective - optimum)`` against iterations.
 
     Args:
-        panels: Title of a panel -> solver -> objective after every iteration. The optimum is the lowest value of
-            all: every panel must show the same problem.
+        panels: Title of a panel -> solver -> objective after every iteration. The optimum is the lowest of all
+            values, so every panel must show the same problem.
         path: PNG file to write.
     """
     optimum = min(min(history) for curves in panels.values() for history in curves.values())
@@ -56,7 +56,7 @@ def convergence(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
         for name, history in curves.items():
             axes.plot([math.log10(value - optimum + FLOOR) for value in history], label=name)
         lengths = [len(history) for history in curves.values()]
-        scale = "symlog" if 10 * min(lengths) < max(lengths) else "linear"  # a few Newton steps beside 1,000 of FISTA
+        scale = "symlog" if 10 * min(lengths) < max(lengths) else "linear"  # a few Newton steps next to 1,000 of FISTA
         axes.set(title=title, xlabel="iterations", ylabel="log10(objective - optimum)", xscale=scale, xlim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)

@@ -9,23 +9,21 @@ from rich.table import Table
 from lnr_prune.recipes.toy import Run
 from lnr_prune.selection.amount import Penalty
 
-"""The keyword argument of `prune` that decides how much is kept."""
-
 
 @dataclass(frozen=True)
 class Compression:
-    """One pruning, in the reference's steps; rates and accuracies are fractions.
+    """One compression, in the reference's steps; rates and accuracies are fractions.
 
     Attributes:
         name: What was pruned.
-        penalty: As given to `prune`.
+        penalty: The penalty that was given to `prune`.
         columns_kept: Consumer -> fraction of its input channels that the lasso keeps.
-        sparse_accuracy: With the lasso's sparse matrices, at full size.
-        collapsed_accuracy: The same, the zero channels removed: equal.
-        accuracy: After debias.
+        sparse_accuracy: Accuracy with the lasso's sparse matrices, at full size.
+        collapsed_accuracy: Accuracy after the zero channels are removed, which is the same.
+        accuracy: Accuracy after debias.
         widths: Producer -> channels, after debias.
-        compression_rate: Parameters left in the whole network, after debias.
-        macs_rate: Multiply-accumulates left, likewise.
+        compression_rate: Share of the network's parameters that is left after debias.
+        macs_rate: Share of its multiply-accumulates that is left after debias.
     """
 
     name: str
@@ -46,10 +44,10 @@ class Point:
     Attributes:
         lam: The reference's lam, or the fraction of lambda_max.
         widths: Producer -> channels.
-        compression_rate: Parameters left in the whole network.
-        accuracy: Without retraining.
-        accuracy_retrained: After one epoch; None if not asked for.
-        all_zero: Whether lam keeps nothing in some layer; the library then keeps one channel there.
+        compression_rate: Share of the network's parameters that is left.
+        accuracy: Accuracy without retraining.
+        accuracy_retrained: Accuracy after one epoch of retraining; None if not asked for.
+        all_zero: Whether lam removes every channel of some layer; the library then keeps one channel there.
     """
 
     lam: float

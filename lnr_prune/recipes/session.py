@@ -1,7 +1,7 @@
 """The reference session on LeNet-5, in one run: train, prune fc2, prune the whole network, sweep, compare solvers.
 
-The reference divides its second moments by the number of columns d of the pruned layer (the bias column
-included), the library does not: the reference's ``lam`` is ``lam * d`` here.
+The reference divides its second moments by the number d of columns of the pruned layer (including the bias column).
+The library does not, so the reference's ``lam`` is ``lam * d`` here.
 """
 
 import json
@@ -32,7 +32,7 @@ from lnr_prune.selection.amount import Penalty
 CALIBRATION_BATCH = 250
 QUIETLY = Run(progress=False)
 LAM_EXPONENTS = (-4.0, -1.0)  # the reference's sweep of fc2
-LAM_RATIO_EXPONENTS = (-3.0, 0.0)  # at 10**0 = 1 lambda_max is reached: nothing is kept
+LAM_RATIO_EXPONENTS = (-3.0, 0.0)  # at 10**0 = 1, lambda_max is reached and nothing is kept
 
 Advance = Callable[[str], None]
 
@@ -124,7 +124,7 @@ def _compressions(
     console: Console,
     advance: Advance,
 ) -> tuple[list[Compression], Pruned]:
-    """fc2 without and with its bias, then everything; and the last of these."""
+    """Prunes fc2 without and with its bias, then the whole network; returns all three, and the last pruned model."""
     columns, lam = model.fc2.in_features, settings.lam
     cases: list[tuple[str, bool, Penalty]] = [
         ("fc2 no bias", False, Penalty({"fc1": lam * columns})),
@@ -132,7 +132,7 @@ def _compressions(
         ("whole network", True, Penalty(ratio=settings.lam_ratio)),
     ]
     console.print(
-        f"Reference's lam {lam:g}: lam {lam * columns:g} here for {columns} columns, {lam:g} more with the bias"
+        f"The reference's lam {lam:g} is lam {lam * columns:g} here for {columns} columns, {lam:g} more with the bias"
     )
     compressions = []
     for name, bias, penalty in cases:
@@ -180,7 +180,7 @@ def _sweeps(
     advance: Advance,
 ) -> dict[str, list[Point]]:
     columns, count = model.fc2.in_features + 1, settings.numbers["sweep"]
-    reach_zero = 0.0, Penalty(ratio={"fc1": 1.0})  # the reference's range ends before some models do
+    reach_zero = 0.0, Penalty(ratio={"fc1": 1.0})  # in the reference's range, some models keep channels to the end
     penalties: dict[str, list[tuple[float, Penalty]]] = {
         "fc2": [(lam, Penalty({"fc1": lam * columns})) for lam in _spaced(*LAM_EXPONENTS, count)] + [reach_zero],
         "whole network": [(ratio, Penalty(ratio=ratio)) for ratio in _spaced(*LAM_RATIO_EXPONENTS, count)],

@@ -1,4 +1,4 @@
-"""What the LeNet-5 session may be asked."""
+"""The settings of the LeNet-5 session."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from lnr_prune.recipes import data as datasets
 
 @dataclass(frozen=True)
 class Settings:
-    """What a session is asked; None stands for a default that depends on the data and on ``quick``.
+    """Settings of a session; None stands for a default that depends on the data and on ``quick``.
 
     Attributes:
         data: "digits", "mnist" or "fashion".
@@ -17,13 +17,13 @@ class Settings:
         weights: Trained weights (safetensors) to load instead of training.
         out: Folder for everything that is written.
         epochs: Passes over the training images.
-        batch_size: Images a training step.
+        batch_size: Images per training step.
         calibration: Training images used for calibration.
-        lam: The reference's penalty of fc2.
+        lam: Penalty of fc2, in the reference's units.
         lam_ratio: Penalty of the whole network, as a fraction of every layer's lambda_max.
         sweep: Points of each Pareto sweep.
-        retrain: Whether the points of the sweeps are also retrained for one epoch.
-        seed: Of initialisation, shuffling and the toy problem.
+        retrain: Whether to also retrain the points of the sweeps for one epoch.
+        seed: Seed of initialisation, shuffling and the toy problem.
         quick: A small session, for tests.
 
     Raises:
@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """The values in use of the settings that may be None."""
+        """The settings that may be None, with the values that are used."""
         digits = self.data == "digits"
         default = {"epochs": 20 if digits else 8, "batch_size": 64 if digits else 256, "calibration": 5000, "sweep": 10}
         if self.quick:

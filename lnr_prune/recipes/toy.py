@@ -1,4 +1,4 @@
-"""The reference's toy problem: random data of low rank, and how fast each solver gets to its optimum."""
+"""The reference's toy problem: random data of low rank, and how fast each solver reaches its optimum."""
 
 import time
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def compare_solvers(toy: GroupLasso, max_iterations: int) -> list[Run]:
 
 
 def compare_momenta(toy: GroupLasso, max_iterations: int) -> list[Run]:
-    """FISTA with every q of the reference, from its start: 0.01 everywhere."""
+    """FISTA with every q of the reference, from the reference's start: 0.01 everywhere."""
     start = tuple(M + 0.01 for M in toy.zeros())
     return [
         _timed(f"FISTA, q = {q:g}", toy, Fista(momentum=q, max_iterations=max_iterations), tol=1e-14, start=start)

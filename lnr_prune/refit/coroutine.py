@@ -1,4 +1,4 @@
-"""A function that calls back, turned into a generator: it waits, as it stands, until it is answered."""
+"""A function that calls back, turned into a generator: it waits in the middle of its work until it gets an answer."""
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack
@@ -16,8 +16,8 @@ _DONE, _STOP = object(), object()
 def suspended(function: Callable[[Callable[[Question], Answer]], None]) -> Generator[Question, Answer, None]:
     """Runs ``function(ask)``; yields every question that it asks, and ``ask`` returns what is sent back.
 
-    The function runs in a thread of its own, but never at the same time as its caller, whose autocast and default
-    device it has. An exception in it is raised here; when the generator is closed, the function ends with
+    The function runs in its own thread, with its caller's autocast and default device, but never at the same time as
+    the caller. An exception in the function is raised here. When the generator is closed, the function ends with
     GeneratorExit where it waits.
 
     Example:

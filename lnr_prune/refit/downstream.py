@@ -10,17 +10,17 @@ from torch.overrides import TorchFunctionMode
 from lnr_prune.refit.recording import Recorded
 
 Step = Callable[[Tensor, Tensor | None], Tensor]
-"""One function on the way: what arrives, and the shortcut if it takes one in -> what goes on."""
+"""One function on the path: its input, and the shortcut if it takes one -> its output."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """What is added to a layer's output: made of results that are there before the layer is called.
+    """What is added to a layer's output. It is computed from results that are there before the layer is called.
 
     Attributes:
-        needed: Numbers of the calls with these results.
-        ids: Under which the recorded calls know them.
-        calls: What is done to them, in order; the last result is the shortcut.
+        needed: Numbers of the calls that give these results.
+        ids: The results' ids in the recorded calls.
+        calls: The calls that compute the shortcut from them, in order; the last result is the shortcut.
     """
 
     needed: tuple[int, ...]
@@ -32,11 +32,11 @@ class Shortcut:
         if any(number not in results for number in self.needed):
             return None
         known = {of: results[number] for of, number in zip(self.ids, self.needed, strict=True)}
-        result: Any = next(iter(known.values()), None)  # none where it is made of parameters alone
+        result: Any = next(iter(known.values()), None)  # none if it is made of parameters only
         try:
             for call in self.calls:
                 known[id(call.result)] = result = call.again(known)
-        except (RuntimeError, TypeError, ValueError, IndexError):  # it holds the recorded batch's size
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it fixes the recorded batch's size
             return None
         return result if isinstance(result, Tensor) and result.shape == like.shape else None
 
@@ -47,21 +47,21 @@ class Steps:
 
     Attributes:
         functions: The functions.
-        shortcuts: What each of them takes in besides; None = nothing.
+        shortcuts: The shortcut that each of them takes as well; None = it takes none.
     """
 
     functions: tuple[Step, ...] = ()
     shortcuts: tuple[Shortcut | None, ...] = ()
 
     def __call__(self, y: Tensor, added: Sequence[Tensor]) -> Tensor:
-        """What they make of y, with the values of the shortcuts."""
+        """The result for y, with these values of the shortcuts."""
         rest = iter(added)
         for function, shortcut in zip(self.functions, self.shortcuts, strict=True):
             y = function(y, None if shortcut is None else next(rest))
         return y
 
     def then(self, function: Step, shortcut: Shortcut | None) -> "Steps":
-        """These, and one more."""
+        """These steps, and one more."""
         return Steps((*self.functions, function), (*self.shortcuts, shortcut))
 
     def added(self, results: Mapping[int, Tensor], like: Tensor) -> list[Tensor] | None:
@@ -73,15 +73,15 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class Downstream:
-    """``z = phi(alpha y + c + beta_1 s_1 + ...)``, elementwise: what the network makes of a layer's output y.
+    """``z = phi(alpha y + c + beta_1 s_1 + ...)``, elementwise: what the network computes from a layer's output y.
 
     Attributes:
-        affine: The functions that make the argument of phi.
+        affine: The functions that compute the argument of phi.
         activation: phi, None = the identity.
         mean: Name of the running mean that the first of them subtracts from y, if it is a batch norm.
-        into: Name of the weight of the layer that alone reads y, or what is made of it; None = there are several,
-            or other things are made of it.
-        way: The functions, of any kind, that make that layer's input of y.
+        into: Name of the weight of the next layer, if nothing else reads y or what is computed from it on the path;
+            else None.
+        way: The path: the functions, of any kind, that compute that layer's input from y.
     """
 
     affine: Steps = Steps()
@@ -93,12 +93,12 @@ class Downstream:
 
 @dataclass(frozen=True, eq=False)
 class Wiring:
-    """What a network makes of its layers' outputs.
+    """What a network does with its layers' outputs.
 
     Attributes:
         functions: Every function that the forward pass calls, in order.
         layers: Weight's name -> what becomes of that layer's output.
-        last: Name of the weight whose layer's output is the network's; None = there is no such layer.
+        last: Name of the weight of the layer whose output is the network's; None = there is no such layer.
     """
 
     functions: tuple[Any, ...]
@@ -107,13 +107,13 @@ class Wiring:
 
 
 class Replay(TorchFunctionMode):
-    """Keeps results of a forward pass for the shortcuts, while it calls the same functions as the recorded one."""
+    """Keeps results for the shortcuts, as long as a forward pass calls the same functions as the recorded one."""
 
     def __init__(self, recorded: Wiring) -> None:
         super().__init__()
         self._results: dict[int, Any] = {}
         self._recorded, self._number, self._alike = recorded, 0, True
-        self._needed_by = {  # number of a call -> the last layer that its result is needed by
+        self._needed_by = {  # number of a call -> the last layer that needs its result
             number: name
             for name, downstream in recorded.layers.items()
             for shortcut in (*downstream.affine.shortcuts, *downstream.way.shortcuts)
@@ -121,9 +121,9 @@ class Replay(TorchFunctionMode):
         }
 
     def added(self, name: str, like: Tensor) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-        """What the output of the layer that is reached meets: until it is activated, and on its way to the next layer.
+        """The shortcuts that this layer's output meets: up to its activation, and on the path to the next layer.
 
-        Results that no later layer needs are let go.
+        Results that no later layer needs are freed.
         """
         downstream = self._recorded.layers[name]
         values = downstream.affine.added(self._results, like), downstream.way.added(self._results, like)

@@ -1,4 +1,4 @@
-"""The least squares that brings a layer to its target."""
+"""The least squares that fits a layer to its target."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,11 +13,11 @@ from lnr_prune.errors import CalibrationError
 from lnr_prune.refit.regression import LayerFit, ridge_regression, softmax_regression
 from lnr_prune.refit.target import RefitLayer, Target, pieces_of, rows_of
 
-STEP = 1.5  # of the step towards the fixed point behind an activation; with 1 it takes three to get as far
+STEP = 1.5  # lengthens the step towards the fixed point behind an activation; with 1, it takes three steps
 
 
 def fitted(layer: RefitLayer, target: Target, ridge: float | None) -> tuple[Tensor, LayerFit]:
-    """M, and how well it fits; a ridge of None is chosen on samples that are held out."""
+    """M, and how well it fits; a ridge of None is chosen on held-out samples."""
     W, stays, ridged = layer.matrix({}), layer.stays(), layer.ridged()
     alpha = W.new_ones(len(W), 1) if target.affine is None else target.affine.alpha[:, None].to(W)
     fit, held = _moments(layer, target, W)
@@ -30,13 +30,13 @@ def fitted(layer: RefitLayer, target: Target, ridge: float | None) -> tuple[Tens
 
 
 def fitted_to_all_calls(layer: RefitLayer, moments: SecondMoments, ridge: float | None) -> tuple[Tensor, LayerFit]:
-    """M for a layer that is called again and again, on the moments of all its calls in the original network."""
+    """M for a layer that is called several times, from the moments of all its calls in the original network."""
     W = layer.matrix({})
     return ridge_regression(moments.through(W), None, layer.stays(), layer.ridged(), W, ridge)
 
 
 def divergence_fitted(layer: RefitLayer, target: Target, M: Tensor, ridge: float, *, squares: bool) -> Tensor | None:
-    """M once more, where the target is logits: by the divergence of their softmax, see `softmax_regression`."""
+    """M fitted again, for a target of logits, by the divergence of their softmax; see `softmax_regression`."""
     parts = [(torch.full((len(x),), part, device=x.device), x, y) for part, x, y, _ in rows_of(layer, target)]
     of_all = [rows for of_rank in target.ranks.all_gather(parts) for rows in of_rank]
     held, x, y = (torch.cat(each) for each in zip(*of_all, strict=True))
@@ -64,7 +64,7 @@ def _moments(layer: RefitLayer, target: Target, W: Tensor) -> tuple[SecondMoment
         waiting[part] = []
         sums[part] = sums[part].with_rows(x, y, known[part])
 
-    for part, *piece, _ in rows_of(layer, target):  # products of few rows would cost little less than their addition
+    for part, *piece, _ in rows_of(layer, target):  # for few rows, adding the product costs as much as computing it
         waiting[part].append(piece)
         if (h + d) * sum(len(x) for x, _ in waiting[part]) >= CHUNK:
             add(part)

@@ -1,7 +1,7 @@
-"""Where a layer's output goes, followed through one forward pass that was recorded.
+"""Where a layer's output goes, followed through one recorded forward pass.
 
-A refit that only looks at a layer's output y wastes what it could know: behind a batch norm and a ReLU, an error in an
-entry that the ReLU cuts off costs nothing, and behind an addition the error of the shortcut could be undone, too. So
+A refit that looks only at a layer's output y misses something. Behind a batch norm and a ReLU, an error in an entry
+that the ReLU cuts off costs nothing. Behind an addition, the layer could undo the error of the shortcut as well. So
 each layer's output is followed to where it is mixed with others. In a residual block::
 
     y = conv2(x)                      the layer
@@ -9,10 +9,10 @@ each layer's output is followed to where it is mixed with others. In a residual 
     out = relu(z)                     the activation phi
     ... = next.conv1(out)             what is read next
 
-`wiring_of` records every function that a forward pass calls, and finds out of each by trying what it does to what
-arrives: whether it is affine, or one function of every entry. Nothing is known by name but the batch norm, whose
-running mean can take up an intercept. What was found is replayed by `Replay` in later passes, while they call the same
-functions in the same order.
+`wiring_of` records every function that a forward pass calls. It tries out what each one does to its input: whether it
+is affine, or applies one function to every entry. Only the batch norm is known by name, as its running mean can take
+up an intercept. `Replay` uses what was found in later passes, as long as they call the same functions in the same
+order.
 """
 
 from collections import defaultdict
@@ -31,16 +31,16 @@ from lnr_prune.graph.module import named_tensors
 from lnr_prune.refit.downstream import Downstream, Shortcut, Step, Steps, Wiring
 from lnr_prune.refit.recording import Recorded, Recording
 
-LONGEST = 8  # calls between a result and the shortcut that is made of it
+LONGEST = 8  # calls between a result and the shortcut that is computed from it
 
 
 @torch.no_grad()
 def wiring_of(model: nn.Module, names: Iterable[str], example: Call) -> Wiring:
     """Follows every layer's output through one forward pass, as far as functions are elementwise.
 
-    What a function does is found out by trying: whether it is affine in what arrives and what it adds, or else
-    elementwise. A shortcut must have been computed before the layer is called, so that its error is known then. The way
-    to the next layer may lead through any functions, as long as nothing else reads what is made on it.
+    Each function is tried out: whether it is affine in its input and in what it adds, or else elementwise. A shortcut
+    must be computed before the layer is called, so that its error is known by then. The path to the next layer may
+    lead through any functions, as long as nothing else reads the results on it.
 
     Args:
         model: The model.
@@ -99,7 +99,7 @@ class _Trail:
         return downstream
 
     def _to_next(self, layer: int) -> Downstream:
-        """The way from a layer to the one that reads what is made of its output, if nobody else does."""
+        """The path from a layer to the next one, if nothing else reads the results on it."""
         way = Steps()
         for number, value in self._path(layer):
             call = self.calls[number]
@@ -116,12 +116,12 @@ class _Trail:
         return Downstream()
 
     def makes_alone(self, name: str, output: Tensor) -> bool:
-        """Whether a tensor is what the layer with this weight returned, in its one call."""
+        """Whether a tensor is what the layer with this weight returned in its only call."""
         applied = self.applied[name]
         return len(applied) == 1 and self.makes[id(output)] == applied
 
     def _path(self, layer: int) -> Iterator[tuple[int, Tensor]]:
-        """The calls that use a layer's output, then their result, and so on, while each is the only one."""
+        """The call that uses a layer's output, the call that uses its result, and so on, while each is the only one."""
         number, value = layer, self.calls[layer].result
         while isinstance(value, Tensor):
             later = [use for use in self.uses[id(value)] if use > number]
@@ -132,7 +132,7 @@ class _Trail:
             value = self.calls[number].result
 
     def _shortcut(self, of: int, before: int, layer: int) -> Shortcut | None:
-        """How a tensor that a call reads is made of results that are there before the layer is called."""
+        """How to compute a tensor that a call reads from results that are there before the layer is called."""
         leaves: dict[int, int] = {}
         replayed: set[int] = set()
         wanted = [(of, before)]
@@ -162,7 +162,7 @@ class _Trail:
 
 
 def _suits(call: Recorded, value: Tensor) -> bool:
-    """Whether all of a call's tensors but its constants have the shape of what arrives."""
+    """Whether a call returns a floating-point tensor of its input's shape."""
     return isinstance(call.result, Tensor) and call.result.shape == value.shape and call.result.is_floating_point()
 
 
@@ -190,7 +190,7 @@ def _is_affine(step: Step, value: Tensor, adds: bool) -> bool:
 
 
 def _is_activation(step: Step, value: Tensor) -> bool:
-    """Whether a step is one function of each entry, with slopes that a fixed-point iteration can follow."""
+    """Whether a step applies one function to each entry, with slopes that a fixed-point iteration can follow."""
     (y,) = _drawn(value, 1, 3.0)
     flipped = y.flatten().flip(0).view_as(y)
     try:

@@ -1,17 +1,17 @@
 """A window of two layers, refitted together: one that reads channels, and the one that makes them for it alone.
 
 A layer by itself can only mix the channels that are left. Say that two of three channels stay, and that the layer needs
-the sum of all three: no least squares on the two gives it. But the layer before can be changed, too, so that one of the
-two channels *is* that sum. Without anything in between this is a truncated singular value decomposition; with a
+the sum of all three: least squares on the two cannot give it. But the layer before can change, too, so that one of the
+two channels *is* that sum. With nothing in between, this is a truncated singular value decomposition. With a
 nonlinearity g between the matrices N and M, ::
 
     x  ->  N x  ->  g  ->  M g(N x)  ->  z'  ->  phi(z')      should equal phi(z) of the original network,
 
-it is a small network of two matrices, trained for a few iterations of L-BFGS on what the original one does, without
-labels. Plain coordinates would need hundreds of iterations; in the coordinates of ``whitening``, where the inputs and
-the gradients of the outputs of both layers are white, ten do. Samples that are held out decide which iterate is taken.
-The way from N's output to M's input is gone again in every evaluation, so it must lead to where the network really
-went, else the two layers are left as they are.
+it is a small network of two matrices. A few iterations of L-BFGS train it to do what the original network does, without
+labels. Plain coordinates would need hundreds of iterations. In the coordinates of ``whitening``, where the inputs and
+the gradients of the outputs of both layers are white, ten are enough. Held-out samples decide which iterate is taken.
+The path from N's output to M's input is computed again in every evaluation. So computing it again must give what the
+network really computed; if not, the two layers are left as they are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,8 +36,8 @@ class Passed:
     """A batch that has passed a layer, in the pruned network.
 
     Attributes:
-        call: The call, with its input there; of its output only the shape.
-        way: What is made of the output -> the next layer's input.
+        call: The call, with its input in the pruned network; of its output, only the shape.
+        way: The path: the output -> the next layer's input.
     """
 
     call: LayerCall
@@ -45,12 +45,12 @@ class Passed:
 
     @classmethod
     def of(cls, arrival: Arrival, way: Steps) -> "Passed":
-        """A batch that is about to pass; the way leads to the next layer."""
+        """A batch that is about to pass a layer; ``way`` leads to the next layer."""
         shape = torch.empty_like(arrival.call.output, device="meta")
         return cls(replace(arrival.call, input=arrival.x, output=shape), partial(way, added=arrival.beside or ()))
 
     def onwards(self, arguments: Mapping[str, Tensor]) -> Tensor:
-        """The next layer's input, when this one is called with these arguments."""
+        """The next layer's input if this layer is called with these arguments."""
         return self.way(self.call.again(**arguments))
 
 
@@ -62,7 +62,7 @@ class Maker:
         layer: The layer.
         N: Its matrix in the pruned network.
         passed: The batches.
-        iterations: In which it is refitted together with the other.
+        iterations: Number of iterations in which the two layers are refitted.
     """
 
     layer: RefitLayer
@@ -74,11 +74,11 @@ class Maker:
 def refit_jointly(
     maker: Maker, layer: RefitLayer, M: Tensor, target: Target, *, logits: bool
 ) -> tuple[Tensor, Tensor, float, float] | None:
-    """``argmin_{N, M} E||phi(z) - phi(z'(M g(N x)))||^2``: two layers at once, from the matrices that they have.
+    """``argmin_{N, M} E||phi(z) - phi(z'(M g(N x)))||^2``: two layers at once, starting from N and M.
 
-    x is the first layer's input in the pruned network, and g what makes the second one's input of its output; z, z' and
-    phi are as in `refit`. A layer alone can but mix the channels that are left; so these become the ones that it
-    needs most. It is L-BFGS in coordinates where the second moments of both layers' inputs, and of the gradients of
+    x is the first layer's input in the pruned network, and g computes the second one's input from its output; z, z' and
+    phi are as in `refit`. A layer alone can only mix the channels that are left; here, these become the ones that it
+    needs most. L-BFGS runs in coordinates where the second moments of both layers' inputs, and of the gradients of
     their outputs, are the identity. Of all matrices tried, those with the least error on held-out samples are taken.
 
     Args:
@@ -89,8 +89,8 @@ def refit_jointly(
         logits: Whether z is logits: then phi is their softmax, and errors are divergences.
 
     Returns:
-        N and M, the error, and ``E||phi(z)||^2`` (of logits, the entropy); None if the way between the layers cannot
-        be repeated, or nothing tried was better.
+        N and M, the error, and ``E||phi(z)||^2`` (for logits, the entropy); None if the path between the layers cannot
+        be computed again, or nothing tried was better.
 
     References:
         Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015: the
@@ -105,7 +105,7 @@ def refit_jointly(
         return None
     coordinates = [Coordinates.of(*side) for side in zip(starts, stays, moments.inputs, moments.outputs, strict=True)]
     V = [each.of_matrix(start).requires_grad_() for each, start in zip(coordinates, starts, strict=True)]
-    if not any(v.numel() for v in V):  # nobody reads either layer
+    if not any(v.numel() for v in V):  # nothing reads either layer
         return None
     tried: list[tuple[_Error, list[Tensor]]] = []  # the first, and the best
 
@@ -133,7 +133,7 @@ def refit_jointly(
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Two layers, and what comes behind them; batches are known by their index."""
+    """Two layers, and what comes behind them; batches are given by their index."""
 
     maker: Maker
     layer: RefitLayer
@@ -142,18 +142,18 @@ class _Block:
 
     @cached_property
     def batches(self) -> list[int]:
-        """Those that are not empty."""
+        """The batches that are not empty."""
         return [index for index, call in enumerate(self.target.calls) if len(call.input)]
 
     def repeats(self) -> bool:
-        """Whether going the way again ends where the pruned network did."""
+        """Whether computing the path again gives what the pruned network computed."""
         arguments = self.maker.layer.arguments(self.maker.N)
         try:
             return all(
                 _alike(passed.onwards(arguments), call.input)
                 for passed, call in zip(self.maker.passed, self.target.calls, strict=True)
             )
-        except (RuntimeError, TypeError, ValueError, IndexError):  # it holds the recorded batch's size
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it fixes the recorded batch's size
             return False
 
     def run(self, batch: int, N: Tensor, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +200,10 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Error:
-    """Sums over the samples to fit on, over those held out, and over those to judge by: these, if there are any."""
+    """Errors summed over the samples to fit on, over the held-out ones, and over those that judge.
+
+    The held-out samples judge, if there are any.
+    """
 
     fit: float
     held: float
@@ -225,7 +228,7 @@ def _error(block: _Block, N: Tensor, M: Tensor) -> tuple[_Error, list[Tensor]]:
 
 @dataclass(frozen=True, eq=False)
 class _Moments:
-    """Second moments of both layers' inputs, summed over a sample, and of the gradients of their outputs, of a row.
+    """Second moments of both layers' inputs, per sample, and of the gradients of their outputs, per row.
 
     Attributes:
         inputs: (d, d) of the columns that stay.
@@ -245,10 +248,10 @@ class _Moments:
 
 
 def _moments(block: _Block, M: Tensor, stays: Sequence[Tensor]) -> _Moments | None:
-    """None if the way between the layers has no derivative.
+    """The second moments of the two layers; None if the path between them has no derivative.
 
-    The gradients are those of random combinations of phi(z'). Their second moments times those of the inputs are about
-    the diagonal blocks of the Gauss-Newton matrix.
+    The gradients are those of random combinations of phi(z'). Their second moments times those of the inputs
+    approximate the diagonal blocks of the Gauss-Newton matrix.
     """
     layers, starts = (block.maker.layer, block.layer), [each.clone().requires_grad_() for each in (block.maker.N, M)]
     inputs = [SecondMoments.zeros(0, int(columns.sum()), M.device) for columns in stays]
@@ -293,7 +296,7 @@ def _derived(value: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor] | None:
 
 
 def _random(like: Tensor, first: int) -> Tensor:
-    """A random number for each entry of each sample; which one depends on the sample's number alone."""
+    """A random number for each entry of each sample; it depends on the sample's number only."""
     size = like[0].numel()
     drawn = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(like)
     moved = (torch.arange(size) + shifts(size, first, len(like))) % size

@@ -32,7 +32,7 @@ def refit_network(
 ) -> Refitted:
     """Refits every linear layer of the network, pruned or not, in one sweep; see `refit`.
 
-    Layers that are applied repeatedly are refitted on the original network's moments, ``repeated``.
+    Layers that are called several times are refitted to the original network's moments, ``repeated``.
     """
     tensors = named_tensors(model)
     chosen = {group: supports[group] for group in graph.groups if group in supports}
@@ -55,14 +55,14 @@ def refitted_layers(graph: Graph, groups: Iterable[ChannelGroup], bias: bool) ->
     layers = {layer.consumer.weight: layer for group in groups for layer in adapted_layers(group, bias)}
     for consumer in graph.layers:
         if consumer.weight not in graph.repeated and consumer.weight not in layers:
-            with suppress(AdapterError):  # nobody can read it: it stays as it is
+            with suppress(AdapterError):  # no adapter reads it: it stays as it is
                 layers[consumer.weight] = adapted(consumer, bias)
     order = {consumer.weight: position for position, consumer in enumerate(graph.layers)}
     return dict(sorted(layers.items(), key=lambda entry: order.get(entry[0], len(order))))
 
 
 def _kept(supports: Supports, tensors: Mapping[str, Tensor], bias: bool) -> dict[str, Tensor]:
-    """Weight's name -> the columns that supports leave, (d,) bool."""
+    """Weight's name -> the columns that the supports leave, (d,) bool."""
     masks, kept = masked_weights(supports, whole_masks(supports, tensors)), dict[str, Tensor]()
     for reading in (Reading(group, adapted_layers(group, bias)) for group in supports):
         names = (layer.consumer.weight for layer in reading.layers)
@@ -71,7 +71,7 @@ def _kept(supports: Supports, tensors: Mapping[str, Tensor], bias: bool) -> dict
 
 
 def _alive(supports: Supports, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weight's name -> the rows that supports leave, (h,) bool, of layers that lose some."""
+    """Weight's name -> the rows that the supports leave, (h,) bool, for layers that lose some."""
     alive: dict[str, Tensor] = {}
     for group, support in supports.items():
         keep = torch.cat([support.cpu(), torch.ones(1, dtype=torch.bool)])

@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A call; ``writes``: whether it writes to its inputs."""
+    """A recorded call; ``writes`` says whether it writes to its inputs."""
 
     function: Any
     args: tuple[Any, ...]
@@ -27,7 +27,7 @@ class Recorded:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     def again(self, replaced: Mapping[int, Tensor]) -> Any:
-        """The result for other inputs (id of the one in its place -> tensor), which are left as they are."""
+        """The result for other inputs (id of the recorded one -> tensor), which are left as they are."""
 
         def other(leaf: Value) -> Value | Tensor:
             if not isinstance(leaf, Tensor) or id(leaf) not in replaced:
@@ -40,10 +40,10 @@ class Recorded:
 
 
 class Recording(TorchFunctionMode):
-    """Records the calls that are made within.
+    """Records the calls that are made within this mode.
 
     Attributes:
-        calls: In order.
+        calls: The calls, in order.
     """
 
     def __init__(self) -> None:

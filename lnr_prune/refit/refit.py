@@ -31,14 +31,14 @@ class Refit:
     Attributes:
         ridge: Ridge towards the original weights, as a fraction of the inputs' mean second moment; None = chosen on
             held-out samples, layer by layer.
-        window: Layers that are refitted together. 1 = each by itself, by least squares. 2 = a layer that alone reads
-            what another one makes is refitted once more, together with that one. This loses less, above all where much
-            is pruned.
-        iterations: For each window of two; 10 give most of the gain, and take as long as about thirty forward passes
-            of the calibration data.
+        window: Layers that are refitted together. 1 = each by itself, by least squares. 2 = if a layer is the only one
+            that reads what another one makes, the two are refitted again, together. This loses less, above all
+            at strong pruning.
+        iterations: Iterations for each window of two. 10 give most of the gain, and take as long as about thirty
+            forward passes of the calibration data.
 
     Raises:
-        ValueError, TypeError: If a setting is out of range or no number.
+        ValueError, TypeError: If a setting is out of range or not a number.
 
     Example:
         >>> Refit(window=2).iterations
@@ -82,7 +82,7 @@ class Solved:
 
     Attributes:
         weights: Parameters and running means, by full name.
-        arguments: Name of a layer's weight -> what the pruned network calls the layer with.
+        arguments: Name of a layer's weight -> the arguments that the pruned network calls the layer with.
         fit: How well the layer fits.
     """
 
@@ -106,16 +106,16 @@ def refit(
 ) -> Refitted:
     """``argmin_M E||phi(z) - phi(z'(M x))||^2 + ridge ||M - W||_F^2`` on the kept columns, one layer after the other.
 
-    z is what the original network makes of the layer's output y before it is mixed with others: scaled and
-    shifted, ``z = alpha y + c + beta s``, where s is a shortcut that it is added to, and phi the activation that
-    follows; see `Downstream`. z' is what the pruned network makes of M x, with the pruned network's x and s, in which
-    all earlier layers are refitted already: each layer undoes the error that reaches it, and that of the shortcut.
-    Without phi this is a least squares; with it, one step of the fixed-point iteration whose next target is
-    ``z' + phi(z) - phi(z')``, prolonged by `STEP`. Where a layer without a bias is followed by a batch norm, the
-    intercept goes into its running mean.
+    z is what the original network computes from the layer's output y before it is mixed with others: it is scaled and
+    shifted, ``z = alpha y + c + beta s``, where s is a shortcut. phi is the activation that follows; see `Downstream`.
+    z' is what the pruned network computes from M x, with its own x and s. All earlier layers are already refitted
+    there, so each layer undoes the error that reaches it, and that of the shortcut. Without phi, this is a
+    least-squares problem. With phi, it is one step, lengthened by `STEP`, of the fixed-point iteration whose next
+    target is ``z' + phi(z) - phi(z')``. If a layer without a bias is followed by a batch norm, the intercept goes into
+    its running mean.
 
-    The networks walk side by side, see `Lockstep`: the whole costs two passes over the data however deep the network
-    is, and the memory of what is alive at one layer, for all the data. Processes that prune together solve the same
+    The networks run side by side, see `Lockstep`. This costs two passes over the data, however deep the network is,
+    and memory for the activations at one layer, for all the data. Processes that prune together solve the same
     equations, each with the batches of its own shard.
 
     Args:
@@ -125,12 +125,12 @@ def refit(
         data: The calibration data.
         settings: How carefully the layers are fitted.
         bias: Whether running means may take up intercepts.
-        logits: Whether the network's output is logits: the layer that gives them is then fitted to their softmax,
-            see `softmax_regression`; None = if that serves held-out samples better, by squares too.
+        logits: Whether the network's output is logits. If so, the layer that gives them is fitted to their softmax,
+            see `softmax_regression`. None = it is if held-out samples then fit better, and not worse by squares.
         alive: Weight's name -> the rows of y that are still read, (h,) bool, for layers whose rows do not all stay.
         repeated: Weight's name -> moments of all its calls in the original network, for layers that are called
-            again and again in a forward pass: those are refitted to these at their first call.
-        work: The processes, who is told, and where solved layers are kept.
+            several times in a forward pass. They are refitted to these moments at their first call.
+        work: The processes, the progress, and where solved layers are kept.
 
     Raises:
         CalibrationError: If there is no batch, or an activation is not finite.
@@ -173,7 +173,7 @@ def refit(
                     weights |= found.weights
                     called |= found.arguments
                     fits[name] = found.fit
-                    if maker in found.arguments:  # what it made is not what the layer reads now
+                    if maker in found.arguments:  # the layer now reads other inputs
                         inputs = {batch: through[batch].onwards(called[maker]) for batch in arrivals}
                 if name in makers.values():
                     way = wiring.layers[name].way
@@ -211,11 +211,11 @@ def solve_layer(
 
     Args:
         layer: The layer.
-        target: Gives what it is fitted to.
+        target: Returns what it is fitted to.
         maker: The layer that makes its inputs, to refit both together; None = this one alone.
-        moments: Of all its calls, if it has several: it is fitted to these instead.
+        moments: Moments of all its calls, if it has several; it is then fitted to these instead.
         ridge: The ridge; None = chosen on held-out samples.
-        softmax: Whether it gives logits, and is to be fitted to their softmax; None = if it looks like it.
+        softmax: Whether it gives logits, and is fitted to their softmax; None = only if that fits better.
         work: The processes that solve it together.
     """
     if moments is not None:

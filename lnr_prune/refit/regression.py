@@ -13,7 +13,7 @@ from lnr_prune.report.rows import LayerReport
 
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-12)
 """Ridges to choose from, as fractions of the inputs' mean second moment."""
-SLACK = 0.02  # of the squared error, which a divergence fit may cost outputs that only look like logits
+SLACK = 0.02  # share by which a divergence fit may raise the squared error of outputs that may be no logits
 DEFAULT_RIDGE = 1e-6  # where no sample can be held out
 
 
@@ -22,10 +22,10 @@ class LayerFit:
     """How well one layer was refitted.
 
     Attributes:
-        error: ``E||y - M x||^2`` on the calibration data: x in the pruned network, y in the original one. Of a layer
-            that was refitted with its maker ``E||phi(z) - phi(z')||^2``, see `refit_jointly`, or the divergence of
-            logits.
-        scale: ``E||y||^2``, or ``E||phi(z)||^2``, or the entropy.
+        error: ``E||y - M x||^2`` on the calibration data, with x in the pruned network and y in the original one. For
+            a layer that was refitted with its maker, ``E||phi(z) - phi(z')||^2``, see `refit_jointly`, or the
+            divergence of logits.
+        scale: ``E||y||^2``, or ``E||phi(z)||^2``, or the entropy, to compare the error with.
         ridge: The ridge, as a fraction of the inputs' mean second moment.
         samples: Number of samples (rows) it was fitted to.
         columns: Number of columns that were fitted.
@@ -59,11 +59,12 @@ def ridge_regression(
 
     Args:
         fit: Moments of the samples to fit on.
-        held: Moments of others, on which the ridge is chosen; the last fit is to all of them. None = there are none.
+        held: Moments of held-out samples, on which the ridge is chosen; the last fit is to all samples. None = there
+            are none.
         kept: Columns that stay, (d,) bool.
-        ridged: Columns that the ridge holds, (d,) bool.
+        ridged: Columns that the ridge applies to, (d,) bool.
         W: The layer's own matrix, (h, d).
-        ridge: The ridge; default: the best of `RIDGES` on ``held``. It grows where R is singular with it.
+        ridge: The ridge; default: the best of `RIDGES` on ``held``. It grows if R is singular even with it.
 
     Returns:
         M, (h, d), and how well it fits.
@@ -82,7 +83,7 @@ def ridge_regression(
 
 
 def chosen_ridge(fit: SecondMoments, held: SecondMoments, ridged: Tensor, W: Tensor) -> float:
-    """The best of `RIDGES`, towards W, on samples that were held out; y of both is W x where nothing else is known."""
+    """The ridge of `RIDGES`, towards W, with the least error on held-out samples."""
     regress = _regression(fit, ridged, W)
     best, ridge = math.inf, DEFAULT_RIDGE
     for candidate in RIDGES:
@@ -128,20 +129,20 @@ def softmax_regression(
 ) -> Tensor | None:
     """``argmin_M E KL(softmax(y) || softmax(M x)) + ridge E[x^2] ||M - M_0||_F^2``, for logits y.
 
-    The ridge is the best of `RIDGES` on the rows that are held out; from one to the next, smaller one it goes on until
-    they are served worse.
+    The ridge is the best of `RIDGES` on the held-out rows. Smaller and smaller ridges are tried, until the error on
+    these rows grows.
 
     Args:
         x: Inputs, (n, d); M is changed only on columns where some of them are not zero.
         y: Logits, (n, h).
         held: Rows that are held out, (n,) bool.
-        M: The least squares on all rows, (h, d), which the last fit is tied to.
-        start: The least squares on the rows that are not held out, which all others are tied to.
-        squares: Whether the squared error on the held-out rows must not grow either, but for what softmax does not
-            see: it is for outputs of which it is not known that they are logits.
+        M: The least-squares matrix on all rows, (h, d); the ridge of the last fit is towards it.
+        start: The least-squares matrix on the rows that are not held out; the ridge of all other fits is towards it.
+        squares: Whether the squared error on the held-out rows must not grow either, apart from what softmax does not
+            see. This is for outputs that are not known to be logits.
 
     Returns:
-        M, (h, d), or None if no divergence fit serves the held-out rows better than least squares.
+        M, (h, d), or None if no divergence fit is better on the held-out rows than least squares.
     """
     x, y = x.to(M), y.to(M)
     p = y.softmax(1)

@@ -1,16 +1,16 @@
 """The original and the pruned network side by side, waiting at every layer.
 
-A layer is refitted from what the *pruned* network feeds it to what the *original* one makes of it, for all calibration
-samples at once. So every batch runs through both networks, and stops when it comes to a layer; when all have come, the
-layer is solved, and all go on with its new weight. A network of three layers and two batches::
+A layer is refitted to map what the *pruned* network feeds it to what it returns in the *original* one, for all
+calibration samples at once. So every batch runs through both networks, and stops when it comes to a layer. When all
+batches are there, the layer is solved, and all go on with its new weight. A network of three layers and two batches::
 
     batch 0   original  fc1 . fc2 . fc3 .          `Lockstep` yields fc1 with two arrivals, then fc2, then fc3:
               pruned    fc1 | fc2 | fc3 |          each dot is a call that is done, each bar one that waits for
     batch 1   original  fc1 . fc2 . fc3 .          `Lockstep.go_on`. A layer that is called again (a shared one)
               pruned    fc1 | fc2 | fc3 |          goes on by itself, as it did the first time.
 
-This costs two passes over the data, however deep the network is. The forward is the user's code, which cannot be
-stopped in the middle: it runs as a coroutine, see `suspended`.
+This costs two passes over the data, however deep the network is. The forward is the user's code, and we cannot write
+pauses into it, so it runs as a coroutine, see `suspended`.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ class Arrival:
         call: The call in the original network, done.
         x: The layer's input in the pruned network, which is about to be called.
         shortcuts: What its output will be added to, in the original and in the pruned network; None = not known.
-        beside: What its output will meet on its way to the next layer, in the pruned network; None = not known.
+        beside: What its output will meet on the path to the next layer, in the pruned network; None = not known.
     """
 
     name: str
@@ -63,19 +63,19 @@ class Lockstep:
 
     Yields:
         The name of a layer's weight, and the arrivals: number of a batch -> the batch at this layer. Processes that
-        prune together come to the same layers, each with its own batches, of which there may be none. Before the next
-        layer, `go_on` must be called.
+        prune together come to the same layers, each with its own batches; it may have none. `go_on` must be called
+        before the next layer.
     """
 
     def __init__(
         self, model: nn.Module, calls: Sequence[Call], wiring: Wiring, order: Sequence[str], ranks: Ranks
     ) -> None:
-        """Sets out with every batch.
+        """Starts every batch.
 
         Args:
             model: The original model.
             calls: The batches.
-            wiring: What the network makes of its layers' outputs.
+            wiring: What the network does with its layers' outputs.
             order: Names of the layers' weights, in order of execution.
             ranks: The processes that prune together.
         """
@@ -152,7 +152,7 @@ def both_networks(model: nn.Module, call: Call, wiring: Wiring) -> TwinRun:
 
 
 def advance(stream: Generator[Question, Answer, None], answer: Answer) -> Question | None:
-    """Sends an answer; the next question, or None at the end."""
+    """Sends an answer; returns the next question, or None at the end."""
     try:
         return stream.send(answer)
     except StopIteration:

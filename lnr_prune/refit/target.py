@@ -1,16 +1,16 @@
 """What a layer's output should be in the pruned network.
 
 Say that in the original network ``z = alpha y + c + beta s``, as behind a batch norm and a shortcut s, and that an
-activation phi follows. In the pruned network the shortcut has an error already: s' instead of s. The layer sees its
-input x there, and can be given any matrix M. What it should bring about is ``z' = z``, that is
+activation phi follows. In the pruned network, the shortcut already has an error: it is s' instead of s. The layer gets
+its input x there, and we choose its matrix M. We want ``z' = z``, that is
 
     alpha M x + c + beta s'  =  alpha y + c + beta s,    so    alpha M x  ~  alpha y + beta (s - s'),
 
 and the right-hand side is the `Target`: the layer's own output, plus what the shortcut lacks. For example with
 ``alpha = 1, beta = 1``, an original output of 2.0 and a shortcut that has fallen from 1.0 to 0.7, the layer is fitted
-to 2.3. Where s is not known before the layer is called, or z is not made in the same way at all positions, the target
-is plain y. `RefitLayer` is how a layer's matrix is read and written, with one more column where a running mean can take
-up an intercept; ``fit`` has the least squares.
+to 2.3. If s is not known before the layer is called, or z is not computed in the same way at all positions, the target
+is plain y. `RefitLayer` reads and writes a layer's matrix, with one more column if a running mean can take up an
+intercept. The least squares is in ``fit``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +30,13 @@ from lnr_prune.runtime.processes import ALONE, Ranks
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """``z = alpha (y + b) + c + beta_1 s_1 + ...`` in every row, at all positions alike, with the bias b that stays.
+    """``z = alpha (y + b) + c + beta_1 s_1 + ...`` in every row, the same at all positions; b is a bias that stays.
 
     Attributes:
-        alpha: (h,); 0 where it is next to nothing.
-        betas: Of every shortcut, (h,).
-        constant: ``alpha b + c``, (h,), or without c where this varies.
-        varying: c where it varies, of one sample, (1, ...); None = nowhere.
+        alpha: (h,); 0 where it is negligible.
+        betas: The beta of every shortcut, (h,).
+        constant: ``alpha b + c``, (h,); if c varies over the positions, only ``alpha b``.
+        varying: c of one sample, (1, ...), if it varies; else None.
     """
 
     alpha: Tensor
@@ -45,7 +45,7 @@ class Affine:
     varying: Tensor | None
 
     def of_rows(self, y: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``alpha y + beta (s - s')`` and ``alpha b + c + beta s'``, of rows of y, and s, s', and c where it varies."""
+        """``alpha y + beta (s - s')`` and ``alpha b + c + beta s'``, from rows of y, s, s', and c if it varies."""
         count = len(self.betas)
         target, offset = self.alpha.to(y) * y, self.constant.to(y).expand_as(y)
         for beta, original, pruned in zip(self.betas, others[:count], others[count : 2 * count], strict=True):
@@ -62,7 +62,7 @@ class Target:
         places: Per batch, where it stands.
         downstream: What becomes of an output.
         shortcuts: Per batch, s and s'.
-        affine: How z is made of y and s; None = z is y.
+        affine: How z is computed from y and s; None = z is y.
         ranks: The processes that hold the rest of the batches.
     """
 
@@ -74,7 +74,7 @@ class Target:
     ranks: Ranks = ALONE
 
     def others(self, batch: int) -> list[Tensor]:
-        """S and s' of a batch, and c where it varies."""
+        """The shortcuts s and s' of a batch, and c if it varies."""
         if self.affine is None:
             return []
         c = self.affine.varying
@@ -84,11 +84,11 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class RefitLayer:
-    """A layer whose matrix M has one more column, an intercept, where a running mean can take it up.
+    """A layer whose matrix M has one more column, an intercept, if a running mean can take it up.
 
     Attributes:
         adapted: How to read and write the layer.
-        tensors: The original model's.
+        tensors: The original model's tensors.
         kept: Columns of the layer's own matrix that stay, (d,) bool; None = all.
         alive: Rows that are still read, (h,) bool; None = all.
         mean: Name of the running mean; None = there is no such column.
@@ -102,7 +102,7 @@ class RefitLayer:
 
     @property
     def name(self) -> str:
-        """Of its weight."""
+        """The name of its weight."""
         return self.adapted.consumer.weight
 
     @property
@@ -123,7 +123,7 @@ class RefitLayer:
         return kept if self.mean is None else torch.cat([kept, kept.new_ones(1)])
 
     def ridged(self) -> Tensor:
-        """Columns of M that a ridge holds: all but the bias and the intercept, (d,) bool."""
+        """Columns of M that a ridge applies to: all but the bias and the intercept, (d,) bool."""
         ridged = self._columns(bias=0.0)
         return ridged if self.mean is None else torch.cat([ridged, ridged.new_zeros(1)])
 
@@ -131,7 +131,7 @@ class RefitLayer:
         return self.adapted.columns(torch.ones_like(self.tensors[self.name]), bias=bias)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """X, (n, d), with a 1 where there is an intercept."""
+        """X, (n, d), with a column of ones if there is an intercept."""
         return x if self.mean is None else torch.cat([x, x.new_ones(len(x), 1)], 1)
 
     def arguments(self, M: Tensor) -> dict[str, Tensor]:
@@ -141,7 +141,7 @@ class RefitLayer:
         return given if self.mean is None else {**given, "bias": M[:, -1].to(given["weight"])}
 
     def parameters(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's parameters, and the running mean, that do what these arguments do: full name -> value."""
+        """The parameters, and the running mean, with the effect of these arguments: full name -> value."""
         new = {name: arguments[key] for key, name in self.adapted.names.items() if key in arguments}
         if self.mean is not None:
             mean = self.tensors[self.mean]
@@ -156,7 +156,7 @@ def target_of(
     places: Sequence[Place],
     ranks: Ranks = ALONE,
 ) -> Target:
-    """What a layer is fitted to: z, where all is known of it, else y.
+    """What a layer is fitted to: z, if all of it is known, else y.
 
     Args:
         adapted: The layer.
@@ -168,7 +168,7 @@ def target_of(
     calls = [replace(arrival.call, input=arrival.x) for arrival in arrivals]
     shortcuts = [arrival.shortcuts for arrival in arrivals if arrival.shortcuts is not None]
     known = len(shortcuts) == len(calls)
-    first = [call for call in calls if len(call.input)][:1]  # none where no sample is here
+    first = [call for call in calls if len(call.input)][:1]  # none if this process has no samples
     mine = [_affine(adapted, downstream, call) if known else None for call in first]
     found = [affine for of_rank in ranks.all_gather(mine) for affine in of_rank]
     if not found or any(affine is None for affine in found):
@@ -177,7 +177,7 @@ def target_of(
 
 
 def _affine(adapted: AdaptedLayer, downstream: Downstream, call: LayerCall) -> Affine | None:
-    """How z is made of y; None if not in the same way at all positions, or not at all."""
+    """How z is computed from y; None if that differs between positions, or z does not depend on y."""
     one = replace(next(call.split(1)), bias=None)
     zero, count = torch.zeros_like(one.output), len([shortcut for shortcut in downstream.affine.shortcuts if shortcut])
     c = downstream.affine(zero, [zero] * count)
@@ -186,7 +186,7 @@ def _affine(adapted: AdaptedLayer, downstream: Downstream, call: LayerCall) -> A
         rows = adapted.outputs(replace(one, output=values)).double()
         return rows[0] if torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-3) else None
 
-    units = torch.eye(1 + count).unbind()  # y is 1, or one of the shortcuts
+    units = torch.eye(1 + count).unbind()  # y is 1, or one of the shortcuts is
     slopes = [everywhere(downstream.affine(zero + y, [zero + s for s in added]) - c) for y, *added in units]
     known = [slope for slope in slopes if slope is not None]
     if len(known) < len(slopes) or not bool(known[0].any()):
@@ -200,7 +200,7 @@ def _affine(adapted: AdaptedLayer, downstream: Downstream, call: LayerCall) -> A
 
 
 def rows_of(layer: RefitLayer, target: Target) -> Iterator[tuple[bool, Tensor, Tensor, Tensor]]:
-    """Whether held out, x, what alpha M x should be, and what z' is besides."""
+    """Yields whether rows are held out, x, what alpha M x should be, and the rest of z'."""
     for part, piece, samples, first, others in pieces_of(target):
         for x, y, *rest in rows(layer.adapted, piece, samples, first, *others):
             aimed = (y, torch.zeros_like(y)) if target.affine is None else target.affine.of_rows(y, rest)
@@ -208,7 +208,10 @@ def rows_of(layer: RefitLayer, target: Target) -> Iterator[tuple[bool, Tensor, T
 
 
 def pieces_of(target: Target) -> Iterator[tuple[bool, LayerCall, int, int, tuple[Tensor, ...]]]:
-    """The calls cut into samples that are held out and that are not: which, number of all, the first's, and others."""
+    """Cuts the calls into pieces of samples that are held out (True) and pieces of samples to fit on.
+
+    Yields which, the piece, the number of samples in all, the number of the piece's first, and the piece of `others`.
+    """
     for index, (call, place) in enumerate(zip(target.calls, target.places, strict=True)):
         count = len(call.input)
         first = place.start(count)

@@ -15,8 +15,8 @@ class Coordinates:
     Attributes:
         start: M, (h, d).
         at: Rows that are still read, and columns that stay.
-        L: Of the inputs.
-        C: Of the gradients of the outputs.
+        L: Factor of the second moments of the inputs.
+        C: Factor of those of the gradients of the outputs.
     """
 
     start: Tensor

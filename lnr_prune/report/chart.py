@@ -1,4 +1,4 @@
-"""One chart as SVG: curves over a share of what the original model costs."""
+"""One chart as SVG: curves over a cost, as a share of the original model's cost."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ class Axis:
     """Values -> positions between two ends, linear or logarithmic.
 
     Args:
-        values: What must be on it.
+        values: Values that must lie on the axis.
         first: Position of the smallest value.
         last: Position of the largest value.
     """
@@ -34,7 +34,7 @@ class Axis:
         return self.first + (at - self.low) / (self.high - self.low) * (self.last - self.first)
 
     def ticks(self) -> list[float]:
-        """Round values, about five."""
+        """About five round values."""
         if self.logarithmic:
             decades = range(math.floor(self.low), math.ceil(self.high) + 1)
             steps = (1, 2, 5) if self.high - self.low < 2 else (1,)
@@ -48,7 +48,7 @@ class Axis:
 
 
 def svg(curves: Mapping[str, Points], x_label: str, y_label: str, level: float | None = None) -> str:
-    """At most two curves of (share, value), and a dotted line at ``level``; what is not finite is left out."""
+    """At most two curves of (share, value), and a dotted line at ``level``; points must be finite to be drawn."""
     finite = {
         name: sorted((x, y) for x, y in points if math.isfinite(x) and math.isfinite(y))
         for name, points in curves.items()

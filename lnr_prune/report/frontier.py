@@ -1,4 +1,4 @@
-"""What a sweep found: what a model costs against what it is worth."""
+"""What a sweep found: the cost of every pruned model against its value."""
 
 import io
 import math
@@ -26,11 +26,11 @@ class SweepPoint:
     """One pruned model.
 
     Attributes:
-        amount: What was asked for, in words.
+        amount: The amount that was asked for, in words.
         model: The pruned model; retrained, if the sweep retrains.
         report: What was done to every group.
-        value: What the pruned model is worth before any retraining.
-        retrained: The same afterwards; None without retraining.
+        value: Value of the pruned model before any retraining.
+        retrained: Its value after retraining; None without retraining.
     """
 
     amount: str
@@ -41,7 +41,7 @@ class SweepPoint:
 
     @property
     def final(self) -> float:
-        """The value of `model`: retrained if it was."""
+        """The value of `model`: after retraining, if there was any."""
         return self.value if self.retrained is None else self.retrained
 
     def share(self, cost: str) -> float:
@@ -55,10 +55,10 @@ class Sweep:
     """What `sweep` returns.
 
     Attributes:
-        points: One a budget, in their order.
-        measure: What a value is.
+        points: One per budget, in the order of the budgets.
+        measure: What the values measure.
         maximize: Whether larger values are better.
-        cost: The cost that counts: "params", "macs", "size" or "latency".
+        cost: The cost that is compared: "params", "macs", "size" or "latency".
         dense: The original model's value.
     """
 
@@ -70,9 +70,9 @@ class Sweep:
 
     @property
     def pareto(self) -> tuple[SweepPoint, ...]:
-        """The points that no other one beats: none is as cheap and better, or as good and cheaper.
+        """The points that no other one beats: no other is as cheap and better, or as good and cheaper.
 
-        Cheapest first; of equal points the first.
+        The cheapest comes first. Of equal points, only the first is included.
         """
         sign = -1.0 if self.maximize else 1.0
         best, least = [], math.inf
@@ -108,7 +108,7 @@ class Sweep:
         return figure_of(axes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the models as plain data, for JSON."""
+        """Everything except the models as plain data, for JSON."""
         best = set(map(id, self.pareto))
         points = [
             {

@@ -1,4 +1,4 @@
-"""HTML that all results share: one page without scripts that asks nothing of the network, and parts of it."""
+"""HTML that all results share: a page without scripts or network access, and the parts of it."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,13 +57,13 @@ body { margin: 0; padding: 1.5rem clamp(1rem, 4vw, 3rem) 3rem; background: #fff;
   .lnr { --accent: #6ea8ff; --second: #f0a64a; }
 }
 """
-FEW = 2  # names that are shown of a long list, the others are folded
+FEW = 2  # names that are shown of a long list; the others are folded
 Column = tuple[str, str, str]
-"""Title, class, and label where the titles are hidden."""
+"""Title, class, and the label that is shown where the titles are hidden."""
 
 
 def document(title: str, *sections: str) -> str:
-    """A whole page of sections."""
+    """A whole page, made of sections."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"{POLICY}<title>{escape(title)}</title>"
@@ -92,7 +92,7 @@ def left_whole(reasons: Mapping[str, str]) -> str:
 
 
 def short(number: float) -> str:
-    """Three digits and a unit: 25.6 M."""
+    """A number with three digits and a unit: 25.6 M."""
     for unit in ("", " k", " M", " G"):
         if abs(number) < 999.5:
             return f"{number:.3g}{unit}"
@@ -101,22 +101,22 @@ def short(number: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Three digits."""
+    """A share in percent, with three digits."""
     return "< 0.001\N{NO-BREAK SPACE}%" if 0 < share < 1e-5 else f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
 
 
 def in_bytes(number: float) -> str:
-    """1.72 MB."""
+    """A number of bytes: 1.72 MB."""
     return short(number) + "B" if number >= 999.5 else f"{number:.0f} B"
 
 
 def in_seconds(number: float) -> str:
-    """12.3 ms."""
+    """A number of seconds: 12.3 ms."""
     return f"{number:.3g} s" if number >= 1 else f"{1e3 * number:.3g} ms"
 
 
 def folded(names: Sequence[str]) -> str:
-    """The first few, the others folded."""
+    """The first few names; the others are folded."""
     shown = [f"<code>{escape(name).replace('.', '.<wbr>')}</code>" for name in names]
     if len(shown) <= FEW + 1:
         return ", ".join(shown)
@@ -130,18 +130,18 @@ def who(producers: Sequence[str], consumers: Sequence[str]) -> str:
 
 
 def maybe(error: float | None) -> str:
-    """A share in percent; "" where it is not known."""
+    """A share in percent; "" if it is unknown."""
     return "" if error is None else percent(error)
 
 
 def bar(share: float, label: str) -> str:
-    """A bar of which a share is filled."""
+    """A bar that is filled up to a share."""
     filled = f'<rect class="a" width="{min(1.0, max(0.0, share)):.2%}" height="100%"/>'
     return f'<svg class="bar" role="img" aria-label="{escape(label)}">{filled}</svg>'
 
 
 def error_bars(before: float | None, after: float | None, largest: float) -> str:
-    """One thin bar an error, as a share of the largest."""
+    """One thin bar per error, as a share of the largest error."""
     bars = [(error, style) for error, style in ((before, "b"), (after, "a")) if error is not None]
     return "".join(
         f'<svg class="bar thin" role="img" aria-label="{percent(error)}">'

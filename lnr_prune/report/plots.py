@@ -1,4 +1,4 @@
-"""Figures with matplotlib, which is imported only when one is asked for; nothing is shown, no global state is used."""
+"""Figures with matplotlib, imported only when a figure is wanted; nothing is shown, no global state is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plot_convergence(solution: Solution, axes: Axes | None = None) -> Figure:
-    """``P(M)`` above the best value that a solver reached, by iteration, as a matplotlib figure.
+    """``P(M)`` minus the best value that the solver reached, against iterations, as a matplotlib figure.
 
     Args:
         solution: What `lnr_prune.solve` returned.
@@ -33,7 +33,7 @@ def plot_convergence(solution: Solution, axes: Axes | None = None) -> Figure:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that notebooks know how to show."""
+    """An empty figure that notebooks can show."""
     try:
         module: Any = importlib.import_module("matplotlib.figure")
     except ModuleNotFoundError as error:
@@ -44,7 +44,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def figure_of(axes: Axes) -> Figure:
-    """The figure that axes are in."""
+    """The figure that the axes belong to."""
     figure: Any = axes.figure
     return figure  # type: ignore[no-any-return]
 

@@ -46,16 +46,16 @@ class Report:
     """Every group, what was frozen, and the model before and after.
 
     Attributes:
-        groups: One row a channel group, in order of execution.
-        layers: One row a refitted layer, in order of execution.
-        error: ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of the network's outputs, measured on some of the
-            calibration data, which the layers were fitted to; see `predicted` for new data.
-        frozen: Layer whose outputs, or some of them, cannot be pruned -> why.
+        groups: One row per channel group, in order of execution.
+        layers: One row per refitted layer, in order of execution.
+        error: ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of the network's outputs, measured on a part of the
+            calibration data. The layers were fitted to the same data; see `predicted` for new data.
+        frozen: Name of a layer with outputs that cannot be pruned -> why.
         params_before, params_after: Number of parameters.
         macs_before, macs_after: Multiply-accumulates for one sample.
         size_before, size_after: Bytes of the parameters and buffers; None if unknown.
-        latency_before, latency_after: Median seconds of five forward passes of about two samples, in turns, so a rough
-            measurement; None after pruning in place and in files. Two reports are equal whatever these are.
+        latency_before, latency_after: Median seconds of five forward passes of about two samples, taken in turns: a
+            rough measurement. None after pruning in place and in files. They do not count when reports are compared.
     """
 
     groups: tuple[GroupReport, ...]
@@ -73,7 +73,7 @@ class Report:
 
     @property
     def predicted(self) -> float | None:
-        """What ``error`` is on new data of the same kind, as samples that only judged say; None without a budget."""
+        """The ``error`` to expect on new data of the same kind, judged on separate samples; None without a budget."""
         known = [group.predicted for group in self.groups if group.predicted is not None]
         return sum(known) if known else None
 
@@ -83,10 +83,10 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Report":
-        """The report that `to_dict` gave, or JSON made of it.
+        """The report from what `to_dict` returned, or from JSON made of it.
 
         Raises:
-            ValueError: If something is missing or not known.
+            ValueError: If something is missing or unknown.
         """
         try:
             groups = tuple(GroupReport(**_tuples(row)) for row in data["groups"])
@@ -103,7 +103,7 @@ class Report:
         Args:
             path: File to write it to; None = write nothing.
             title: Heading of the page.
-            also: What the page shows besides, such as a `Sweep`.
+            also: What else to show on the page, such as a `Sweep`.
 
         Returns:
             The page.
@@ -114,7 +114,7 @@ class Report:
         return text
 
     def plot(self) -> "Figure":
-        """Channels kept, and errors before and after the refit: two panels with one bar a group, by matplotlib.
+        """Channels kept, and errors before and after the refit, in two panels with one bar per group, by matplotlib.
 
         Raises:
             ImportError: If matplotlib is not installed.
@@ -133,12 +133,12 @@ class Report:
             errors.barh(
                 [at + shift for at in places], [100 * (v or 0) for v in values], height, color=colour, label=label
             )
-        errors.set(xlabel="squared error of the readers (%)")
+        errors.set(xlabel="squared error of the consumers (%)")
         errors.legend()
         return figure
 
     def section(self, title: str = "lnr-prune report") -> str:
-        """Everything that the report says, as a part of a web page."""
+        """The whole report, as a part of a web page."""
         pruned = sum(group.kept < group.size for group in self.groups)
         lead = f"{pruned} of {len(self.groups)} channel groups lost channels, {len(self.layers)} layers were refitted."
         heading = f"<h1>{escape(title)}</h1><p>{lead}</p>"
@@ -166,7 +166,7 @@ class Report:
                 *([] if not budget else ["-" if group.predicted is None else f"{group.predicted:.2%}"]),
                 group.note,
             )
-            table.add_row(*map(Text, row))  # not markup: names are whatever the model's are
+            table.add_row(*map(Text, row))  # not markup: the model's names may look like it
         for layer, reason in self.frozen.items():
             table.add_row(Text(layer), *["-"] * (5 + budget), Text(f"frozen: {reason}"))
         return table
@@ -206,7 +206,7 @@ def _share(after: float, before: float) -> str:
 def _tiles(of: Report) -> str:
     counts = [
         ("Parameters", of.params_before, of.params_after, short),
-        ("MACs a sample", of.macs_before, of.macs_after, short),
+        ("MACs per sample", of.macs_before, of.macs_after, short),
         ("Size", of.size_before, of.size_after, in_bytes),
         ("Latency (rough)", of.latency_before, of.latency_after, in_seconds),
     ]
@@ -231,7 +231,7 @@ def _groups(of: Report) -> str:
     known = (error for group in of.groups for error in (group.error, group.before_refit) if error is not None)
     largest, budget = max(known, default=0.0), any(group.predicted is not None for group in of.groups)
     columns = [
-        ("layers whose channels they are", "wide", ""),
+        ("layers that make the channels", "wide", ""),
         ("channels kept", "drawn", ""),
         ("", "number", "kept"),
         ("errors", "drawn", ""),
@@ -257,7 +257,7 @@ def _groups(of: Report) -> str:
         "coefficients in the original network (orange), and after the refit in the pruned one (blue)."
     )
     if budget:
-        about += " At the outputs: what the group costs the whole network on new data, as predicted."
+        about += " At the outputs: the error that the group is predicted to cause there on new data."
     return f'<h2>Channels</h2><p class="quiet">{about}</p>{table(columns, rows)}'
 
 
@@ -278,5 +278,5 @@ def _layers(of: Report) -> str:
         ]
         for layer in of.layers
     ]
-    about = "What is left after each layer was fitted from the pruned network's inputs to the original one's outputs."
+    about = "What remains after each layer is fitted from the pruned network's inputs to the original one's outputs."
     return f'<h2>Refitted layers</h2><p class="quiet">{about}</p>{table(columns, rows)}'

@@ -1,4 +1,4 @@
-"""The rows of a report: one a channel group, one a refitted layer."""
+"""The rows of a report: one per channel group, and one per refitted layer."""
 
 from dataclasses import dataclass
 
@@ -8,20 +8,20 @@ class GroupReport:
     """One channel group.
 
     Attributes:
-        name: Name of the group, that of a producer.
+        name: Name of the group, which is that of a producer.
         producers: Layers whose rows or filters were removed.
         consumers: Layers that were refitted.
         size: Channels before.
         kept: Channels after.
-        error: ``E||y - M x||^2 / E||y||^2`` of the consumers on the calibration data, of those that were refitted
-            together with their makers behind the activation; None if left whole.
-        predicted: What the group costs on new data: relative squared error of the network's outputs; None without a
-            budget.
-        before_refit: ``error`` of the selector's own coefficients, on the original network's inputs; None if
-            left whole.
-        lam: Penalty of the group lasso; None if another selector chose.
-        gap: Relative duality gap of its solve; None likewise.
-        note: What to know, "" if nothing.
+        error: ``E||y - M x||^2 / E||y||^2`` of the consumers on the calibration data. For consumers that were refitted
+            together with their producers, it is measured behind the activation. None if the group was left whole.
+        predicted: Relative squared error that the group is predicted to cause in the network's outputs on new data;
+            None without a budget.
+        before_refit: ``error`` of the selector's own coefficients, on the original network's inputs; None if the
+            group was left whole.
+        lam: Penalty of the group lasso; None if another selector was used.
+        gap: Relative duality gap of its solve; None if another selector was used.
+        note: What else to know about the group; "" if nothing.
     """
 
     name: str
@@ -43,13 +43,13 @@ class LayerReport:
 
     Attributes:
         name: Name of the layer.
-        error: ``E||y - M x||^2 / E||y||^2`` on the calibration data, x in the pruned network, y in the original. Of
-            two layers that were refitted together: of the second one behind its activation, of the first one as it was
-            before.
+        error: ``E||y - M x||^2 / E||y||^2`` on the calibration data, x in the pruned network, y in the original. If
+            two layers were refitted together, the second one's is measured behind its activation, and the first one's
+            is from before the joint refit.
         ridge: Ridge of the refit, as a fraction of the inputs' mean second moment.
-        samples: Rows that it was fitted to; should be at least twice as many as the columns.
+        samples: Number of rows that it was fitted to, which should be at least twice the number of columns.
         columns: Columns of its matrix that were fitted.
-        softmax: Whether it was fitted to the probabilities that its outputs, logits, stand for.
+        softmax: Whether its outputs are logits, and it was fitted to their probabilities.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Checks that settings make of themselves: each says what was got and what was expected."""
+"""Checks of user settings: each error says what was given and what was expected."""
 
 import math
 import numbers
@@ -11,7 +11,7 @@ def check_flags(**flags: Any) -> None:
     """Refuses anything but True and False: "no" would count as true.
 
     Raises:
-        TypeError: It names the argument.
+        TypeError: If a flag is anything else; the message names it.
     """
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
@@ -19,10 +19,10 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Refuses anything but an int of at least so much.
+    """Refuses anything but an int of at least ``least``.
 
     Raises:
-        ValueError, TypeError: It names the setting.
+        ValueError, TypeError: If it is anything else; the message names the setting.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
@@ -31,10 +31,10 @@ def check_count(name: str, value: Any, least: int) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuses what no generator of torch starts from.
+    """Refuses seeds that torch's random generators do not accept.
 
     Raises:
-        ValueError, TypeError: If it is no int, or outside of [-2^63, 2^64).
+        ValueError, TypeError: If it is not an int, or is outside [-2^63, 2^64).
     """
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed must be an int, got {seed!r}")
@@ -46,7 +46,7 @@ def check_share(name: str, value: Any) -> None:
     """Refuses anything but a fraction in (0, 1].
 
     Raises:
-        ValueError, TypeError: It names the setting.
+        ValueError, TypeError: If it is anything else; the message names the setting.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, a fraction in (0, 1], got {value!r}")
@@ -58,7 +58,7 @@ def check_size(name: str, value: Any) -> None:
     """Refuses anything but a finite number that is not negative.
 
     Raises:
-        ValueError, TypeError: It names the setting.
+        ValueError, TypeError: If it is anything else; the message names the setting.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")

@@ -1,4 +1,4 @@
-"""Strict reading of JSON: what a dataclass's types say, or an error that names the place; nothing is guessed."""
+"""Strict reading of JSON: it fits a dataclass's types, or an error names the place; nothing is guessed."""
 
 import json
 import types
@@ -18,30 +18,30 @@ def parsed(text: str) -> Any:
     """Plain data from JSON text.
 
     Raises:
-        PlanError: If the text is no JSON, far too long, or names an entry twice.
+        PlanError: If the text is not JSON, is far too long, or has an entry twice.
     """
     if len(text) > LARGEST:
         raise PlanError(f"its record has {len(text):,} characters, expected at most {LARGEST:,}")
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"its record is no JSON: {error}") from error
+        raise PlanError(f"its record is not JSON: {error}") from error
 
 
 def typed(value: Any, kind: type[Kind], where: str = "the record", tensors: Sequence[Tensor] = ()) -> Kind:
     """The dataclass that plain data describes.
 
-    Its fields may be mappings, tuples, unions with None, strings, numbers, tensors, and dataclasses of these. Control
-    characters in strings, which a terminal might obey, are replaced.
+    Its fields may be mappings, tuples, unions with None, strings, numbers, tensors, and dataclasses of all these.
+    Control characters in strings, which a terminal might obey, are replaced.
 
     Args:
         value: The plain data.
-        kind: The dataclass, or another type of those that its fields may have.
-        where: What an error calls the data.
-        tensors: What the data has the numbers of, where a field is a tensor.
+        kind: The dataclass, or any other type that its fields may have.
+        where: What errors call the data.
+        tensors: The tensors; where a field is a tensor, the data has its index in this sequence.
 
     Raises:
-        PlanError: If something is missing, not known, or of another type.
+        PlanError: If something is missing, unknown, or of another type.
     """
     record: Kind = _typed(value, kind, where, tensors)
     return record
@@ -51,7 +51,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is there twice")
+        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} appears twice")
     return entries
 
 
@@ -121,7 +121,7 @@ def _key(name: str, kind: type, where: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: never long."""
+    """A value as errors show it, always short."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} entries"
     text = ascii(value)

@@ -1,4 +1,4 @@
-"""SHA-256 of tensors, of texts, and of anything nested that holds both."""
+"""SHA-256 of tensors, of texts, and of nested containers of both."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-HASH = "sha256"  # name of the entry that holds a record's own
+HASH = "sha256"  # name of the entry that holds the record's own SHA-256
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)
 
 
@@ -20,14 +20,14 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.reshape(-1)
-        if flat.stride() != (1,):  # that of a lone column
+        if flat.stride() != (1,):  # as for a tensor of a single column
             flat = flat.clone(memory_format=torch.contiguous_format)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def digest(values: Any) -> str:
-    """SHA-256 of all tensors in nested containers, where they are, and of how the rest is printed."""
+    """SHA-256 of nested containers: of the tensors, their devices, and the printed form of everything else."""
     leaves, structure = tree_flatten(values)
     tensors = {str(index): leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     rest = [leaf.device if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -40,5 +40,5 @@ def sha256(text: str) -> str:
 
 
 def printed(value: object) -> str:
-    """As Python prints it, without addresses in memory, which no two processes share."""
+    """The value as Python prints it, without memory addresses, which differ between processes."""
     return _ADDRESS.sub("", repr(value))

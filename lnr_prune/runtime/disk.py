@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read without trust."""
+"""Files: written completely or not at all, and read without trusting them."""
 
 import errno
 import os
@@ -15,45 +15,45 @@ from lnr_prune.errors import LnrPruneError, PlanError
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, lockf
-except ImportError:  # Windows: nobody is kept out
+except ImportError:  # Windows: no lock across processes
     lockf = None  # type: ignore[assignment]
 
 
 StrPath = str | os.PathLike[str]
 PART = ".lnr-prune-{}.part"  # name of a file that is being written
-_held: set[tuple[int, str]] = set()  # process and file: it could lock it again
+_held: set[tuple[int, str]] = set()  # process and file; POSIX would let a process lock its file again
 
 
 def regular(path: StrPath) -> None:
-    """Refuses what is no file.
+    """Refuses anything but a regular file.
 
     Raises:
         PlanError: If it is a pipe, a device or a folder.
-        OSError: If it is not there.
+        OSError: If it does not exist.
     """
-    if not stat.S_ISREG(os.stat(os.fspath(path)).st_mode):  # reading from a pipe would wait
+    if not stat.S_ISREG(os.stat(os.fspath(path)).st_mode):  # reading from a pipe would block
         raise PlanError("it is not a regular file")
 
 
 @contextmanager
 def opened(path: StrPath) -> Iterator[Any]:
-    """A safetensors file, for reading.
+    """Opens a safetensors file for reading.
 
     Raises:
-        PlanError: If it is none, or damaged.
-        OSError: If it is not there.
+        PlanError: If it is not a safetensors file, or is damaged.
+        OSError: If it does not exist.
     """
     regular(path)
     try:
         file = safe_open(path, "pt")
-    except Exception as error:  # safetensors raises its own, and the system's
+    except Exception as error:  # safetensors raises its own errors and the system's
         raise PlanError(f"it is not a safetensors file, or it is damaged or cut off: {error}") from error
     with file as entered:
         yield entered
 
 
 def put(path: StrPath, write: Callable[[str], object]) -> None:
-    """Writes a file beside the wanted one and puts it in its place: nothing is ever half-written."""
+    """Writes a temporary file next to the path, then renames it: no file is ever half-written."""
     target = os.path.realpath(path)
     if not os.path.basename(os.fspath(path)) or os.path.isdir(target):
         raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file in it", os.fspath(path))
@@ -75,16 +75,16 @@ def put(path: StrPath, write: Callable[[str], object]) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Within, no other run holds this lock; when a process ends, however that is, so does its lock.
+    """Holds a lock that no other run can hold meanwhile. It is released when the process ends, in whatever way.
 
-    It is one of POSIX: unlike that of flock, a child process does not get it too, and outlive its parent with it.
+    It is a POSIX lock. Unlike with flock, a child process does not inherit it, so it cannot outlive its parent.
 
     Raises:
-        LnrPruneError: If it is held.
+        LnrPruneError: If another run holds it.
         OSError: If the file cannot be written.
     """
     name = os.getpid(), os.path.realpath(path)
-    in_use = LnrPruneError(f"{path.parent} is in use by another run: wait for its end, or give another folder")
+    in_use = LnrPruneError(f"{path.parent} is in use by another run: wait until it ends, or give another folder")
     if name in _held:
         raise in_use
     file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -95,7 +95,7 @@ def locked(path: Path) -> Iterator[None]:
                 lockf(file, LOCK_EX | LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 raise in_use from error
-        os.write(file, b"held by the process that prunes\n")  # if there is no room, it is known now
+        os.write(file, b"held by the process that prunes\n")  # a full disk fails here, at the start
         yield
     finally:
         os.close(file)

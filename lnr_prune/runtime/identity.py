@@ -1,4 +1,4 @@
-"""What makes two runs the same: then one can go on where the other ended."""
+"""What makes two runs the same, so that one can continue where the other stopped."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,10 +21,10 @@ class Identity:
     Attributes:
         version: Version of lnr-prune.
         torch: Version of torch.
-        arguments: Of the prune, by name, as they are printed.
+        arguments: Arguments of the prune, by name, in printed form.
         architecture: SHA-256 of the printed model.
-        weights: SHA-256 of its tensors and where they are.
-        data: Per process, SHA-256 of every batch.
+        weights: SHA-256 of its tensors and their devices.
+        data: SHA-256 of every batch, for each process.
     """
 
     version: str
@@ -42,13 +42,13 @@ class Identity:
         batches: Iterable[tuple[str, ...]],
         arguments: Mapping[str, object],
     ) -> "Identity":
-        """The run that prunes this model.
+        """The identity of the run that prunes this model.
 
         Args:
             model: The model.
             tensors: Its parameters and buffers, under all of their names.
-            batches: Per process, SHA-256 of every batch of the calibration data.
-            arguments: Of the prune: those that its result depends on.
+            batches: SHA-256 of every batch of the calibration data, for each process.
+            arguments: The arguments of the prune that its result depends on.
         """
         device = next(iter(tensors.values())).device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -62,7 +62,7 @@ class Identity:
         )
 
     def to_json(self) -> str:
-        """As text, with its own SHA-256."""
+        """The identity as text, with the text's SHA-256."""
         entries = asdict(self)
         return json.dumps({**entries, HASH: sha256(json.dumps(entries))}, indent=1)
 
@@ -80,13 +80,13 @@ class Identity:
         return typed(entries, cls)
 
     def differences(self, then: "Identity") -> Iterator[str]:
-        """In words, how this differs from an earlier run."""
+        """How this run differs from an earlier one, in words."""
         named = {"lnr-prune": (then.version, self.version), "torch": (then.torch, self.torch)}
         for name in dict.fromkeys((*then.arguments, *self.arguments)):
             named[name] = then.arguments.get(name, "not known"), self.arguments.get(name, "not known")
         yield from (f"{name}: {before}, now {now}" for name, (before, now) in named.items() if before != now)
         if then.architecture != self.architecture:
-            yield "a model of other layers"
+            yield "a model with other layers"
         elif then.weights != self.weights:
             yield "other weights, or on another device"
         if len(then.data) != len(self.data):
@@ -101,7 +101,7 @@ class Identity:
 
 
 def _argument(value: Any) -> str:
-    """As it is printed, with the names in a mapping in one order, whichever they were given in."""
+    """Printed form of an argument; names in a mapping are sorted, so that their order does not matter."""
     if is_dataclass(value) and not isinstance(value, type):
         given = {field.name: getattr(value, field.name) for field in fields(value)}
         by_name = {name: dict(sorted(of.items())) for name, of in given.items() if isinstance(of, Mapping)}

@@ -1,4 +1,4 @@
-"""Packages that are needed for some things only."""
+"""Optional packages, which only some features need."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def require(module: str) -> ModuleType:
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also where a build of it for CUDA lies beside a CPU-only torch."""
+    """Imports torchvision, even if its CUDA build is installed next to a CPU-only torch."""
     try:
         return require("torchvision")
     except RuntimeError as error:
@@ -52,9 +52,9 @@ def import_torchvision() -> ModuleType:
 
 @functools.cache  # the declarations live as long as the object that made them
 def _declare_torchvision_operators() -> torch.library.Library:
-    """Let a torchvision built for CUDA be imported beside a CPU-only torch.
+    """Lets a torchvision built for CUDA be imported next to a CPU-only torch.
 
-    Its compiled operators fail to load there, and the import then stops at the fake kernels of two of them,
+    Its compiled operators fail to load there. The import then stops at the fake kernels of two of them, with
     "operator torchvision::nms does not exist". Declaring the two schemas is enough: data sets call neither.
     """
     library = torch.library.Library("torchvision", "FRAGMENT")

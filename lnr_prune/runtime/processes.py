@@ -1,20 +1,20 @@
-"""Calibration on several processes: what they tell one another, through torch.distributed.
+"""Calibration on several processes, and how they exchange values through torch.distributed.
 
-Within a process group every rank calls `lnr_prune.prune` with the same model and arguments and a shard of its own of
-the calibration data. Sums over samples are summed over the ranks, each group's channels are chosen by one rank, the
-refit's equations are solved by all alike, and all end with the same pruned model. Shards of whole batches that follow
-one another give what one process gives.
+Within a process group, every rank calls `lnr_prune.prune` with the same model and arguments, and with its own shard of
+the calibration data. Sums over samples are summed over the ranks. One rank chooses each group's channels, all ranks
+solve the same equations of the refit, and all end with the same pruned model. If the shards consist of whole batches
+and follow one another, the result is the one that a single process gives.
 
-Who prunes together is an object, `Ranks`, that is handed down to whoever needs the others; `ALONE` is one process by
-itself, for which every method is the identity. Ranks meet in `Ranks.all_gather` alone, or right behind it, and what one
-of them knows alone never decides whether it comes to a meeting. A rank that fails, wherever it is, answers the meeting
-that the others wait at with its error (`Ranks.together`), so all of them raise it. A rank that is killed, or does not
-answer within the process group's timeout, ends the others with a `RankError`.
+The processes that prune together are a `Ranks` object, which is passed to every step that needs it; `ALONE` is a single
+process, for which every method is the identity. Ranks communicate only in `Ranks.all_gather`, or right after it. What
+only one rank knows must never decide whether it takes part. A rank that fails, wherever it is, sends its error to the
+others at their next exchange (`Ranks.together`), so all of them raise it. If a rank is killed, or does not answer
+within the process group's timeout, the others end with a `RankError`.
 
-The default process group is used, of any backend; with NCCL set each rank's device first, by `torch.cuda.set_device`.
+The default process group is used, with any backend. With NCCL, first set each rank's device by `torch.cuda.set_device`.
 Each rank holds a whole model, which may be spread over devices (``device_map`` of accelerate, whose hooks move the
-inputs). A wrapped or sharded one is refused, see `check_unwrapped`: give the module inside of DistributedDataParallel,
-or load the full state dict of a model under FSDP into a plain one.
+inputs). A wrapped or sharded model is refused, see `check_unwrapped`: give the module inside DistributedDataParallel,
+or load the full state dict of a model under FSDP into a plain model.
 """
 
 import gc
@@ -34,7 +34,7 @@ from lnr_prune.errors import GraphError, RankError
 from lnr_prune.runtime.digest import digest_of
 
 Value = TypeVar("Value")
-TIMEOUT = timedelta(minutes=30)  # of what a rank of the command waits for: longer than a solve
+TIMEOUT = timedelta(minutes=30)  # how long a rank of the command waits for the others: longer than a solve
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
@@ -56,21 +56,21 @@ class Ranks:
 
     @classmethod
     def of_process_group(cls) -> "Ranks":
-        """Those of torch.distributed's default process group; one alone where there is none."""
+        """The ranks of torch.distributed's default process group; a single one if there is no group."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks leave this well, or all raise.
+        """Within, either all ranks succeed or all raise.
 
         Raises:
-            RankError: If another rank has failed, or is lost. An error that all ranks have alike is raised as it is.
+            RankError: If another rank has failed, or is lost. An error that all ranks share is raised as it is.
         """
         try:
             yield
-        except RankError:  # the others know
+        except RankError:  # the others know it already
             raise
         except Exception as error:
             self.all_gather(None, error=error)
@@ -78,12 +78,12 @@ class Ranks:
         self.all_gather(None)
 
     def all_gather(self, value: Value, *, error: Exception | None = None) -> list[Value]:
-        """The values of all ranks, in their order.
+        """The values of all ranks, in rank order.
 
         Args:
-            value: What this rank has to say: something that can be pickled. Tensors come back on the kind of device
-                that they are on.
-            error: What this rank has failed with, instead.
+            value: This rank's value, which must be picklable. Tensors come back on the kind of device that they were
+                on.
+            error: The error that this rank has failed with, if it has no value.
 
         Raises:
             RankError: If a rank has failed, or is lost.
@@ -104,31 +104,31 @@ class Ranks:
         return [_each_tensor(answer, _Sent, lambda sent: sent.tensor.to(sent.device)) for _, answer in answers]
 
     def all_sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Sums over the ranks, of tensors that have the same shapes on all; these may be overwritten."""
+        """Sums over the ranks; tensors must have the same shapes on all of them, and may be overwritten."""
         return self._reduced(tensors, dist.all_reduce)
 
     def broadcast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The first rank's values of tensors that all have, up to rounding."""
+        """The first rank's values; tensors must have the same shapes on all ranks."""
         return self._reduced(tensors, lambda tensor: dist.broadcast(tensor, 0))
 
     def share_out(self, tasks: Sequence[Callable[[], Value]]) -> list[Value]:
-        """The results of all tasks, each of which one rank does: round robin."""
+        """The results of all tasks; each task is done by one rank, in turn (round robin)."""
         done = self.all_gather([task() for task in tasks[self.rank :: self.size]])
         return [done[index % self.size][index // self.size] for index in range(len(tasks))]
 
     def shard(self, items: Sequence[Value]) -> Sequence[Value]:
-        """This rank's part of what all ranks have: consecutive items, the first rank's first."""
+        """This rank's part of items that all ranks have: consecutive ones, in rank order."""
         start, end = (-(-len(items) * index // self.size) for index in (self.rank, self.rank + 1))
         return items[start:end]
 
     def before(self, count: int | None) -> tuple[int, int | None]:
-        """Sum of the earlier ranks' numbers, and of all; 0 and None if one is not known."""
+        """Sum of the counts of the earlier ranks, and of all ranks; 0 and None if a count is unknown."""
         counts = self.all_gather(count)
         known = [each for each in counts if each is not None]
         return (sum(known[: self.rank]), sum(known)) if len(known) == len(counts) else (0, None)
 
     def check_same(self, what: str, value: object) -> None:
-        """Checks that all ranks have the same.
+        """Checks that all ranks have the same value.
 
         Raises:
             ValueError: If they do not.
@@ -139,7 +139,7 @@ class Ranks:
                 raise ValueError(f"rank {index} has other {what} than rank 0: give all ranks the same")
 
     def checksums(self, model: nn.Module) -> Mapping[str, str]:
-        """Name of every parameter and buffer -> SHA-256 of its values; empty in a single process."""
+        """Name of every parameter and buffer -> SHA-256 of its values; empty for a single process."""
         if self.size == 1:
             return {}
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -168,15 +168,15 @@ class Ranks:
 
 
 ALONE = Ranks()
-"""One process by itself, whatever process group there is."""
+"""A single process, even if there is a process group."""
 
 
 @contextmanager
 def launched(device: str) -> Iterator[tuple[str, Ranks]]:
-    """The process group of the processes that torchrun has started, if it has; within, they are `Ranks.together`.
+    """Opens a process group if torchrun has started this process; within, all ranks are `Ranks.together`.
 
     Args:
-        device: Where the model is to run. With "cuda" every process of a machine gets a GPU of its own.
+        device: Where the model is to run. With "cuda", every process of a machine gets its own GPU.
 
     Yields:
         The device of this process, and the ranks.
@@ -196,7 +196,7 @@ def launched(device: str) -> Iterator[tuple[str, Ranks]]:
             yield device, ranks
     finally:
         dist.destroy_process_group()
-        gc.collect()  # ends the group's threads: one that frees a tensor while Python ends would abort the process
+        gc.collect()  # ends the group's threads: freeing a tensor in one while Python exits would abort the process
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -228,14 +228,14 @@ class _Sent:
 
 
 def _each_tensor(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """The value with a function of every tensor in it; tensors are of this kind."""
+    """The value with the function applied to every tensor in it; ``kind`` is the type of the tensors."""
 
     def of(leaf: Any) -> Any:
         if isinstance(leaf, kind):
             return function(leaf)
         if (
             is_dataclass(leaf) and not isinstance(leaf, type) and type(leaf).__module__.startswith("lnr_prune")
-        ):  # a result of ours
+        ):  # one of our results
             return replace(
                 leaf, **{each.name: _each_tensor(getattr(leaf, each.name), kind, function) for each in fields(leaf)}
             )

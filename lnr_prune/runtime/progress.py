@@ -1,4 +1,4 @@
-"""What is being done, shown while it is."""
+"""Progress: shows what is being done."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 Step = Callable[[str], None]
-"""Is called with what is being done."""
+"""A function that is called with what is being done."""
 
 
 def silent(doing: str) -> None:
-    """Tells nobody."""
+    """Shows nothing."""
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def shown(progress: bool | Step | None, first: bool = True) -> Iterator[Step]:
     """Shows what is being done.
 
     Args:
-        progress: Whether to show a bar; None = if stderr is a terminal. Or a function that is told instead.
+        progress: Whether to show a bar; None = only if stderr is a terminal. Or a function that is called instead.
         first: Whether this process is the one that shows it by default.
     """
     if callable(progress):

@@ -1,4 +1,4 @@
-"""How a prune runs, which its result does not depend on."""
+"""How a prune runs: settings that do not change its result."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,18 +16,19 @@ class Run:
     """Settings of a run. Its result does not depend on them.
 
     Attributes:
-        work: A folder in which statistics, finished groups and refitted layers are kept, so that a run that was killed
-            goes on from there when it is called again in the same way, and ends with the same result. The batches must
-            be the same in every pass. The folder stays when all is done: the same call again takes little time then;
-            remove it when the pruned model is saved. None = nothing is kept.
-        low_memory: Gathers the second moments of a few groups at a time, which are gone when the channels of these are
-            chosen, with one more pass over the calibration data for every few (two with a budget).
-        progress: Whether to show a progress bar; None = if stderr is a terminal. Or a function that is called with
-            what is being done.
-        alone: Whether this process prunes by itself, whatever process group there is.
+        work: A folder that keeps statistics, finished groups and refitted layers. If a run is killed, the same call
+            continues from there and ends with the same result. The batches must be the same in every pass. The folder
+            stays after the run, and the same call then takes little time. Remove it once the pruned model is saved.
+            None = nothing is kept.
+        low_memory: Whether to gather the second moments of only a few groups at a time, and to free them once the
+            channels of these groups are chosen. Every few groups take one more pass over the calibration data (two
+            with a budget).
+        progress: Whether to show a progress bar; None = only if stderr is a terminal. Or a function that is called
+            with what is being done.
+        alone: Whether this process prunes by itself, even if there is a process group.
 
     Raises:
-        TypeError: If a setting is of another type.
+        TypeError: If a setting is of the wrong type.
 
     Example:
         >>> Run(work="half-done", progress=print).low_memory
@@ -42,16 +43,18 @@ class Run:
     def __post_init__(self) -> None:
         check_flags(low_memory=self.low_memory, alone=self.alone)
         if not (self.progress is None or isinstance(self.progress, bool) or callable(self.progress)):
-            raise TypeError(f"progress must be True, False, None or a function of a text, got {self.progress!r}")
+            raise TypeError(
+                f"progress must be True, False, None or a function that takes a string, got {self.progress!r}"
+            )
         if not (self.work is None or isinstance(self.work, str | os.PathLike)):
             raise TypeError(f"work must be the path of a folder, or None, got {self.work!r}")
 
 
 def check_run(run: object) -> None:
-    """Refuses what is no `Run`.
+    """Refuses anything but a `Run`.
 
     Raises:
-        TypeError: It says what is one.
+        TypeError: If it is anything else; the message shows how to make a `Run`.
     """
     if not isinstance(run, Run):
         raise TypeError(f"run must be a Run, such as Run(work='folder'), got {run!r}")
@@ -59,10 +62,10 @@ def check_run(run: object) -> None:
 
 @contextmanager
 def started(run: Run) -> Iterator[Work]:
-    """Within, all processes that prune together leave well, or all raise; progress is shown.
+    """Starts a run. Within, all processes that prune together succeed, or all raise; progress is shown.
 
     Raises:
-        TypeError: If run is something else.
+        TypeError: If ``run`` is not a `Run`.
         RankError: If another process has failed, or is lost.
     """
     check_run(run)

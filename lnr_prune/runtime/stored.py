@@ -1,4 +1,4 @@
-"""A value as a work folder's file has it: safetensors and JSON, read as the type that is expected."""
+"""A value as it is stored in a work folder: safetensors and JSON, read back as the type that is expected."""
 
 import json
 import os
@@ -20,11 +20,11 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A value, taken apart.
+    """A value, split into JSON text and tensors.
 
     Attributes:
-        text: The value as JSON, in which a tensor is its number.
-        devices: Where the tensors were, between blanks.
+        text: The value as JSON, in which an index stands for each tensor.
+        devices: The devices that the tensors were on, separated by spaces.
         tensors: The tensors, on the CPU.
     """
 
@@ -34,7 +34,7 @@ class Stored:
 
     @classmethod
     def of(cls, value: object) -> "Stored":
-        """The value, taken apart."""
+        """Splits a value."""
         tensors: list[Tensor] = []
         text, stored, storages = json.dumps(_plain(value, tensors)), list[Tensor](), set[int]()
         for tensor in tensors:
@@ -46,7 +46,7 @@ class Stored:
         return cls(text, " ".join(str(tensor.device) for tensor in tensors), tuple(stored))
 
     def value(self, kind: type[Value]) -> Value:
-        """The value, put together again.
+        """Puts the value together again.
 
         Raises:
             PlanError: If it is of another type.
@@ -55,7 +55,7 @@ class Stored:
         return typed(parsed(self.text), kind, "the value", [tensor.to(device) for tensor, device in pairs])
 
     def write(self, path: Path, owner: str) -> None:
-        """Writes it to a file that belongs to an owner, whole or not at all."""
+        """Writes it to a file that belongs to an owner, completely or not at all."""
         entries = {"value": self.text, "devices": self.devices, "sha256": self._checksum(owner)}
         tensors = {str(index): tensor for index, tensor in enumerate(self.tensors)}
         put(path, lambda part: save_file(tensors, part, entries))
@@ -65,7 +65,7 @@ class Stored:
         """What `write` wrote for this owner; None if there is no file.
 
         Raises:
-            PlanError: If it is damaged, somebody else's, or of another type.
+            PlanError: If it is damaged, belongs to another owner, or is of another type.
         """
         if not os.path.lexists(path):
             return None
@@ -84,7 +84,7 @@ class Stored:
 
 
 def _plain(value: Any, tensors: list[Tensor]) -> Any:
-    """The value as JSON has it; its tensors are added to the list."""
+    """The value as plain data for JSON; its tensors are appended to the list."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return len(tensors) - 1

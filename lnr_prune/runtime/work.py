@@ -1,16 +1,16 @@
-"""Work: who prunes together, who is told of it, and where what is found out is kept.
+"""Work: which processes prune together, who is told about progress, and where results are kept.
 
-A `Work` is handed down to every long step of a prune. What a step has `Work.remembered` is read from the work folder if
-it is there, else computed and written. A file is put in its place when it is whole, so a run may be killed at any
-moment; one that is damaged is computed anew. A run that goes on ends with the result of one that was never interrupted,
-to the last bit where torch computes alike (on the same kind of device, with as many threads). Without a folder, as in
-``Work()``, nothing is kept.
+A `Work` is passed to every long step of a prune. A step asks `Work.remembered` for a value, which is read from the work
+folder if it is there, and otherwise computed and written. A file appears only once it is complete, so a run may be
+killed at any moment. A damaged file is computed again. A run that is continued ends with the result of one that was
+never interrupted, to the last bit if torch computes in the same way (the same kind of device, the same number of
+threads). Without a folder, as in ``Work()``, nothing is kept.
 
-A folder belongs to one run: the same model, arguments, calibration data and versions. Of the model its tensors and its
-printed form are compared, not the code of its forward. Nothing in its files is executed.
+A folder belongs to one run: the same model, arguments, calibration data and versions. The model's tensors and its
+printed form are compared, but not the code of its forward. Nothing in the files is executed.
 
-Processes that prune together have one folder, the first rank's. It reads and writes for all; what is not there all
-ranks compute together. Snapshots of a pass are for a process alone.
+Processes that prune together use one folder, that of the first rank, which reads and writes for all. All ranks
+together compute what is missing. Only a process that prunes alone takes snapshots of a pass.
 """
 
 import errno
@@ -38,8 +38,8 @@ from lnr_prune.runtime.stored import Stored
 logger = logging.getLogger("lnr_prune")
 
 Value = TypeVar("Value")
-SECONDS = 60.0  # between two snapshots, at least
-SHARE = 20  # times as long as the last one took, at least
+SECONDS = 60.0  # least time between two snapshots
+SHARE = 20  # the least time is also this many times as long as the last snapshot took
 RUN, LOCK = "lnr-prune.json", "lnr-prune.lock"
 
 
@@ -69,11 +69,11 @@ class Folder:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What a long step is handed.
+    """What every long step is given.
 
     Attributes:
         ranks: The processes that prune together.
-        step: Is told what is being done.
+        step: A function that is called with what is being done.
         folder: Where values are kept; None = nowhere.
     """
 
@@ -82,7 +82,7 @@ class Work:
     folder: Folder | None = None
 
     def forgetful(self) -> "Work":
-        """The same without a folder: for trials that are remembered as a whole."""
+        """The same without a folder, for trials that are remembered only as a whole."""
         return replace(self, folder=None)
 
     def remembered(self, what: str, kind: type[Value], compute: Callable[[], Value]) -> Value:
@@ -90,7 +90,7 @@ class Work:
 
         Args:
             what: Its name in the folder.
-            kind: Its type, of those that `typed` reads.
+            kind: Its type, one that `typed` can read.
             compute: Computes it.
 
         Raises:
@@ -101,7 +101,7 @@ class Work:
     def each(
         self, what: str, kind: type[Value], names: Sequence[str], compute: Callable[[Sequence[str]], Sequence[Value]]
     ) -> list[Value]:
-        """Like `remembered`, of several values; those that are not there are computed together."""
+        """Like `remembered`, for several values; the missing ones are computed together."""
         if self.folder is None:
             return list(compute(names))
         files = {name: f"{what} {name}".strip() for name in names}
@@ -113,7 +113,7 @@ class Work:
         return [found[name] for name in names]
 
     def share_out(self, what: str, kind: type[Value], tasks: Mapping[str, Callable[[], Value]]) -> list[Value]:
-        """Like `Ranks.share_out`; each result is remembered as soon as it is there."""
+        """Like `Ranks.share_out`, but each result is remembered as soon as it is known."""
 
         def done(names: Sequence[str]) -> list[Value]:
             return self.ranks.share_out([tasks[name] for name in names])
@@ -124,13 +124,13 @@ class Work:
         return [value for part in parts for value in self.each(what, kind, part, done)]
 
     def snapshot(self, what: str, kind: type[Value]) -> Value | None:
-        """What was last kept of a long pass; None where there is nothing, or several processes prune together."""
+        """The last snapshot of a long pass; None if there is none, or if several processes prune together."""
         if self.folder is None or self.ranks.size > 1:
             return None
         return next(iter(self._found(self.folder, what, kind)), None)
 
     def keep(self, what: str, value: object) -> None:
-        """Writes a snapshot in place of the last one, but seldom: it must not take much of the time."""
+        """Replaces the last snapshot, but only once in a while, so that it takes little of the time."""
         start = time.monotonic()
         if self.folder is None or self.ranks.size > 1 or start < self.folder.due:
             return
@@ -144,7 +144,7 @@ class Work:
             self.folder.file(what).unlink(missing_ok=True)
 
     def _found(self, folder: Folder, what: str, kind: type[Value]) -> tuple[Value, ...]:
-        """The value on all ranks, if the first one has it."""
+        """The value, on all ranks, if the first rank has it in its folder."""
         stored = None if folder.path is None else _read(folder, what, kind)
         shapes = [(list(tensor.shape), tensor.dtype) for tensor in stored.tensors] if stored else []
         told = self.ranks.all_gather((stored.text, stored.devices, shapes) if stored else None)[0]
@@ -159,11 +159,11 @@ class Work:
 
 @contextmanager
 def opened_folder(path: StrPath, identity: Callable[[], Identity], ranks: Ranks) -> Iterator[Folder]:
-    """Within, the folder is this run's.
+    """Opens a work folder; within, it belongs to this run.
 
     Args:
         path: The folder; it is made if it does not exist.
-        identity: Tells what the run is; called once the folder is locked, on all ranks.
+        identity: Returns the identity of the run; called on all ranks, once the folder is locked.
         ranks: The processes that prune together.
 
     Raises:
@@ -179,12 +179,12 @@ def opened_folder(path: StrPath, identity: Callable[[], Identity], ranks: Ranks)
             with _writing(place):
                 place.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(place / LOCK))
-                for part in place.glob(PART.format("*")):  # of a run that was killed
+                for part in place.glob(PART.format("*")):  # left by a run that was killed
                     part.unlink()
         run = identity()
         if place is not None:
             _claim(place, run)
-        ranks.all_gather(None)  # if the first rank has failed, all end here, before long work
+        ranks.all_gather(None)  # if the first rank has failed, all ranks end here, before any long work
         yield Folder(place, sha256(run.to_json()), time.monotonic() + SECONDS)
 
 
@@ -195,7 +195,7 @@ def _read(folder: Folder, what: str, kind: type[Value]) -> Stored | None:
     except Exception as error:  # a damaged file raises what it likes
         if ran_out_of_memory(error):
             raise
-        logger.warning("%s is damaged and is computed anew: %s", path, error)
+        logger.warning("%s is damaged and will be computed again: %s", path, error)
         return None
 
 
@@ -208,27 +208,28 @@ def _write(folder: Folder, what: str, value: object) -> None:
 
 
 def _claim(place: Path, run: Identity) -> None:
-    """Checks that the folder is this run's, or nobody's, and makes it this run's."""
+    """Checks that the folder belongs to this run or to none, and claims it for this run."""
     path, then = place / RUN, None
     new = not os.path.lexists(path)
     for entry in sorted(place.iterdir()):
         if entry.is_symlink() or (new and entry.name != LOCK):
             raise ValueError(
-                f"the work folder {place} holds {entry.name!r}, which is not of a prune: give a new or an empty folder"
+                f"the work folder {place} holds {entry.name!r}, which no prune wrote: give a new or an empty folder"
             )
     if not new:
         try:
             regular(path)
             then = Identity.from_json(path.read_text(encoding="utf-8"))
         except (PlanError, UnicodeDecodeError) as error:  # files of other runs have other checksums
-            logger.warning("%s is damaged and is written anew: %s", path, error)
+            logger.warning("%s is damaged and will be written again: %s", path, error)
     if then is not None and (differences := "; ".join(run.differences(then))):
         raise ValueError(
-            f"the work folder {place} belongs to another run, of {differences}. Give the same again to go on with "
-            "that run (of a loader that shuffles: list(loader), drawn with the same seed), or another folder"
+            f"the work folder {place} belongs to another run. What differs: {differences}. To continue that run, give "
+            "the same as then (for a loader that shuffles: list(loader), drawn with the same seed). Or give another "
+            "folder"
         )
     if not new:
-        logger.info("going on from %d files in %s", len(list(place.glob("*.safetensors"))), place)
+        logger.info("continuing from %d files in %s", len(list(place.glob("*.safetensors"))), place)
     with _writing(place):
         put(path, lambda part: Path(part).write_text(run.to_json() + "\n", encoding="utf-8"))
 
@@ -240,5 +241,5 @@ def _writing(place: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None) or errno.EIO
         what = getattr(error, "strerror", None) or error
-        advice = "make room, or let it be written, and run the same again: it goes on from what is there"
+        advice = "free some space, or allow writing, and run the same again: it continues from what is there"
         raise OSError(number, f"the work folder cannot be written: {what}; {advice}", str(place)) from error

@@ -33,10 +33,10 @@ class Allocation(Generic[Group]):
 
 
 def check_reach(costs: Mapping[str, Cost[ChannelGroup]], groups: Iterable[ChannelGroup], budget: Budget) -> None:
-    """Refuses a budget that no sizes of the groups keep, before anything is measured.
+    """Refuses a budget that no sizes of the groups can meet, before anything is measured.
 
     Raises:
-        ValueError: It says what the smallest model costs.
+        ValueError: The message says what the smallest model costs.
     """
     whole = {group: group.size for group in groups}
     if not whole:
@@ -67,13 +67,13 @@ def allocate(
     budget: Budget,
     latency: Callable[[Sizes[Group]], float] | None = None,
 ) -> Allocation[Group]:
-    """``argmin_sizes sum_g curves_g[sizes_g]`` within the budget, nearly: down a Lagrangian's path.
+    """``argmin_sizes sum_g curves_g[sizes_g]`` within the budget, nearly: along a Lagrangian's path.
 
     Args:
         curves: Group -> error when it keeps 0, 1, ... n channels, (n + 1,).
         costs: Cost model of "params", "macs" and "size".
         budget: The limits.
-        latency: Sizes -> measured fraction of the original's latency, for a budget of that.
+        latency: Sizes -> measured fraction of the original's latency, for a latency budget.
 
     Raises:
         ValueError: If even the smallest sizes are over the budget; the message says by how much.
@@ -135,7 +135,7 @@ def _filled(
     levels: Mapping[Group, tuple[int, ...]],
     fits: Callable[[Sizes[Group]], bool],
 ) -> Allocation[Group]:
-    """What the last step left of the budget goes back to the groups that gain most from it."""
+    """Gives what the last step left of the budget back to the groups that gain most from it."""
     sizes = dict(point.sizes)
     while True:
         gains = {}
@@ -157,18 +157,18 @@ def _allocation(curves: Mapping[Group, Tensor], sizes: Sizes[Group]) -> Allocati
 def descend(
     curves: Mapping[Group, Tensor], cost: Cost[Group], levels: Mapping[Group, tuple[int, ...]]
 ) -> Iterator[Allocation[Group]]:
-    """Allocations of falling cost, each the least increase of error for the cost saved: a Lagrangian's path.
+    """Allocations of falling cost; each step adds the least error per cost saved: a Lagrangian's path.
 
     Args:
         curves: Group -> error when it keeps 0, 1, ... n channels, (n + 1,).
         cost: The cost model.
-        levels: Group -> sizes that it may take, ascending, the last one its size now.
+        levels: Group -> sizes that it may take, ascending; the last one is its current size.
     """
     sizes = {group: of_group[-1] for group, of_group in levels.items()}
     near, steps, stale = cost.neighbours, dict[Group, tuple[float, int]](), set(sizes)
     yield _allocation(curves, sizes)
     while True:
-        for group in [group for group in sizes if group in stale]:  # in their order, which decides between equals
+        for group in [group for group in sizes if group in stale]:  # in order, which breaks ties
             steps[group] = _best_step(group, sizes, curves[group], cost.of(group), levels[group])
         best = min(steps, key=lambda each: steps[each][0])
         slope, size = steps[best]
@@ -181,10 +181,10 @@ def descend(
 def _best_step(
     group: Group, sizes: Sizes[Group], curve: Tensor, cost: Cost[Group], levels: tuple[int, ...]
 ) -> tuple[float, int]:
-    """Least error per cost saved, and the size that it leads to."""
+    """The least error per cost saved, and the size that has it."""
     now, size = cost(sizes), sizes[group]
     least, best = math.inf, size
-    for level in reversed(levels):  # of equally good steps the smallest
+    for level in reversed(levels):  # among equally good steps, the smallest
         if level < size and (saved := now - cost({**sizes, group: level})) > 0:
             slope = max(0.0, float(curve[level] - curve[size])) / saved
             if slope < (1 - 1e-9) * least:

@@ -1,4 +1,4 @@
-"""How much of every group is kept: `Keep` and `Penalty`. The third way to say it, `Budget`, is measured."""
+"""How much of every group is kept: `Keep` and `Penalty`. The third way to say it, `Budget`, needs measurements."""
 
 import math
 import numbers
@@ -16,14 +16,14 @@ Value = float | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Keep:
-    """So many channels of every group.
+    """Keeps a number or a share of the channels of every group.
 
     Attributes:
-        channels: A count (int) or a fraction in (0, 1] (float), of every group; or a mapping from producers' names to
-            one of these, of each of their groups, which leaves all others whole.
+        channels: A count (int) or a fraction in (0, 1] (float) for every group; or a mapping from producers' names to
+            counts or fractions for their groups, which leaves all other groups whole.
 
     Raises:
-        ValueError, TypeError: If a value is out of range or no number.
+        ValueError, TypeError: If a value is out of range or not a number.
 
     Example:
         >>> half, some = Keep(0.5), Keep({"conv1": 8, "fc1": 0.2})
@@ -39,7 +39,7 @@ class Keep:
         """How the channels of every group that may lose some are chosen.
 
         Raises:
-            ValueError: If a name is that of no prunable producer.
+            ValueError: If a name is not that of a prunable producer.
         """
         wanted = per_group(graph, self.channels, "keep")
         return at_sizes({group: keep_count(value, group.size) for group, value in wanted.items()}, selector)
@@ -47,14 +47,14 @@ class Keep:
 
 @dataclass(frozen=True)
 class Penalty:
-    """As many channels as the group lasso keeps at a penalty; one of the two is given.
+    """Keeps as many channels as the group lasso does at a penalty; give either ``lam`` or ``ratio``.
 
     Attributes:
         lam: The penalty, >= 0; or a mapping from producers' names, which leaves all others whole.
         ratio: Instead, the penalty as a fraction of each group's lambda_max, at which nothing is kept; or a mapping.
 
     Raises:
-        ValueError, TypeError: If not exactly one is given, or a value is out of range or no number.
+        ValueError, TypeError: If not exactly one is given, or a value is out of range or not a number.
 
     Example:
         >>> Penalty(ratio=0.05)
@@ -78,7 +78,7 @@ class Penalty:
         """How the channels of every group that may lose some are chosen.
 
         Raises:
-            ValueError: If a name is that of no prunable producer, or the selector is no lasso.
+            ValueError: If a name is not that of a prunable producer, or the selector is not the lasso.
         """
         solver = lasso_of(selector).solver
         if self.lam is not None:
@@ -99,12 +99,12 @@ def lasso_of(selector: Selector) -> Lasso:
         ValueError: If it is another one.
     """
     if not isinstance(selector, Lasso):
-        raise ValueError(f"a penalty is that of the group lasso; {selector!r} takes Keep or Budget")
+        raise ValueError(f"a penalty needs the group lasso as selector; with {selector!r}, give Keep or Budget")
     return selector
 
 
 def at_sizes(sizes: Mapping[ChannelGroup, int], selector: Selector) -> dict[ChannelGroup, Choice]:
-    """How the selector chooses so many channels of every group."""
+    """How the selector chooses the channels of every group, for these sizes."""
     return {group: partial(selector.choose, count=size) for group, size in sizes.items()}
 
 
@@ -127,7 +127,8 @@ def groups_named(graph: Graph, producer: str, kind: str) -> list[ChannelGroup]:
         why = f" ({graph.frozen[producer]})" if producer in graph.frozen else ""
         prunable = dict.fromkeys(name for group in graph.groups for name in group.producers)
         raise ValueError(
-            f"{kind} names {producer!r}, which is no prunable producer{why}; prunable: {', '.join(prunable) or 'none'}"
+            f"{kind} names {producer!r}, which is not a prunable producer{why}; "
+            f"prunable: {', '.join(prunable) or 'none'}"
         )
     return found
 
@@ -148,7 +149,7 @@ def keep_count(keep: float, size: int) -> int:
 
 
 def _values(name: str, value: Value) -> Iterator[float]:
-    """The numbers in a value; anything else is refused by the argument's name."""
+    """The numbers in a value; anything else is refused, with the argument's name."""
     for number in value.values() if isinstance(value, Mapping) else (value,):
         if isinstance(number, bool) or not isinstance(number, numbers.Real):
             raise TypeError(f"{name} must be a number or a mapping of numbers, got {number!r}")

@@ -1,4 +1,4 @@
-"""What a pruned model may cost, how finely its sizes are told apart, and how carefully they are measured."""
+"""What a pruned model may cost, which sizes its groups may take, and how carefully these are measured."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ class Grid:
 
     Attributes:
         round_to: Groups keep a multiple of so many channels (8 suits most accelerators).
-        minimum: Channels that every group keeps at least.
+        minimum: The least number of channels that a group keeps.
         leave: Producers whose channels all stay.
 
     Raises:
-        ValueError, TypeError: If a value is out of range, or of another type.
+        ValueError, TypeError: If a value is out of range, or of the wrong type.
     """
 
     round_to: int = 1
@@ -39,15 +39,15 @@ class Effort:
     """How carefully a budget is shared out.
 
     Attributes:
-        samples: Calibration samples that judge the outputs, three times for every group, and as many others that
-            trials are refitted to. With few of them the sizes depend on which they are.
-        refits: Groups, evenly along the depth, for which it is measured what a refit of all layers leaves of their
-            error. The best is as many as there are groups; 0 takes the errors as they are.
-        search: Trials of a local search, which refits the whole network at other sizes within the budget and
-            keeps them if the outputs suffer less; 0 = none. A trial costs as much as a refit to ``samples``.
+        samples: Number of calibration samples on which the outputs are judged, three times for every group. Trials are
+            refitted to as many others. With few samples, the sizes depend on which ones they are.
+        refits: Number of groups, spread evenly along the depth, for which it is measured how much of their error is
+            left after a refit of all layers. As many as there are groups is best; 0 takes the errors as they are.
+        search: Number of trials of a local search; 0 = no search. Each trial refits the whole network at other sizes
+            within the budget, and keeps them if the outputs suffer less. It costs as much as a refit to ``samples``.
 
     Raises:
-        ValueError, TypeError: If a value is out of range, or no int.
+        ValueError, TypeError: If a value is out of range, or not an int.
     """
 
     samples: int = 256
@@ -62,7 +62,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the pruned model may cost, as fractions of the original's; all that are given must hold.
+    """What the pruned model may cost, as fractions of the original's cost; all limits that are given must hold.
 
     Channels are removed where the outputs, measured on some of the calibration data, suffer least.
 
@@ -72,13 +72,13 @@ class Budget:
         size: Fraction of the bytes of parameters and buffers, in (0, 1].
         latency: Fraction of the time of a forward pass of the first calibration batch, measured on the
             model's device, in (0, 1].
-        error: Instead of a cost: as small as possible while the predicted relative squared error of the
-            outputs, ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2``, stays below this.
+        error: Instead of a cost: the model becomes as small as possible while the predicted relative squared error
+            of the outputs, ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2``, stays below this.
         grid: Sizes that groups may take.
-        effort: How carefully it is shared out.
+        effort: How carefully the budget is shared out.
 
     Raises:
-        ValueError, TypeError: If no limit is given, or a value is out of range or no number.
+        ValueError, TypeError: If no limit is given, or a value is out of range or not a number.
 
     Example:
         >>> Budget(macs=0.5, grid=Grid(round_to=8)).grid.round_to
@@ -109,7 +109,7 @@ class Budget:
         """The groups that may lose channels.
 
         Raises:
-            ValueError: If ``grid.leave`` names no prunable producer.
+            ValueError: If ``grid.leave`` names a layer that is not a prunable producer.
         """
         stay = {group for layer in self.grid.leave for group in groups_named(graph, layer, "leave")}
         return [group for group in graph.groups if group not in stay]

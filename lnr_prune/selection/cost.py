@@ -28,14 +28,14 @@ def macs(model: nn.Module, example: Call) -> int:
 
     One sample is one entry of the first axis of the first tensor of ``example``.
     """
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # torch counts the GPUs'
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # torch knows the GPUs'
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         run(model, example)
     return int(counter.get_total_flops() // (2 * max(1, samples_in(example))))
 
 
 def _attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
-    """Of the scores and of the weighted sums, from the shapes."""
+    """Operations of the scores and of the weighted sums, from the shapes."""
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
@@ -50,9 +50,9 @@ def latency(model: nn.Module, example: Call, seconds: float = 0.5) -> float:
 
 
 def side_by_side(models: Sequence[nn.Module], example: Call, rounds: int = 5) -> list[float]:
-    """Median time of a forward pass of each model, in seconds, after one to warm up.
+    """Median time of a forward pass of each model, in seconds, after one pass to warm up.
 
-    Round by round the models take turns, so that whatever else the machine does slows down all of them alike.
+    The models take turns in every round, so that whatever else the machine does slows down all of them alike.
     """
     for model in models:
         run(model, example)

@@ -12,7 +12,7 @@ from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.graph.module import named_tensors
 
 Group = TypeVar("Group", bound=Hashable)
-"""What stands for a group: a `ChannelGroup`, or any name of one; the arithmetic does not mind."""
+"""Stands for a group: a `ChannelGroup`, or any name for one; the arithmetic is the same."""
 Sizes = Mapping[Group, int]
 """Group -> channels kept."""
 
@@ -22,14 +22,14 @@ class Cost(Generic[Group]):
     """``sum_w c_w prod_dims (kept indices / all indices)``: what a model costs at any sizes of its groups.
 
     Attributes:
-        terms: For each parameter its cost c_w at full size, and for each of its dimensions that shrinks the share
-            of indices that always stay, and per group the share that one of its channels owns.
+        terms: For each parameter, its cost c_w at full size, and its dimensions that shrink. For each such dimension,
+            the share of indices that always stay, and per group, the share that one of its channels owns.
     """
 
     terms: tuple[tuple[float, tuple[tuple[float, Mapping[Group, float]], ...]], ...]
 
     def __call__(self, sizes: Sizes[Group]) -> float:
-        """The cost when the groups keep so many channels."""
+        """The cost when the groups have these sizes."""
         return sum(
             cost
             * math.prod(stays + sum(share * sizes[group] for group, share in shares.items()) for stays, shares in dims)
@@ -61,7 +61,7 @@ def cost_of(
         graph: Its channel groups.
         kind: What is counted.
         samples: Samples in the call that was traced; only "macs" depends on it.
-        groups: Those whose size may change; default: all.
+        groups: The groups whose size may change; default: all.
     """
     tensors = named_tensors(model)
     unique = {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -15,7 +15,7 @@ from lnr_prune.lasso.problem import debias
 from lnr_prune.runtime.work import Work
 from lnr_prune.selection.honest import held_out_errors, ridges_of
 
-SHARES = (1 / 2, 1 / 4, 1 / 8)  # of the channels, where it is measured
+SHARES = (1 / 2, 1 / 4, 1 / 8)  # shares of the channels at which the error is measured
 
 
 def error_curves(
@@ -26,18 +26,19 @@ def error_curves(
 ) -> tuple[dict[ChannelGroup, Tensor], dict[ChannelGroup, Elimination]]:
     """Relative squared error of the network's outputs when one group keeps 0, 1, ... n of its channels.
 
-    Backward elimination on one half of the samples gives nested supports, and the other half the error of the group's
+    Backward elimination on one half of the samples gives nested supports. The other half gives the error of the group's
     consumers at every size, see `held_out_errors`. What that error means for the outputs,
-    ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2``, is measured at the `SHARES` of its channels, with all other groups
-    whole, on samples of the other half, too, and the curve goes through these points. So errors of different layers
-    compare, their sum estimates the whole network's, and nothing is judged by what it was fitted to.
+    ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2``, is measured on samples of the other half, too: at the `SHARES` of
+    the group's channels, with all other groups whole. The curve goes through these points. So errors of different
+    layers can be compared, their sum estimates the whole network's error, and nothing is judged by what it was fitted
+    to.
 
     Args:
-        tensors: The original model's.
+        tensors: The original model's tensors.
         passes: Groups with their consumers' second moments, some at a time.
         error: Full-size weights -> `output_error` with them. Processes that prune together measure it on the same
             samples, and share out the groups.
-        work: The processes, who is told, and where curves are kept.
+        work: The processes, the progress, and where curves are kept.
 
     Returns:
         Group -> its curve, (n + 1,) float64; and group -> its backward elimination.
@@ -67,10 +68,10 @@ def error_curves(
 
 
 def through(shape: Tensor, measured: Mapping[int, float]) -> Tensor:
-    """A curve that falls as the shape does and goes through the measured points: linear in the logarithms of both.
+    """A curve that falls like ``shape`` and goes through the measured points: linear in the logarithms of both.
 
     Args:
-        shape: Errors at 0, 1, ... n channels, (n + 1,); what is left at n counts as none.
+        shape: Errors at 0, 1, ... n channels, (n + 1,); the error at n is subtracted from all.
         measured: Number of channels -> error.
     """
     errors, tiny = (shape - shape[-1]).cpu().numpy(), np.finfo(np.float64).tiny

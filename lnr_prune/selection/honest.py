@@ -1,8 +1,8 @@
-"""Selection with few samples: a ridge towards the original weights, and errors on samples that were not fitted to.
+"""Selection with few samples: a ridge towards the original weights, and errors on held-out samples.
 
-With fewer samples than columns every support looks perfect on the samples that it was fitted to. So elimination and
-lasso see moments with a ridge towards the original matrix, as large as the other half of the samples asks for, and a
-curve of errors is drawn on that half.
+With fewer samples than columns, every support looks perfect on the samples that it was fitted to. So elimination and
+lasso use moments with a ridge towards the original matrix. The ridge is the best one on the other half of the samples,
+and curves of errors are measured on that half, too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from lnr_prune.lasso.problem import debias
 from lnr_prune.lasso.prox import Matrices
 from lnr_prune.refit.regression import DEFAULT_RIDGE, chosen_ridge
 
-SHARE = 1 / 2  # of the channels, those of most energy, on which the ridge is chosen
-EIGHTHS = tuple(k / 8 for k in range(1, 8))  # of the channels, where the held-out error is computed
+SHARE = 1 / 2  # the ridge is chosen on this share of the channels, those with the most energy
+EIGHTHS = tuple(k / 8 for k in range(1, 8))  # shares of the channels at which the held-out error is computed
 
 
 def ridges_of(reading: Reading, tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
-    """Per consumer, the ridge towards its own matrix that serves samples best which it was not fitted to.
+    """Per consumer, the ridge towards its own matrix that is best on held-out samples.
 
-    It is chosen where half of the channels are left: those of the largest ``||W_g||^2 E[x_g^2]``.
+    It is chosen with half of the channels left: those with the largest ``||W_g||^2 E[x_g^2]``.
     """
     return tuple(_ridge(reading, index, tensors) for index in range(len(reading.layers)))
 
@@ -42,7 +42,7 @@ def _ridge(reading: Reading, index: int, tensors: Mapping[str, Tensor]) -> float
 
 
 def held_out_error(reading: Reading, tensors: Mapping[str, Tensor], coefficients: Matrices) -> float:
-    """``E||y - M x||^2 / E||y||^2`` of the consumers on the samples that judge; all of them where there are none."""
+    """``E||y - M x||^2 / E||y||^2`` of the consumers on the samples that judge; on the others if there are none."""
     error = scale = 0.0
     for layer, halves, M in zip(reading.layers, reading.moments, coefficients, strict=True):
         moments = (halves.held if halves.held.count else halves.fit).through(layer.matrix(tensors))
@@ -54,7 +54,7 @@ def held_out_error(reading: Reading, tensors: Mapping[str, Tensor], coefficients
 def held_out_errors(
     reading: Reading, tensors: Mapping[str, Tensor], elimination: Elimination, ridges: Sequence[float]
 ) -> dict[int, float]:
-    """Number of channels -> `held_out_error` of what elimination leaves, fitted to the other samples."""
+    """Number of channels -> `held_out_error` of those that elimination leaves, fitted to the other samples."""
     problem = reading.problem(tensors, part=fit, ridges=ridges)
     sizes = sorted({max(1, int(share * reading.group.size)) for share in EIGHTHS})
     return {size: held_out_error(reading, tensors, debias(problem, elimination.support(size))) for size in sizes}

@@ -1,4 +1,4 @@
-"""What a prune needs in memory, known before the data is read: bytes for the statistics, the solves and the refit."""
+"""How much memory a prune needs, known before the data is read: bytes for the statistics, the solves and the refit."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +17,10 @@ from lnr_prune.refit.network import refitted_layers
 from lnr_prune.refit.refit import Refit
 
 logger = logging.getLogger("lnr_prune")
-SOLVE = (8, 16)  # copies of R, (d, d), and of B, (h, d), that a solve makes; measured, the group lasso's are the most
-REFIT = (12, 15)  # the same of a layer's refit, its moments among them
-JOINT = (6, 7)  # of each of two layers refitted together; the former of (h, h) too, of the latter 2 more an iteration
-PASS = 0.5  # of what the largest solve needs: in low memory, moments of so many bytes are gathered at a time
+SOLVE = (8, 16)  # copies of R, (d, d), and of B, (h, d), that a solve makes; measured: the group lasso makes most
+REFIT = (12, 15)  # the same for a layer's refit, including its moments
+JOINT = (6, 7)  # for each of two layers refitted together; as many of (h, h), and 2 more of (h, d) per iteration
+PASS = 0.5  # in low memory, moments of at most this share of the largest solve's bytes are gathered at a time
 FLOAT64 = 8
 SHOWN = 3  # layers that an error names
 
@@ -30,15 +30,15 @@ class MemoryPlan:
     """Bytes that are alive at once. Activations, which depend on the batches, and the model come on top.
 
     Attributes:
-        layers: Weight's name -> bytes of its second moments, ``16 d^2``, of both halves of the samples.
+        layers: Weight's name -> bytes of its second moments, ``16 d^2`` for both halves of the samples.
         passes: The groups whose second moments are in memory together, pass by pass.
         lasting: Groups whose second moments stay in memory from the start.
         at_once: Bytes of the second moments that are in memory together.
-        later: Bytes of those that still are during a refit.
-        solve: Bytes besides for the group that needs most, ``8 (8 d^2 + 16 h d)`` summed over its consumers.
+        later: Bytes of the second moments that are still in memory during a refit.
+        solve: More bytes for the group that needs most, ``8 (8 d^2 + 16 h d)`` summed over its consumers.
         largest: Name of that group.
-        refit: Bytes for the layer that needs most when it is refitted, ``8 (12 d^2 + 15 h d)``, or with another
-            ``8 (6 d^2 + 6 h^2 + (7 + 2 iterations) h d)`` and those of the layer before; 0 = there is no refit.
+        refit: Bytes for the layer that needs most when it is refitted, ``8 (12 d^2 + 15 h d)``. If it is refitted
+            with another, ``8 (6 d^2 + 6 h^2 + (7 + 2 iterations) h d)`` for each of the two. 0 = there is no refit.
         refitted: Name of that layer.
     """
 
@@ -66,14 +66,14 @@ class MemoryPlan:
         )
 
     def check(self, available: int | None, low: "MemoryPlan") -> None:
-        """Refuses what does not fit.
+        """Refuses a prune that does not fit into memory.
 
         Args:
-            available: Bytes that there are; None = not known.
+            available: Bytes that are available; None = not known.
             low: The plan for low memory, which is advised if it fits.
 
         Raises:
-            LnrPruneError: It says what is needed, what there is, and what to do.
+            LnrPruneError: The message says what is needed, what is available, and what to do.
         """
         logger.info("memory: %s; available: %s", self, "not known" if available is None else _gigabytes(available))
         if available is None or self.total <= available:
@@ -108,13 +108,13 @@ def memory_plan(
 
     Args:
         graph: The model's channel groups.
-        groups: Those that may be pruned, in order of execution.
+        groups: The groups that may be pruned, in order of execution.
         tensors: The model's tensors.
         bias: Whether biases are refitted.
         refit: How the layers are refitted; None = not at all.
-        tried: Whether they are refitted before the channels are chosen, too.
-        low_memory: Whether the moments of some groups are gathered at a time, of one at least, and of no more than need
-            `PASS` of the largest solve; else those of all.
+        tried: Whether the layers are also refitted before the channels are chosen.
+        low_memory: Whether the moments are gathered for a few groups at a time: for at least one group, and for no more
+            than need `PASS` of the largest solve's bytes. Else for all groups at once.
     """
     iterations = 0 if refit is None else refit.joint_iterations
     readers = {group: adapted_layers(group, bias) for group in groups}
@@ -147,7 +147,7 @@ def memory_plan(
 
 
 def _bytes(layer: AdaptedLayer, tensors: Mapping[str, Tensor], copies: tuple[int, int]) -> int:
-    """So many copies of R, (d, d), and of B, (h, d)."""
+    """Bytes of so many copies of R, (d, d), and of B, (h, d)."""
     h, d = _shape(layer, tensors)
     return FLOAT64 * (copies[0] * d * d + copies[1] * h * d)
 
@@ -162,7 +162,7 @@ def _shape(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> tuple[int, int
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that are available on a device now; None where nobody says."""
+    """Bytes that are available on a device now; None if the system does not say."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
             device

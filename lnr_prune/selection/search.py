@@ -14,7 +14,7 @@ from lnr_prune.selection.budget import Budget
 from lnr_prune.selection.cost_model import Cost, Group, Sizes
 from lnr_prune.selection.trials import Trials
 
-LEAST = 1e-2  # of an error that counts as left when all is refitted
+LEAST = 1e-2  # least share of an error that counts as left after a refit
 FACTORS = (3.0, 3.0, 1.5, 1.5)  # by which a curve is scaled, round by round
 
 
@@ -48,16 +48,16 @@ def within_budget(trials: Trials, budget: Budget, costs: Mapping[str, Cost[Chann
 def attenuated(
     curves: Mapping[Group, Tensor], sizes: Sizes[Group], error: Callable[[Sizes[Group]], float], refits: int
 ) -> dict[Group, Tensor]:
-    """The curves, times what is left of such an error when all other layers are refitted.
+    """The curves, each times the share of its error that is left when all other layers are refitted.
 
-    The layers behind a group undo part of its error, the more the more there are. What is left is measured for groups
-    evenly along the depth, each pruned alone, and interpolated for those in between.
+    The layers behind a group undo part of its error; more layers undo more of it. The share that is left is measured
+    for groups spread evenly along the depth, each pruned alone, and interpolated for those in between.
 
     Args:
         curves: Group -> its error curve, in order of execution.
-        sizes: About what the groups will keep; what is left is measured there, of groups that lose channels.
+        sizes: Roughly how many channels the groups will keep. There, the share is measured, for groups that lose some.
         error: Sizes -> measured error of the refitted network.
-        refits: For how many groups it is measured at most.
+        refits: The largest number of groups for which it is measured.
     """
     whole, groups = {group: len(curve) - 1 for group, curve in curves.items()}, list(curves)
     shrinking = [i for i, g in enumerate(groups) if sizes[g] < whole[g] and float(curves[g][sizes[g]]) > 0]
@@ -79,14 +79,14 @@ def search(
 ) -> Allocation[Group]:
     """Scales one curve after another, and keeps what lowers the measured error.
 
-    The sum of the groups' errors leaves out how they add up through the network. Every trial is within the budget, as
-    it is shared out anew.
+    The sum of the groups' errors ignores how they add up through the network. Every trial is within the budget, as the
+    budget is shared out again.
 
     Args:
         curves: Group -> its error curve, in order of execution.
         shared_out: Curves -> sizes within the budget.
         error: Sizes -> measured error of the whole network.
-        trials: Number of measurements; 0 = take the curves at their word.
+        trials: Number of measurements; 0 = trust the curves.
     """
     best = shared_out(curves)
     if trials == 0:

@@ -1,4 +1,4 @@
-"""Which channels stay: every group's, in order of execution."""
+"""Which channels of every group stay, group by group, in order of execution."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,18 +50,19 @@ def select(
 ) -> dict[ChannelGroup, Selected]:
     """Chooses every group's channels on the original network's second moments, in order of execution.
 
-    Columns that an earlier group has dropped from a layer (a concatenation's) are out of the later ones' problems.
-    Processes that prune together share out the groups of a pass that read different layers.
+    If one layer reads several groups (a concatenation), the columns that an earlier group has dropped are left out of
+    the later groups' problems. Processes that prune together share out the groups of a pass that are read by different
+    layers.
 
     Args:
         passes: Groups with their second moments, some at a time.
         choices: Group -> how its channels are chosen.
-        tensors: The original model's.
-        samples: Number of calibration samples, to warn where there are few of them; 0 = do not.
-        seed: Of selectors that draw.
+        tensors: The original model's tensors.
+        samples: Number of calibration samples, to warn if they are few; 0 = do not warn.
+        seed: Seed of selectors that draw.
         coefficients: Whether the selectors' own coefficients are wanted.
-        part: Of which samples the moments are.
-        work: The processes, who is told, and where choices are kept.
+        part: Picks the samples whose moments are used.
+        work: The processes, the progress, and where choices are kept.
     """
     masks: dict[str, Tensor] = {}
     selected: dict[ChannelGroup, Selected] = {}
@@ -108,7 +109,7 @@ def as_selected(selected: Mapping[ChannelGroup, Selected], tensors: Mapping[str,
 
 
 def _warn_of_few_samples(readings: Sequence[Reading], samples: int) -> None:
-    """Names the layers that have fewer than two rows a column to learn from; several rows of an image count."""
+    """Warns of layers with fewer than two rows per column to learn from; all rows of an image count."""
     few: dict[str, int] = {}
     for layer, halves in (pair for r in readings for pair in zip(r.layers, r.moments, strict=True)):
         columns, seen = len(halves.fit.xx), halves.fit.count + halves.held.count
@@ -117,14 +118,14 @@ def _warn_of_few_samples(readings: Sequence[Reading], samples: int) -> None:
     if few and samples:
         name, columns = max(few.items(), key=lambda entry: entry[1])
         logger.warning(
-            "%d layers have fewer than two rows a column to learn from (%r has %d columns; there are %d calibration "
+            "%d layers have fewer than two rows per column to learn from (%r has %d columns; there are %d calibration "
             "samples): they stay near their original weights; give more samples",
             len(few), name, columns, samples,
         )  # fmt: skip
 
 
 def _independent(readings: Sequence[Reading]) -> list[list[Reading]]:
-    """The groups in runs, within which no two are read by the same layer."""
+    """Cuts the groups into runs; no two groups of a run are read by the same layer."""
     runs: list[list[Reading]] = []
     read_by: set[str] = set()
     for reading in readings:
@@ -138,7 +139,7 @@ def _independent(readings: Sequence[Reading]) -> list[list[Reading]]:
 
 
 def _magnitude(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
-    """L1 norm of every channel's filters over the producers."""
+    """L1 norm of every channel's filters, summed over the producers."""
     magnitude = torch.zeros(group.size, dtype=torch.float64)
     for weight, dim in group.rows:
         rows = tensors[weight].detach().double().abs().movedim(dim, 0).flatten(1).sum(1).cpu()

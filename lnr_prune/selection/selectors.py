@@ -62,7 +62,7 @@ class Selector(Protocol):
 
 @dataclass(frozen=True)
 class Lasso:
-    """The groups that the lasso keeps where it keeps ``count``; ties go by their norm.
+    """The channels that the lasso keeps at the penalty where it keeps ``count``; ties are resolved by norm.
 
     Attributes:
         solver: Name or settings of the solver, see `lnr_prune.solve`.
@@ -93,13 +93,14 @@ class Lasso:
 
 @dataclass(frozen=True)
 class Backward:
-    """The groups that backward elimination keeps, refitted; better than the lasso at strong pruning.
+    """The channels that backward elimination keeps, refitted; better than the lasso at strong pruning.
 
     Attributes:
-        swaps: Dropped groups that are tried in place of a kept one, while that helps; 0 = none. 8 is a good number.
+        swaps: How many dropped channels are tried in place of a kept one, as long as that helps; 0 = none. 8 is a good
+            number.
 
     Raises:
-        ValueError, TypeError: If swaps is no number, or below 0.
+        ValueError, TypeError: If swaps is not a number, or below 0.
     """
 
     swaps: int = 0
@@ -108,7 +109,7 @@ class Backward:
         check_count("swaps", self.swaps, 0)
 
     def choose(self, candidates: Candidates, count: int) -> Selection:
-        """What elimination leaves, and then exchanges improve."""
+        """The channels that elimination leaves, improved by exchanges."""
         problem = candidates.problem
         support = backward(problem).support(count)
         if self.swaps:
@@ -133,7 +134,7 @@ class Random:
         seed: The same seed draws the same channels.
 
     Raises:
-        ValueError, TypeError: If the seed is no int, or outside of [-2^63, 2^64).
+        ValueError, TypeError: If the seed is not an int, or outside [-2^63, 2^64).
     """
 
     seed: int = 0
@@ -142,7 +143,7 @@ class Random:
         check_seed(self.seed)
 
     def choose(self, candidates: Candidates, count: int) -> Selection:
-        """``count`` of them."""
+        """``count`` channels, drawn at random."""
         return _mask_original(candidates, _largest(candidates.draws.to(candidates.problem.weights.device), count))
 
 
@@ -155,11 +156,11 @@ SELECTORS: Mapping[str, Selector] = {
 
 
 def find_selector(selector: str | Selector) -> Selector:
-    """The selector of this name, with its defaults; settings as they are.
+    """The selector of this name, with its defaults; settings of a selector are returned as they are.
 
     Raises:
         ValueError: If there is none of this name.
-        TypeError: If it is no selector.
+        TypeError: If it is not a selector.
     """
     if isinstance(selector, str):
         if selector not in SELECTORS:
@@ -173,7 +174,7 @@ def find_selector(selector: str | Selector) -> Selector:
 
 
 def at_lam(candidates: Candidates, lam: float, solver: str | Solver) -> Selection:
-    """The groups that the lasso keeps at lam; where it keeps none, the one that would enter first."""
+    """The channels that the lasso keeps at lam; if it keeps none, the one that would enter first."""
     problem = candidates.problem
     solution = solve(problem, lam, solver=solver)
     if solution.n_kept:

@@ -1,4 +1,4 @@
-"""Trials: what happens to the outputs, and to the latency, when groups keep so many channels."""
+"""Trials: what happens to the outputs, and to the latency, when the groups have other sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,18 +36,18 @@ class Trials:
 
     Attributes:
         model: The original model.
-        target: The module that is to be shrunk; it is, to measure latencies, and is as before afterwards.
+        target: The module that will be shrunk. It is shrunk to measure latencies, and restored afterwards.
         graph: The model's channel groups.
-        groups: Those that may shrink.
-        passes: They, with their second moments.
+        groups: The groups that may shrink.
+        passes: These groups, with their second moments.
         fit: Calibration data that trials are refitted to.
         judge: Full-size weights -> how far the outputs are from the original's, on other samples.
         example: The call whose latency counts.
-        refit: How the layers will be refitted; None = not at all. Trials are by plain least squares, but the last one,
+        refit: How the layers will be refitted; None = not at all. Trials use plain least squares, except the last one,
             whose error is promised.
         bias: Whether biases are refitted.
         logits: Whether the outputs are logits.
-        work: The processes, who is told, and where what was measured is kept.
+        work: The processes, the progress, and where measurements are kept.
     """
 
     model: nn.Module
@@ -84,15 +84,15 @@ class Trials:
     def promised(
         self, allocation: Allocation[ChannelGroup], selector: Selector, seed: int = 0
     ) -> dict[ChannelGroup, float]:
-        """What new data will show of the groups' errors, which sum to that of the outputs.
+        """The groups' errors to expect on new data; they sum to the error of the outputs.
 
-        The network is selected and refitted as it will be, but on one half of the samples; the other half judges it.
-        What the groups were expected to cost is scaled to that.
+        Channels are selected and layers refitted as they will be in the end, but on one half of the samples. The other
+        half judges the result, and the groups' predicted errors are scaled to its error.
 
         Args:
             allocation: The groups' sizes.
             selector: How their channels will be chosen.
-            seed: Of what is drawn.
+            seed: Seed of what is drawn.
         """
 
         def measure() -> float:
@@ -166,20 +166,20 @@ def trials_of(
     logits: bool | None,
     work: Work,
 ) -> Trials:
-    """Trials on the first calibration samples of each half: one is refitted to, the other judges.
+    """Trials on the first calibration samples of each half: layers are refitted to one half, the other half judges.
 
     Args:
         model: The original model.
-        target: The module that is to be shrunk.
+        target: The module that will be shrunk.
         graph: The model's channel groups.
-        groups: Those that may shrink.
-        passes: They, with their second moments.
+        groups: The groups that may shrink.
+        passes: These groups, with their second moments.
         data: The calibration data.
         samples: Calibration samples that judge, and about as many to refit to.
         refit: How the layers will be refitted; None = not at all.
         bias: Whether biases are refitted.
         logits: Whether the outputs are logits.
-        work: The processes, who is told, and where what was measured is kept.
+        work: The processes, the progress, and where measurements are kept.
     """
     fitted, judging = first_of_each_half(data, samples, work.ranks)  # all ranks have all
     judge = output_error(model, judging or fitted, logits)

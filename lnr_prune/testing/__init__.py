@@ -1,8 +1,8 @@
-"""The public contract of adapters, and random networks to test with: for us and for third parties.
+"""The public contract of adapters, and random networks to test with, for this package and for third parties.
 
-What comes in: an adapter, with a model that it reads. What goes out of `check_adapter` is nothing, or an AdapterError
-that names the promise that is broken. `networks` is a hypothesis strategy of random networks made of the patterns of
-real ones; `random_network` draws one from a seed, `make_network` builds the one that was drawn.
+What comes in: an adapter, with a model that it can read. `check_adapter` returns nothing, or raises an AdapterError
+that names the broken promise. `networks` is a hypothesis strategy for random networks, made of patterns of real ones;
+`random_network` draws a network from a seed, and `make_network` builds the network that was drawn.
 """
 
 from lnr_prune.testing.adapters import check_adapter

@@ -21,10 +21,10 @@ from lnr_prune.selection.amount import Keep
 def check_adapter(adapter: Adapter, model: nn.Module, example: Tensor) -> None:
     """Checks everything that lnr-prune relies on in an adapter, in float64, on one model.
 
-    For every consumer of the model that the adapter matches: no other adapter does; ``y = x M^T`` holds for
-    the layer's own matrix; samples are independent of one another; every channel has its columns; writing
-    M back gives the layer, and zeroing a channel's columns zeroes its inputs' weights; pruning the model
-    equals masking it.
+    This is checked for every consumer of the model that the adapter matches: no other adapter matches it;
+    ``y = x M^T`` holds for the layer's own matrix; samples do not depend on one another; every channel has
+    columns; writing M back gives the same layer, and zeroing a channel's columns zeroes exactly its input
+    weights; pruning the model equals masking it.
 
     Args:
         adapter: A registered adapter.
@@ -32,17 +32,17 @@ def check_adapter(adapter: Adapter, model: nn.Module, example: Tensor) -> None:
         example: A batch of inputs, at least two samples.
 
     Raises:
-        AdapterError: At the first promise that is broken; the message says which.
+        AdapterError: At the first broken promise; the message says which.
     """
     if adapters().get(adapter.name) is not adapter:
         raise AdapterError(f"adapter {adapter.name!r} is not registered; call lnr_prune.register(adapter) first")
     model, example = copy.deepcopy(model).double().eval(), example.double()
     found = list(_matching(adapter, model, example))
     if not found:
-        raise AdapterError(f"adapter {adapter.name!r} matches no consumer of the model; give one that it is for")
+        raise AdapterError(f"adapter {adapter.name!r} matches no consumer of the model; give a model that it is for")
     for group, pair in found:
         if find(pair.consumer) is not adapter:
-            raise AdapterError(f"adapter {adapter.name!r} matches {pair.consumer.name!r}, which another one fits")
+            raise AdapterError(f"adapter {adapter.name!r} matches {pair.consumer.name!r}, but another one fits it")
         _check_pair(group, pair, model, example)
     for group, pair in found:
         pruned = prune(model, [example], Keep({group.name: 0.5}), bias=pair.consumer.bias is not None)
@@ -72,10 +72,10 @@ def _check_pair(group: ChannelGroup, pair: AdaptedLayer, model: nn.Module, examp
         _require(fit, pair, f"expected x (n, d), y (n, h), M (h, d), got {shapes}")
         _require(torch.allclose(x @ M.T, y), pair, "y = x M^T does not hold for the layer's own matrix")
         parts = torch.cat([pair.inputs(part) for part in call.split(1)])
-        _require(torch.equal(parts, x), pair, "inputs() of a batch is not that of its samples, one after the other")
+        _require(torch.equal(parts, x), pair, "inputs() of a batch differs from inputs() of its samples in turn")
         some = torch.arange(len(x) - 1, -1, -2)
-        _require(torch.equal(pair.inputs(call, some), x[some]), pair, "inputs(rows) is not these rows of inputs()")
-        _require(torch.equal(pair.outputs(call, some), y[some]), pair, "outputs(rows) is not these rows of outputs()")
+        _require(torch.equal(pair.inputs(call, some), x[some]), pair, "inputs(rows) must be these rows of inputs()")
+        _require(torch.equal(pair.outputs(call, some), y[some]), pair, "outputs(rows) must be these rows of outputs()")
         moments = pair.second_moments(list(call.split(1)))
         _require(moments is None or torch.allclose(moments, x.T @ x), pair, "second_moments() is not sum x x^T")
     groups = pair.adapter.groups(pair.consumer, tensors[name])
@@ -90,7 +90,7 @@ def _check_pair(group: ChannelGroup, pair: AdaptedLayer, model: nn.Module, examp
         expected = {**tensors, name: tensors[name].detach() * kept}
         written = pair.write(M * (groups != channel), tensors)
         zeroed = all(torch.allclose(value, expected[key]) for key, value in written.items())
-        _require(zeroed, pair, "zero columns of a channel do not zero its input weights, and nothing else")
+        _require(zeroed, pair, "zeroing a channel's columns must zero its input weights, and nothing else")
 
 
 def _require(condition: bool, pair: AdaptedLayer, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Attention in the layouts of real networks, small; what `lnr_prune.random_networks` is made of."""
+"""Small attention layers in the layouts of real networks, for the random networks."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class PackedAttention(nn.Module):
-    """Attention over tokens with q, k and v in one matrix; with a relative-position bias a head, if wanted."""
+    """Attention over tokens with q, k and v in one matrix, and optionally a relative-position bias per head."""
 
     index: Tensor
 
@@ -25,7 +25,7 @@ class PackedAttention(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Swin's: attention inside shifted windows of two by two tokens, with a relative-position bias."""
+    """As in Swin: attention inside shifted windows of two by two tokens, with a relative-position bias."""
 
     def __init__(self, c: int, heads: int, side: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class WindowAttention(nn.Module):
 
 
 class GroupedQueries(nn.Module):
-    """Llama's: two query heads for each key-value head, rotary positions, a norm shared by the heads."""
+    """As in Llama: two query heads for each key-value head, rotary positions, a norm shared by the heads."""
 
     def __init__(self, c: int, heads: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class CrossAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """XCiT's: channels of a head attend to one another, at a temperature a head."""
+    """As in XCiT: channels of a head attend to one another, with one temperature per head."""
 
     def __init__(self, c: int, heads: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class ChannelAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Llama's feed-forward layer."""
+    """The feed-forward layer of Llama."""
 
     def __init__(self, c: int, d: int) -> None:
         super().__init__()

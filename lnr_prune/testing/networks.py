@@ -1,4 +1,4 @@
-"""Random networks out of the patterns of real ones, to test the graph core with."""
+"""Random networks made of the patterns of real ones, to test the graph core with."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ SIDE = 4  # height and width of the images
 
 
 class Block(nn.Module):
-    """Layers by name, and what to do with them: maps (n, c, h, w) to (n, c', h, w)."""
+    """Layers by name, and a function that applies them: maps (n, c, h, w) to (n, c', h, w)."""
 
     def __init__(self, apply: Callable[..., Tensor], **layers: nn.Module) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def _attend(x: Tensor, norm: nn.Module, attention: nn.MultiheadAttention) -> Ten
 
 
 def _attention(make: Callable[[int, int], nn.Module]) -> Callable[[int, int], tuple[nn.Module, int]]:
-    """A convolution to twice as many channels as heads, and attention on a residual stream."""
+    """A convolution to two channels per head, and attention on a residual stream."""
 
     def pattern(c: int, d: int) -> tuple[nn.Module, int]:
         return nn.Sequential(conv(c, 2 * d, 1), Block(lambda x, a: x + tokens(x, a), a=make(2 * d, d))), 2 * d
@@ -96,7 +96,7 @@ class Recurrent(nn.Module):
         return self.out(self.lstm(x)[0])  # type: ignore[no-any-return]
 
 
-# Name -> given the channels that come in and that are wanted, a block and the channels that it gives.
+# Name -> function of the input channels and the wanted width; it gives a block and its output channels.
 PATTERNS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     "conv": lambda c, d: (nn.Sequential(conv(c, d), nn.BatchNorm2d(d), nn.ReLU()), d),
     "linear": lambda c, d: (
@@ -171,11 +171,11 @@ PATTERNS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     ),
 }
 Recipe = tuple[str, int, list["Recipe"]]
-"""A pattern, its width, and for "branches" what happens in one of its two branches."""
+"""A pattern, its width, and for "branches" the recipes of one of its two branches."""
 
 
 def build(recipes: list[Recipe], channels: int) -> tuple[nn.Sequential, int]:
-    """Patterns one after another, as a module, and the number of channels that it gives."""
+    """A module of patterns in sequence, and its number of output channels."""
     blocks: list[nn.Module] = []
     for name, width, inside in recipes:
         if name == "branches":
@@ -190,9 +190,9 @@ def build(recipes: list[Recipe], channels: int) -> tuple[nn.Sequential, int]:
 
 
 def make_network(recipes: list[Recipe], channels: int, flat: bool, seed: int) -> tuple[nn.Module, Tensor]:
-    """A classifier of images out of patterns and a batch of two inputs for it, in evaluation mode.
+    """An image classifier made of patterns, in evaluation mode, and a batch of two inputs for it.
 
-    Weights, scales and batch-norm statistics are random and away from zero, so that they hide nothing.
+    Weights, scales and batch-norm statistics are random and away from zero, so that they hide no mistake.
     """
     body, last = build(recipes, channels)
     head = [nn.Flatten(), nn.Linear(last * SIDE**2, 3)] if flat else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -231,12 +231,12 @@ def random_network(seed: int, depth: int = 5) -> tuple[nn.Module, Tensor]:
 def networks(max_patterns: int = 6) -> "SearchStrategy[tuple[nn.Module, Tensor]]":
     """A hypothesis strategy: random image classifiers, in evaluation mode, with a batch of two inputs.
 
-    Patterns of real networks one after another (convolutions, residual and dense blocks, channel shuffles,
-    gates, every layout of attention, shared and computed weights, branches of patterns ...), which shrink to
-    the few that matter; ``make_network`` is called with what was drawn.
+    A network is a sequence of patterns of real networks: convolutions, residual and dense blocks, channel
+    shuffles, gates, every layout of attention, shared and computed weights, branches of patterns ... A failing
+    example shrinks to the few patterns that matter. ``make_network`` is called with what was drawn.
 
     Args:
-        max_patterns: Patterns in a row, at most.
+        max_patterns: Largest number of patterns in sequence.
 
     Raises:
         LnrPruneError: If hypothesis is not installed.

@@ -108,7 +108,7 @@ BREAKAGES = {
     ),
     "samples": (
         lambda self, consumer, call, rows: ColumnsBias.samples(self, consumer, call, None),
-        r"inputs\(rows\) is not these rows",
+        r"inputs\(rows\) must be these rows",
     ),
     "outputs": (lambda self, consumer, call, rows=None: call.output, r"expected x \(n, d\), y \(n, h\)"),
     "groups": (lambda self, consumer, weight: consumer.channels, r"groups\(\) must give"),
@@ -149,16 +149,16 @@ def test_columns_of_the_wrong_channel_and_a_penalised_bias_are_caught() -> None:
             return super().outputs(consumer, call)[: None if rows is None else len(rows)]
 
     lnr.register(OtherRows(), replace=True)
-    with pytest.raises(AdapterError, match=r"outputs\(rows\) is not these rows"):
+    with pytest.raises(AdapterError, match=r"outputs\(rows\) must be these rows"):
         check_adapter(adapters()["doubled"], mlp(4, 6, 3), torch.randn(5, 4))
     for broken in (Shifted(), Penalised()):
         lnr.register(broken, replace=True)
-        with pytest.raises(AdapterError, match="do not zero its input weights, and nothing else"):
+        with pytest.raises(AdapterError, match="must zero its input weights, and nothing else"):
             check_adapter(broken, mlp(4, 6, 3), torch.randn(5, 4))
 
 
 def test_the_registry_refuses_duplicates_and_strangers() -> None:
-    with pytest.raises(ValueError, match="'columns' is registered already"):
+    with pytest.raises(ValueError, match="'columns' is already registered"):
         lnr.register(Columns())
     lnr.register(Columns(), replace=True)
     with pytest.raises(ValueError, match="no adapter is named 'nobody'"):

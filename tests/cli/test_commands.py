@@ -217,7 +217,7 @@ MISTAKES = [
     ([*DATA, "--dry-run", "--keep", "0.5", "--macs", "0.5"], 2, "got keep and budget"),
     ([*DATA, "--dry-run", "--keep", "half"], 2, "--keep takes a number"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--keep", "0.2"], 2, "LAYER=NUMBER"),
-    ([*DATA, "--dry-run", "--keep", "fist=3"], 2, "names 'fist', which is no prunable producer"),
+    ([*DATA, "--dry-run", "--keep", "fist=3"], 2, "names 'fist', which is not a prunable producer"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--round-to", "8"], 2, "--round-to belongs to a budget"),
     ([*DATA, "--dry-run", "--macs", "1.5"], 2, "budget macs must be a fraction"),
     ([*DATA, "--dry-run", "--macs", "0.01"], 2, "out of reach"),

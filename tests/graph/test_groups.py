@@ -185,7 +185,7 @@ def test_operations_without_a_rule_freeze_what_they_touch(name: str) -> None:
     graph = groups_of(Applies(Lambda(name)), 3, 4)
     assert graph.groups == ()
     assert graph.frozen["first"] != "output of the model"
-    assert "can only leave together" not in graph.frozen["first"]
+    assert "can only be removed together" not in graph.frozen["first"]
 
 
 def test_data_movement_is_followed_exactly() -> None:
@@ -201,7 +201,7 @@ def test_channels_that_are_mixed_can_only_leave_together(mixing: nn.Module) -> N
     graph = groups_of(Applies(mixing), 3, 4)
     assert graph.groups == ()
     assert "operation" in graph.frozen["first"]
-    assert "can only leave together" in graph.frozen["first"]
+    assert "can only be removed together" in graph.frozen["first"]
 
 
 @pytest.mark.parametrize(

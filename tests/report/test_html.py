@@ -80,7 +80,7 @@ def test_the_page_says_everything() -> None:
     page = pruned.report.to_html(title="A & B")
     text = " ".join(_Tags(page).text)
     assert "A & B" in text
-    for section in (*SECTIONS, "Parameters", "MACs a sample", "Size", "Latency", "Error of the outputs"):
+    for section in (*SECTIONS, "Parameters", "MACs per sample", "Size", "Latency", "Error of the outputs"):
         assert section in text
     for group in pruned.report.groups:
         assert f"{group.kept:,} of {group.size:,}" in text

@@ -100,7 +100,7 @@ def test_a_layer_that_only_one_rank_reaches(two: list[dict[str, Any]]) -> None:
         ("other weights", "ValueError", "rank 1 has other weights than rank 0"),
         ("other arguments", "ValueError", "rank 1 has other arguments than rank 0"),
         ("an unknown argument", "ValueError", "into must be one of copy, model, graph, got 'thin air'"),
-        ("an unknown layer", "ValueError", "keep names 'nowhere', which is no prunable producer"),
+        ("an unknown layer", "ValueError", "keep names 'nowhere', which is not a prunable producer"),
         (
             "wrapped",
             "GraphError",

@@ -13,7 +13,7 @@ import lnr_prune as lnr
     [
         ({"work": 3}, "work must be the path of a folder, or None, got 3"),
         ({"low_memory": "no"}, "low_memory must be True or False, got 'no'"),
-        ({"progress": "bar"}, "progress must be True, False, None or a function of a text, got 'bar'"),
+        ({"progress": "bar"}, "progress must be True, False, None or a function that takes a string, got 'bar'"),
         ({"alone": None}, "alone must be True or False, got None"),
     ],
 )

@@ -289,7 +289,7 @@ def test_damaged_files_are_computed_anew(
     assert runs.same(runs.pruned("budget", tmp_path), of("budget", expected))
     said = warnings_in(caplog)
     for name in finished.keys() - set(spare):
-        assert any(name in text and "is damaged and is" in text for text in said), name
+        assert any(name in text and "is damaged and will be" in text for text in said), name
     assert files(tmp_path).keys() == {name for name in finished if not name.startswith("sums")}
     caplog.clear()
     assert runs.same(runs.pruned("budget", tmp_path), of("budget", expected))
@@ -337,7 +337,7 @@ def other_layers() -> nn.Module:
 
 KEPT, FITTED = "Keep(channels=0.5)", "Refit(ridge=None, window=1, iterations=10)"
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "amount": ({"amount": lnr.Keep(0.4)}, f"of amount: {KEPT}, now Keep(channels=0.4). Give the same"),
+    "amount": ({"amount": lnr.Keep(0.4)}, f"What differs: amount: {KEPT}, now Keep(channels=0.4). To continue"),
     "kind of amount": ({"amount": lnr.Penalty(ratio=0.1)}, f"amount: {KEPT}, now Penalty(lam=None, ratio=0.1)."),
     "budget": ({"amount": lnr.Budget(macs=0.5)}, f"amount: {KEPT}, now Budget("),
     "selector": ({"selector": "backward"}, "selector: Lasso(solver=Newton("),
@@ -348,13 +348,13 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "no refit": ({"refit": None}, f"refit: {FITTED}, now None"),
     "logits": ({"logits": True}, "logits: False, now True"),
     "graph": ({"into": "graph"}, "into: 'module', now 'graph'"),
-    "weights": ({"model": other_weights()}, "of other weights"),
-    "layers": ({"model": other_layers()}, "of a model of other layers"),
-    "values": ({"data": [*DATA[:3], DATA[3] + 1, *DATA[4:]]}, "of other calibration data (from batch 3 on)"),
-    "order": ({"data": DATA[::-1]}, "of other calibration data (from batch 0 on)"),
-    "batches": ({"data": torch.cat(DATA).split(6)}, "of other calibration data (from batch 1 on)"),
-    "fewer": ({"data": DATA[:-1]}, "of other calibration data (6 batches, now 5)"),
-    "more": ({"data": [*DATA, DATA[0]]}, "of other calibration data (6 batches, now 7)"),
+    "weights": ({"model": other_weights()}, "What differs: other weights"),
+    "layers": ({"model": other_layers()}, "What differs: a model with other layers"),
+    "values": ({"data": [*DATA[:3], DATA[3] + 1, *DATA[4:]]}, "What differs: other calibration data (from batch 3 on)"),
+    "order": ({"data": DATA[::-1]}, "What differs: other calibration data (from batch 0 on)"),
+    "batches": ({"data": torch.cat(DATA).split(6)}, "What differs: other calibration data (from batch 1 on)"),
+    "fewer": ({"data": DATA[:-1]}, "What differs: other calibration data (6 batches, now 5)"),
+    "more": ({"data": [*DATA, DATA[0]]}, "What differs: other calibration data (6 batches, now 7)"),
     "precision": ({"data": [batch.double().float() * (1 + 2e-7) for batch in DATA]}, "other calibration data"),
 }
 
@@ -378,7 +378,7 @@ def test_the_folder_of_another_run_is_refused(what: str, done: Path) -> None:
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
     mine(tmp_path, selector=lnr.Random())
-    with pytest.raises(ValueError, match=r"of selector: Random\(seed=0\), now Random\(seed=1\)\. Give the same"):
+    with pytest.raises(ValueError, match=r"differs: selector: Random\(seed=0\), now Random\(seed=1\)\. To continue"):
         mine(tmp_path, selector=lnr.Random(seed=1))
 
 
@@ -423,7 +423,7 @@ def test_a_folder_with_something_else_in_it_is_refused(made: str, tmp_path: Path
         stored.symlink_to(other)
     else:
         (work / "inner").mkdir()
-    with pytest.raises(ValueError, match="which is not of a prune: give a new or an empty folder"):
+    with pytest.raises(ValueError, match="which no prune wrote: give a new or an empty folder"):
         mine(work)
     assert other.read_text(encoding="utf-8") == "kept"
 
@@ -434,7 +434,9 @@ def test_one_run_at_a_time(tmp_path: Path, expected: Any) -> None:
 
     def meanwhile(doing: str) -> None:
         if not codes:
-            with pytest.raises(LnrPruneError, match="in use by another run: wait for its end, or give another folder"):
+            with pytest.raises(
+                LnrPruneError, match="in use by another run: wait until it ends, or give another folder"
+            ):
                 mine(tmp_path)
             codes.append(ended(started(runs.alone, "lasso", tmp_path, tmp_path.parent / "out")))
             assert runs.same(mine(tmp_path.parent / "other"), wanted)
@@ -498,7 +500,7 @@ def test_a_write_that_fails(
     with monkeypatch.context() as patch:
         owner, name = (os, write[3:]) if write.startswith("os.") else owner_of(write)
         patch.setattr(owner, name, failing(at, NO_ROOM, getattr(owner, name)))
-        with pytest.raises(OSError, match=r"cannot be written: No space left.*make room.*goes on") as caught:
+        with pytest.raises(OSError, match=r"cannot be written: No space left.*free some space.*continues") as caught:
             mine(tmp_path)
         assert caught.value.errno == errno.ENOSPC
     assert not list(tmp_path.glob(".*"))
@@ -612,7 +614,7 @@ def test_forged_files_are_computed_anew(what: str, tmp_path: Path, caplog: pytes
             save_file(tensors, path, {"value": text, "devices": devices, "sha256": checksum})
         tensor, number = work.remembered("value", kind, lambda: (torch.ones(2), 3.0))
         assert (tensor.tolist(), number) == ([1.0, 1.0], 3.0)
-        assert "is damaged and is computed anew" in " ".join(warnings_in(caplog))
+        assert "is damaged and will be computed again" in " ".join(warnings_in(caplog))
         assert work.remembered("value", kind, lambda: (torch.zeros(2), 4.0))[1] == 3.0
     assert not EXECUTED
 

@@ -150,7 +150,7 @@ def test_rounding_minimum_and_layers_that_stay() -> None:
     kept = {group.name: group.kept for group in lnr.prune(model, IMAGES.split(16), budget).report.groups}
     assert kept["10"] == 10
     assert all(count % 2 == 0 and count >= 4 for count in kept.values())
-    with pytest.raises(ValueError, match=r"leave names 'nobody', which is no prunable producer"):
+    with pytest.raises(ValueError, match=r"leave names 'nobody', which is not a prunable producer"):
         lnr.prune(model, IMAGES, lnr.Budget(macs=0.5, grid=lnr.Grid(leave=("nobody",))))
     with pytest.raises(ValueError, match=r"out of reach: the smallest model that it allows has macs 38.9%"):
         lnr.prune(model, IMAGES.split(16), lnr.Budget(macs=0.05, grid=lnr.Grid(leave=("10",), minimum=4)))

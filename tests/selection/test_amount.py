@@ -44,8 +44,8 @@ def test_amounts_check_themselves(
 @pytest.mark.parametrize(
     ("amount", "first", "second"),
     [
-        (0.5, r"lnr\.Keep\(0\.5\), so many channels of every group", r"lnr\.Budget\(macs=0\.5\), such a share"),
-        (8, r"lnr\.Keep\(8\), so many channels of every group", r"lnr\.Budget\(macs=0\.5\), such a share"),
+        (0.5, r"lnr\.Keep\(0\.5\) keeps so many channels of every group", r"lnr\.Budget\(macs=0\.5\) keeps that share"),
+        (8, r"lnr\.Keep\(8\) keeps so many channels of every group", r"lnr\.Budget\(macs=0\.5\) keeps that share"),
         ({"0": 4}, r"lnr\.Keep\({'0': 4}\) if it names layers", r"lnr\.Budget\(macs=0\.5\) if it limits"),
     ],
 )
@@ -71,10 +71,10 @@ def test_layers_that_are_not_named_are_left_out(amount: Callable[[Any], Any], gr
     assert chosen({"2": 1}) == ["2"]
     assert chosen({"2": 1, "0": 1}) == ["0", "2"]  # in order of execution
     assert chosen({}) == []
-    with pytest.raises(ValueError, match=r"names '4', which is no prunable producer \(output of the model\)"):
+    with pytest.raises(ValueError, match=r"names '4', which is not a prunable producer \(output of the model\)"):
         chosen({"4": 1})
 
 
 def test_a_penalty_is_that_of_the_lasso(graph: Graph) -> None:
-    with pytest.raises(ValueError, match=r"of the group lasso; Norm\(\) takes Keep or Budget"):
+    with pytest.raises(ValueError, match=r"needs the group lasso as selector; with Norm\(\), give Keep or Budget"):
         lnr.Penalty(0.1).choices(graph, Norm())
