@@ -50,7 +50,7 @@ class Trained:
 
 def load(name: str, root: Path) -> Trained:
     """ "lenet5", "resnet20", "resnet32", "resnet44" or "resnet56", whose weights and data lie in root; "digits_mlp" or
-    "digits_cnn", trained here on scikit-learn's digits in seconds; or "efficientnet_lite0", whose weights are a package.
+    "digits_cnn", trained here on scikit-learn's digits in seconds; or "efficientnet_lite0", of a package.
 
     Raises:
         LnrPruneError: If a file is missing.
