@@ -245,9 +245,9 @@ AMOUNTS = [
     Case("no amount", lambda of, _: lnr.prune(of, X), TypeError, "missing 1 required positional argument: 'amount'"),  # type: ignore[call-arg]
     pruning("amount None", error=TypeError, message=r"a Keep, a Penalty or a Budget, got None; such as lnr.Keep\(0.5\)",
             amount=None),
-    pruning("amount a fraction", error=TypeError, message=r"0.5, .* things: .*lnr.Keep\(0.5\), .*Budget\(macs=0.5\)",
+    pruning("amount a fraction", error=TypeError, message=r"0.5, .* things: .*lnr.Keep\(0.5\) keeps .*Budget\(macs=0.5\)",
             amount=0.5),
-    pruning("amount a count", error=TypeError, message=r"4, .* two things: .*lnr.Keep\(4\), .*Budget\(macs=0.5\)",
+    pruning("amount a count", error=TypeError, message=r"4, .* two things: .*lnr.Keep\(4\) keeps .*Budget\(macs=0.5\)",
             amount=4),
     pruning("amount a fraction for a graph", error=TypeError, message="a bare number, 0.5, .*Write the one", amount=0.5,
             into="graph"),
@@ -284,9 +284,9 @@ AMOUNTS = [
     setting("keep True", lnr.Keep, TypeError, "keep must be a number.*got True", channels=True),
     setting("keep zero of a layer", lnr.Keep, ValueError, "at least one channel, got keep=0", channels={"0": 0}),
     setting("keep a text of a layer", lnr.Keep, TypeError, "keep must be a number .*got 'all'", channels={"0": "all"}),
-    pruning("keep of an unknown layer", error=ValueError, message="'conv9', which is no .* producer; prunable: 0, 2",
+    pruning("keep of an unknown layer", error=ValueError, message="'conv9', which is not .* producer; prunable: 0, 2",
             amount=lnr.Keep({"conv9": 1})),
-    pruning("keep of a layer by number", error=ValueError, message="keep names 0, which is no",
+    pruning("keep of a layer by number", error=ValueError, message="keep names 0, which is not",
             amount=lnr.Keep({0: 4})),  # type: ignore[dict-item]
     pruning("keep of the output", error=ValueError, message=r"\(output of the model\)", amount=lnr.Keep({"4": 2})),
     # it works

@@ -155,7 +155,7 @@ def softmax_regression(
         return float((error - error.mean(1, keepdim=True)).square().sum())
 
     def fitted(tied: Tensor, begin: Tensor, rows: Tensor, ridge: float) -> Tensor:
-        found, scale = begin.clone().requires_grad_(), x[rows].square().mean()
+        found, scale = begin.clone(memory_format=torch.contiguous_format).requires_grad_(), x[rows].square().mean()
         optimiser = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:

@@ -289,7 +289,7 @@ def test_a_damaged_file_is_refused(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "no JSON"),
+        (b"", "not JSON"),
         (b"{}", "of format None"),
         (b'{"format": 1}', "lacks its entry"),
         (b"\xff\xfe{}", "neither a safetensors file nor JSON"),
