@@ -119,8 +119,8 @@ def prune(
         graph, target = prunable(model, example, into)  # the channel groups, and the module that will lose them
         groups, tensors = shrinking_groups(model, graph, settings, example), named_tensors(model)
         with remembering(run, model, data, settings, work) as (data, work):
-            samples = work.ranks.before(data.samples)[1] or 0
             memory = fitting_memory(graph, groups, tensors, settings, run)
+            samples = work.ranks.before(data.samples)[1] or 0
             passes = read_in_passes(model, memory.passes, memory.lasting, data, bias=bias, work=work)  # second moments
             choices, predicted = settings.choices(graph), dict[ChannelGroup, float]()
             if isinstance(amount, Budget):  # the sizes at which the outputs suffer least

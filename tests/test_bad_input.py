@@ -245,7 +245,7 @@ AMOUNTS = [
     Case("no amount", lambda of, _: lnr.prune(of, X), TypeError, "missing 1 required positional argument: 'amount'"),  # type: ignore[call-arg]
     pruning("amount None", error=TypeError, message=r"a Keep, a Penalty or a Budget, got None; such as lnr.Keep\(0.5\)",
             amount=None),
-    pruning("amount a fraction", error=TypeError, message=r"0.5, .* things: .*lnr.Keep\(0.5\) keeps .*Budget\(macs=0.5\)",
+    pruning("amount a fraction", error=TypeError, message=r"0.5, .* things: .*Keep\(0.5\) keeps .*Budget\(macs=0.5\)",
             amount=0.5),
     pruning("amount a count", error=TypeError, message=r"4, .* two things: .*lnr.Keep\(4\) keeps .*Budget\(macs=0.5\)",
             amount=4),

@@ -35,8 +35,14 @@ def fitted_to_all_calls(layer: RefitLayer, moments: SecondMoments, ridge: float 
     return ridge_regression(moments.through(W), None, layer.stays(), layer.ridged(), W, ridge)
 
 
-def divergence_fitted(layer: RefitLayer, target: Target, M: Tensor, ridge: float, *, squares: bool) -> Tensor | None:
-    """M fitted again, for a target of logits, by the divergence of their softmax; see `softmax_regression`."""
+def divergence_fitted(
+    layer: RefitLayer, target: Target, M: Tensor, ridge: float, *, squares: bool
+) -> tuple[Tensor, float] | None:
+    """M fitted again, for a target of logits, by the divergence of their softmax, see `softmax_regression`.
+
+    Returns:
+        M and ``E||y - M x||^2``, or None if this serves nobody better.
+    """
     parts = [(torch.full((len(x),), part, device=x.device), x, y) for part, x, y, _ in rows_of(layer, target)]
     of_all = [rows for of_rank in target.ranks.all_gather(parts) for rows in of_rank]
     held, x, y = (torch.cat(each) for each in zip(*of_all, strict=True))
@@ -45,7 +51,10 @@ def divergence_fitted(layer: RefitLayer, target: Target, M: Tensor, ridge: float
     if seen.count == 0:
         return None
     start, _ = ridge_regression(seen, None, stays, layer.ridged(), layer.matrix({}), ridge)
-    return softmax_regression(x * stays, y, held, M, start, squares=squares)
+    found = softmax_regression(x * stays, y, held, M, start, squares=squares)
+    if found is None:
+        return None
+    return found, float((y - (x * stays).to(found) @ found.T).square().sum(1).mean())
 
 
 def _moments(layer: RefitLayer, target: Target, W: Tensor) -> tuple[SecondMoments, SecondMoments | None]:

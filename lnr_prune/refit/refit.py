@@ -225,7 +225,8 @@ def solve_layer(
     M, fit = fitted(layer, aimed, ridge)
     if softmax is not False:
         probable = divergence_fitted(layer, aimed, M, fit.ridge, squares=softmax is None)
-        M, fit = (M, fit) if probable is None else (probable, replace(fit, softmax=True))
+        if probable is not None:
+            M, fit = probable[0], replace(fit, error=probable[1], softmax=True)
     M = work.ranks.broadcast(M)[0]
     found = None if maker is None else refit_jointly(maker, layer, M, aimed, logits=softmax is True)
     if maker is None or found is None:

@@ -13,7 +13,6 @@ from lnr_prune.report.rows import LayerReport
 
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8, 1e-12)
 """Ridges to choose from, as fractions of the inputs' mean second moment."""
-SLACK = 0.02  # share by which a divergence fit may raise the squared error of outputs that may be no logits
 DEFAULT_RIDGE = 1e-6  # where no sample can be held out
 
 
@@ -138,8 +137,8 @@ def softmax_regression(
         held: Rows that are held out, (n,) bool.
         M: The least-squares matrix on all rows, (h, d); the ridge of the last fit is towards it.
         start: The least-squares matrix on the rows that are not held out; the ridge of all other fits is towards it.
-        squares: Whether the squared error on the held-out rows must not grow either, apart from what softmax does not
-            see. This is for outputs that are not known to be logits.
+        squares: Whether the squared error on the held-out rows must not grow either. This is for outputs that are not
+            known to be logits.
 
     Returns:
         M, (h, d), or None if no divergence fit is better on the held-out rows than least squares.
@@ -150,9 +149,8 @@ def softmax_regression(
     def divergence(M: Tensor, rows: Tensor) -> Tensor:
         return (p[rows] * (p[rows].clamp_min(1e-30).log() - (x[rows] @ M.T).log_softmax(1))).sum(1).mean()
 
-    def spread(M: Tensor) -> float:
-        error = y[held] - x[held] @ M.T
-        return float((error - error.mean(1, keepdim=True)).square().sum())
+    def squares_of(M: Tensor) -> float:
+        return float((y[held] - x[held] @ M.T).square().sum())
 
     def fitted(tied: Tensor, begin: Tensor, rows: Tensor, ridge: float) -> Tensor:
         found, scale = begin.clone(memory_format=torch.contiguous_format).requires_grad_(), x[rows].square().mean()
@@ -171,11 +169,11 @@ def softmax_regression(
     if not bool(held.any()) or bool(held.all()):
         return None
     found, best, chosen, last = start, float(divergence(start, held)), math.inf, math.inf
-    most = (1 + SLACK) * spread(start) if squares else math.inf
+    most = squares_of(start) if squares else math.inf
     for ridge in RIDGES:
         found = fitted(start, found, ~held, ridge)
         error = float(divergence(found, held))
-        if error > last or spread(found) > most:
+        if error > last or squares_of(found) > most:
             break
         last = error
         if error < best:

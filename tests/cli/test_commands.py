@@ -212,7 +212,7 @@ def test_inspect(folder: Path) -> None:
 
 
 MISTAKES = [
-    ([*DATA, "--keep", "0.5"], 2, "Give --out"),
+    ([*DATA, "--keep", "0.5"], 2, "give --out"),
     ([*DATA, "--dry-run"], 2, "Give one of --keep"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--macs", "0.5"], 2, "got keep and budget"),
     ([*DATA, "--dry-run", "--keep", "half"], 2, "--keep takes a number"),
@@ -273,7 +273,7 @@ def test_a_file_of_another_model_exits_with_1() -> None:
 
 
 def test_random_inputs_need_a_shape() -> None:
-    assert "Give --shape" in run("inspect", MODEL).stderr
+    assert "give --shape" in run("inspect", MODEL).stderr
     assert "vocab_size" in run("inspect", MODEL, "--tokens", "5").stderr
     with pytest.raises(ValueError, match="positive"):
         shape_of("3,0")

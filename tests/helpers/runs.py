@@ -25,7 +25,7 @@ AMOUNTS: dict[str, dict[str, Any]] = {  # arguments of a prune
     "penalty": {"amount": lnr.Penalty(ratio=0.1), "refit": lnr.Refit(ridge=1e-3)},
     "backward": {"amount": lnr.Keep({"0": 3, "10": 0.5}), "selector": lnr.Backward(swaps=8), "logits": True},
     "random": {"amount": lnr.Keep(0.6), "selector": lnr.Random(seed=3), "refit": None},
-    "budget": {"amount": lnr.Budget(macs=0.6, effort=lnr.Effort(search=4)), "selector": "backward"},
+    "budget": {"amount": lnr.Budget(macs=0.3, effort=lnr.Effort(search=4)), "selector": "backward"},
     "logits": {"amount": lnr.Budget(params=0.5, effort=lnr.Effort(search=2)), "logits": True},
     "graph": {"amount": lnr.Keep(0.5), "into": "graph"},
     "residual": {"amount": lnr.Budget(params=0.6)},

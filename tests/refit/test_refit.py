@@ -222,7 +222,7 @@ def test_outputs_that_are_no_logits_are_not_fitted_as_if_they_were() -> None:
     M, start = (torch.linalg.lstsq(x[rows], y[rows]).solution.T for rows in (held | ~held, ~held))
     found = softmax_regression(x, y, held, M, start, squares=True)
     errors = [float(((y - x @ m.T)[held]).square().sum()) for m in (M, M if found is None else found)]
-    assert errors[1] <= 1.05 * errors[0]
+    assert errors[1] <= 1.02 * errors[0]
 
 
 def test_a_suspended_function_asks_and_is_answered() -> None:

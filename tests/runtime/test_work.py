@@ -346,7 +346,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"refit": lnr.Refit(window=2)}, f"refit: {FITTED}, now Refit(ridge=None, window=2,"),
     "bias": ({"bias": False}, "bias: True, now False"),
     "no refit": ({"refit": None}, f"refit: {FITTED}, now None"),
-    "logits": ({"logits": True}, "logits: False, now True"),
+    "logits": ({"logits": True}, "logits: None, now True"),
     "graph": ({"into": "graph"}, "into: 'module', now 'graph'"),
     "weights": ({"model": other_weights()}, "What differs: other weights"),
     "layers": ({"model": other_layers()}, "What differs: a model with other layers"),
@@ -396,7 +396,11 @@ def test_the_folder_of_another_version_or_number_of_processes(name: str, done: P
         "data": replace(run, data=run.data * 2),
     }
     laid({**files(done), RUN: others[name].to_json().encode()}, tmp_path)
-    words = {"version": "of lnr-prune: 0.0.9, now", "torch": "of torch: 1.0, now", "data": "of 2 processes, now 1"}
+    words = {
+        "version": "differs: lnr-prune: 0.0.9, now",
+        "torch": "differs: torch: 1.0, now",
+        "data": "differs: 2 processes, now 1",
+    }
     with pytest.raises(ValueError, match=words[name]):
         mine(tmp_path)
 
@@ -692,4 +696,4 @@ def test_processes_that_prune_together_go_on_together(name: str, tmp_path: Path)
     for rank in range(2):
         said = (tmp_path / f"error-{rank}").read_text(encoding="utf-8")
         assert "rank 0: ValueError: the work folder" in said
-        assert "logits: False, now True" in said
+        assert "logits: None, now True" in said

@@ -90,7 +90,7 @@ def test_the_bytes_of_the_statistics_are_those_that_are_used(name: str, bias: bo
 def test_the_largest_group_and_layer_count() -> None:
     model = mlp(8, *HIDDEN, 4)
     plan = plan_of(model, X, bias=False)
-    assert plan.layers == {"2.weight": 8 * 300**2, "4.weight": 8 * 200**2, "6.weight": 8 * 100**2}
+    assert plan.layers == {"2.weight": 16 * 300**2, "4.weight": 16 * 200**2, "6.weight": 16 * 100**2}
     assert plan.at_once == sum(plan.layers.values())
     assert (plan.largest, plan.refitted) == ("0", "2")
     assert plan.solve == 8 * (SOLVE[0] * 300**2 + SOLVE[1] * 200 * 300)
@@ -104,7 +104,7 @@ def test_the_largest_group_and_layer_count() -> None:
 
 def test_passes_are_as_long_as_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp(8, 20, 20, 20, 20, 20, 8)
-    unit = 8 * 20**2
+    unit = 16 * 20**2  # two halves
     for share, sizes in ((2.0, [2, 2, 1]), (1.9, [1, 1, 1, 1, 1]), (3.5, [3, 2]), (5.0, [5])):
         monkeypatch.setattr(memory, "PASS", share * unit / plan_of(model, X, bias=False).solve)
         plan = plan_of(model, X, bias=False, low_memory=True)
