@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -222,11 +223,16 @@ def test_rows_are_printed_and_drawn(tmp_path: Path) -> None:
     assert table(rows).row_count == len(rows)
 
 
+HOUR = 3600.0
+
+
 def failing() -> Found:
     raise ValueError("a | b")
 
 
 def endless() -> Found:
+    """Until the alarm, which comes at once, whatever the limit."""
+    signal.raise_signal(signal.SIGALRM)
     while True:
         time.sleep(0.01)
 
@@ -235,12 +241,14 @@ def test_a_section_goes_on_after_a_failure_and_ends_in_time(tmp_path: Path, caps
     sheet = Sheet({"device": "here"}, tmp_path / "rows.json")
     well = Found({"figure": 0.5})
     sheet.run(
-        Section("first", ("figure",), 1.0, {"fails": failing, "works": lambda: well, "hangs": endless, "late": failing})
+        Section(
+            "first", ("figure",), HOUR, {"fails": failing, "works": lambda: well, "hangs": endless, "late": failing}
+        )
     )
     sheet.run(
-        Section("second", ("figure",), 9.0, {"works": lambda: well, "differs": lambda: Found({"figure": 2}, "two")})
+        Section("second", ("figure",), HOUR, {"works": lambda: well, "differs": lambda: Found({"figure": 2}, "two")})
     )
-    over = "1 s are over"
+    over = "3600 s are over"
     assert [(row.section, row.what, row.wrong) for row in sheet.rows] == [
         ("first", "fails", "ValueError: a / b"), ("first", "works", ""),
         ("first", "hangs", f"stopped: {over}"), ("first", "late", f"not run: {over}"),
@@ -255,7 +263,7 @@ def test_a_section_goes_on_after_a_failure_and_ends_in_time(tmp_path: Path, caps
 
 def test_the_exit_code_tells_of_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(wrong: str) -> Any:
-        return lambda *_: Section("one", (), 9.0, {"row": lambda: Found({}, wrong)}), 9.0
+        return lambda *_: Section("one", (), HOUR, {"row": lambda: Found({}, wrong)}), 9.0
 
     monkeypatch.setattr(accelerator, "SECTIONS", {"well": made(""), "ill": made("no")})
     accelerator.main(device="cpu", sections="well")

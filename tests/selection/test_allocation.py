@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lnr_prune as lnr
 from lnr_prune.calibration.calls import Call
-from lnr_prune.calibration.data import calibrate
+from lnr_prune.calibration.data import calibrate, first_of_each_half
 from lnr_prune.calibration.divergence import divergence, output_error, outputs
 from lnr_prune.calibration.reading import read
 from lnr_prune.collapse.collapse import collapse
@@ -173,18 +173,22 @@ def test_a_group_that_matters_to_the_outputs_keeps_more() -> None:
 
 def test_the_curves_are_the_measured_divergence() -> None:
     torch.manual_seed(0)
-    model, x = mlp(8, 20, 4).double().requires_grad_(False), torch.randn(100, 8, dtype=torch.float64)
+    model, x = mlp(8, 20, 4).double().requires_grad_(False), torch.randn(4000, 8, dtype=torch.float64)
     data = calibrate(model, [x])
     readings = read(model, find_groups(model, (x,), {}).groups, data, bias=True)
-    error = output_error(model, list(data))
+    fit, judging = first_of_each_half(data, None)
+    error = output_error(model, judging)
     (curve,) = error_curves(dict(model.named_parameters()), [readings], error)[0].values()
     assert float(curve[20]) == 0.0
     assert bool((curve.diff() <= 1e-12).all())
     original = outputs(model, ((x,), {}))
     for size in (10, 5, 2):
-        pruned = lnr.prune(model, [x], lnr.Keep(size), selector="backward", refit=lnr.Refit(ridge=1e-4))
-        measured = divergence([original], [outputs(pruned.model, ((x,), {}))])
-        assert measured == pytest.approx(float(curve[size]), rel=0.05)
+        seen = torch.cat([batch for (batch,), _ in fit])
+        pruned = lnr.prune(
+            model, [seen], lnr.Keep(size), selector="backward", refit=lnr.Refit(ridge=1e-4), logits=False
+        )
+        both = [[outputs(net, call) for call in judging] for net in (model, pruned.model)]
+        assert divergence(*both) == pytest.approx(float(curve[size]), rel=0.05)
     spread = (original - original.mean(0)).square().sum()
     assert divergence([original], [original + 1]) == pytest.approx(float(original.numel() / spread))
 
