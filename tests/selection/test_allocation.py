@@ -187,8 +187,8 @@ def test_the_curves_are_the_measured_divergence() -> None:
         pruned = lnr.prune(
             model, [seen], lnr.Keep(size), selector="backward", refit=lnr.Refit(ridge=1e-4), logits=False
         )
-        both = [[outputs(net, call) for call in judging] for net in (model, pruned.model)]
-        assert divergence(*both) == pytest.approx(float(curve[size]), rel=0.05)
+        whole, small = ([outputs(net, call) for call in judging] for net in (model, pruned.model))
+        assert divergence(whole, small) == pytest.approx(float(curve[size]), rel=0.05)
     spread = (original - original.mean(0)).square().sum()
     assert divergence([original], [original + 1]) == pytest.approx(float(original.numel() / spread))
 
