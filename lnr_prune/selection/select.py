@@ -118,7 +118,7 @@ def _warn_of_few_samples(readings: Sequence[Reading], samples: int) -> None:
     if few and samples:
         name, columns = max(few.items(), key=lambda entry: entry[1])
         logger.warning(
-            "%d layers have fewer than two rows per column to learn from (%r has %d columns; there are %d calibration "
+            "fewer than two rows per column to learn from, in %d layers (%r has %d columns; there are %d calibration "
             "samples): they stay near their original weights; give more samples",
             len(few), name, columns, samples,
         )  # fmt: skip

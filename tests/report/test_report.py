@@ -49,22 +49,24 @@ def test_it_knows_sizes_and_latencies_and_compares_without_the_latter() -> None:
     assert "size" not in str(Report.from_dict(old))
 
 
-def test_a_group_whose_readers_stay_as_they_are_has_no_error() -> None:
-    """The lasso's own coefficients are shrunk, but the pruned model does not have them."""
+def test_a_group_that_loses_nothing_has_no_error() -> None:
+    """The lasso's own coefficients would be shrunk, but the pruned model does not have them."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
     )
     data = [torch.randn(64, 6)]
     whole, half = lnr.prune(model, data, lnr.Keep({"0": 8, "2": 4})).report.groups
-    assert (whole.kept, whole.error) == (8, 0.0)
-    assert whole.before_refit is not None
+    assert (whole.kept, whole.error, whole.before_refit) == (8, 0.0, 0.0)
     assert half.error is not None
     assert half.error > 0
     left = lnr.prune(model, data, lnr.Penalty(ratio={"0": 0.01}), refit=None).report.groups[0]
-    assert left.error == left.before_refit
-    assert left.error is not None
-    assert left.error > 0
+    assert (left.kept, left.error, left.before_refit) == (8, 0.0, 0.0)
+    some = lnr.prune(model, data, lnr.Penalty(ratio={"0": 0.5}), refit=None).report.groups[0]
+    assert some.kept < 8
+    assert some.error == some.before_refit
+    assert some.error is not None
+    assert some.error > 0
 
 
 def test_what_is_being_done_is_told() -> None:
@@ -72,7 +74,14 @@ def test_what_is_being_done_is_told() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 3))
     told: list[str] = []
     lnr.prune(model, [torch.randn(64, 6)], lnr.Budget(params=0.5), run=lnr.Run(progress=told.append))
-    steps = ["measuring 0", "measuring what the refit leaves", "selecting 0", "refitting 0", "refitting 2"]
+    steps = [
+        "measuring 0",
+        "measuring what the refit leaves",
+        "predicting",
+        "selecting 0",
+        "refitting 0",
+        "refitting 2",
+    ]
     assert list(dict.fromkeys(told)) == ["statistics", *steps]
 
 
