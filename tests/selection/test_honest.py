@@ -1,5 +1,6 @@
 """Honest with little data: nothing is judged by what it was fitted to."""
 
+import os
 from collections.abc import Mapping
 
 import pytest
@@ -18,6 +19,8 @@ from lnr_prune.lasso.backward import backward
 from lnr_prune.lasso.problem import debias
 from lnr_prune.selection.honest import held_out_error, ridges_of
 from tests.helpers.models import mlp, randomised
+
+DRAWS = int(os.environ.get("LNR_PRUNE_DRAWS", "20"))
 
 
 def reading_of(model: nn.Module, x: Tensor) -> tuple[Reading, Mapping[str, Tensor]]:
@@ -73,12 +76,12 @@ def promised_and_shown(seed: int, samples: int, share: float) -> tuple[float, fl
 
 def test_a_prediction_is_kept_by_new_data() -> None:
     """In 95 of 100 draws the error on fresh samples is at most 1.5 times as large as predicted."""
-    draws = [promised_and_shown(seed, 24 + 4 * (seed % 20), 0.4 + 0.1 * (seed % 5)) for seed in range(100)]
+    draws = [promised_and_shown(seed, 24 + 4 * (seed % 20), 0.4 + 0.1 * (seed % 5)) for seed in range(DRAWS)]
     broken = [(predicted, shown) for predicted, shown in draws if shown > 1.5 * predicted]
-    assert len(broken) <= 5, broken
+    assert len(broken) <= DRAWS // 20, broken
 
 
-@settings(max_examples=10)
+@settings(max_examples=3)
 @given(st.integers(0, 1000))
 def test_a_prediction_is_not_fear_either(seed: int) -> None:
     predicted, shown = promised_and_shown(seed, 400, 0.6)
