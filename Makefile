@@ -4,8 +4,8 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 FAST := tests/test_layout.py tests/lasso/test_prox.py tests/lasso/test_problem.py tests/calibration tests/report \
-        tests/graph/test_groups.py tests/collapse/test_collapse.py tests/refit tests/selection/test_selectors.py \
-        tests/selection/test_amount.py tests/selection/test_budget.py tests/adapters tests/test_inspection.py
+        tests/graph/test_groups.py tests/collapse/test_collapse.py tests/refit/test_refit.py tests/selection/test_amount.py \
+        tests/selection/test_budget.py tests/selection/test_selectors.py tests/test_inspection.py
 
 .PHONY: demo quick test format bench docs package audit clean help
 
