@@ -94,8 +94,9 @@ def _gathered(
         if batch < done:
             continue
         watch(model, call, readers, add)
-        for name, (fit, held) in sums.items():
-            check_finite(name, fit + held, f"batch {batch}", call)
+        for name, of_parts in sums.items():
+            for moments in of_parts:
+                check_finite(name, moments, f"batch {batch}", call)
         work.keep(so_far, (tuple(readers), batch + 1, {name: tuple(both) for name, both in sums.items()}))
         work.step("statistics")
     if batch < 0:
@@ -125,18 +126,22 @@ def check_finite(weight: str, moments: SecondMoments, where: str, call: Call | N
         CalibrationError: It names the layer and the place, such as "batch 3", and says whether that batch, the
             call, is finite itself.
     """
-    advice = "remove NaN and Inf from the calibration data, or calibrate in a wider dtype"
-    if call is not None:
-        values = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        bad = sum(int((~torch.isfinite(leaf)).sum()) for leaf in values)
-        advice = (
-            f"{bad:,} of the batch's own values are NaN or Inf: leave out these samples"
-            if bad
-            else "the batch itself is finite, so the model produces them: scale the data as in training, "
-            "or calibrate in a wider dtype"
-        )
     for side, total in (("inputs", moments.xx.diagonal().sum()), ("outputs", moments.yy)):
         if not bool(torch.isfinite(total)):
             raise CalibrationError(
-                f"the {side} of layer {weight.removesuffix('.weight')!r} are not finite in {where}: {advice}"
+                f"the {side} of layer {weight.removesuffix('.weight')!r} are not finite in {where}: {_advice(call)}"
             )
+
+
+def _advice(call: Call | None) -> str:
+    """What to do about sums that are not finite."""
+    if call is None:
+        return "remove NaN and Inf from the calibration data, or calibrate in a wider dtype"
+    values = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    bad = sum(int((~torch.isfinite(leaf)).sum()) for leaf in values)
+    if bad:
+        return f"{bad:,} of the batch's own values are NaN or Inf: leave out these samples"
+    return (
+        "the batch itself is finite, so the model produces them: scale the data as in training, "
+        "or calibrate in a wider dtype"
+    )

@@ -30,11 +30,6 @@ def fit(halves: Halves) -> SecondMoments:
     return halves.fit
 
 
-def held(halves: Halves) -> SecondMoments:
-    """The moments of the samples that judge."""
-    return halves.held
-
-
 @dataclass(frozen=True, eq=False)
 class Reading:
     """A group and the layers that read it.

@@ -81,7 +81,8 @@ def _moments(layer: RefitLayer, target: Target, W: Tensor) -> tuple[SecondMoment
         if waiting[part]:
             add(part)
     name = layer.adapted.consumer.name
-    check_finite(name, sums[0] + sums[1], "the pruned network")
+    for moments in sums:
+        check_finite(name, moments, "the pruned network")
     fit, held = (each.over_ranks(target.ranks) for each in sums)
     if fit.count == 0:
         raise CalibrationError(

@@ -46,10 +46,9 @@ def error_curves(
 
     def measure(reading: Reading) -> tuple[Tensor, Elimination]:
         work.step(f"measuring {reading.group.name}")
-        ridges = ridges_of(reading, tensors)
-        problem = reading.problem(tensors, part=fit, ridges=ridges)
+        problem = reading.problem(tensors, part=fit, ridges=ridges_of(reading, tensors))
         elimination, measured = backward(problem), {}
-        shape = through(elimination.errors, held_out_errors(reading, tensors, elimination, ridges))
+        shape = through(elimination.errors, held_out_errors(reading, tensors, elimination, problem))
         for size in sorted({max(1, int(share * problem.n_groups)) for share in SHARES}):
             M = debias(problem, elimination.support(size))
             weights: dict[str, Tensor] = {}

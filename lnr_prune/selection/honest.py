@@ -5,14 +5,14 @@ lasso use moments with a ridge towards the original matrix. The ridge is the bes
 and curves of errors are measured on that half, too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lnr_prune.calibration.reading import Reading, fit
+from lnr_prune.calibration.reading import Reading
 from lnr_prune.lasso.backward import Elimination
-from lnr_prune.lasso.problem import debias
+from lnr_prune.lasso.problem import GroupLasso, debias
 from lnr_prune.lasso.prox import Matrices
 from lnr_prune.refit.regression import DEFAULT_RIDGE, chosen_ridge
 
@@ -52,9 +52,8 @@ def held_out_error(reading: Reading, tensors: Mapping[str, Tensor], coefficients
 
 
 def held_out_errors(
-    reading: Reading, tensors: Mapping[str, Tensor], elimination: Elimination, ridges: Sequence[float]
+    reading: Reading, tensors: Mapping[str, Tensor], elimination: Elimination, problem: GroupLasso
 ) -> dict[int, float]:
-    """Number of channels -> `held_out_error` of those that elimination leaves, fitted to the other samples."""
-    problem = reading.problem(tensors, part=fit, ridges=ridges)
+    """Number of channels -> `held_out_error` of those that elimination leaves, fitted by the same problem."""
     sizes = sorted({max(1, int(share * reading.group.size)) for share in EIGHTHS})
     return {size: held_out_error(reading, tensors, debias(problem, elimination.support(size))) for size in sizes}
