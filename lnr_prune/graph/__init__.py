@@ -1,8 +1,8 @@
 """Model -> channel groups. Knows nothing about solvers or adapters.
 
 What comes in: a module and one call of it. ``trace`` exports the call to ATen operations. ``owners`` records, for every
-element of every activation, which index of which parameter made it; this is followed through data movement (``moves``),
-products (``contractions``) and the other operations (``rules``). ``closure`` finds what can only leave together, and
+element of every activation, which index of which parameter made it; ``rules`` follow this through pointwise
+operations, and ``operations`` through all others. ``closure`` finds what can only leave together, and
 ``sizes`` finds the ints in the forward that count channels. What goes out: a `Graph` of `ChannelGroup` objects
 (``groups``), each with its producers and consumers, the reasons why other layers stay whole, and which layer feeds
 which (``flow``, drawn by ``drawing``). An operation that is not understood freezes the channels that it touches. All

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.errors import GraphError
-from lnr_prune.graph import contractions, moves  # noqa: F401  (they register their rules)
+from lnr_prune.graph import operations  # noqa: F401  (they register their rules)
 from lnr_prune.graph.closure import close
 from lnr_prune.graph.flow import data_flow
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lnr_prune.graph.nodes import argument, describe, op_name, shape_of, spatial_axes
+from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, nobody, varying_axes
 from lnr_prune.graph.trace import Trace
 
@@ -31,10 +31,6 @@ POINTWISE = {
 UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like")}
 # Position of the weight among the arguments of a layer's operation.
 WEIGHTS = {"linear": 1, **{f"conv{n}d": 1 for n in (1, 2, 3)}}
-POOLS = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)} | {
-    "max_pool2d_with_indices",
-    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "bilinear2d", "bicubic2d")),
-}
 
 
 @dataclass(frozen=True)
@@ -211,9 +207,6 @@ def _apply_rule(state: Propagation, node: fx.Node) -> Ids | None:
         return state.of(argument(node, 0, "self"))
     if name in UNIFORM:
         return nobody(shape_of(node))
-    if name in POOLS:
-        ids = state.of(argument(node, 0, "self"))
-        return state.owners.mix(ids, range(ids.dim() - spatial_axes(node), ids.dim()), describe(node))
     if is_pointwise(node):
         return meet(state, node, [(state.of(value), state.extent(value)) for value in node.all_input_nodes])
     return None

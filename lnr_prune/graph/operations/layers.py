@@ -1,0 +1,134 @@
+"""Rules for layers, ``y = W x``: who reads the columns of a weight, and who makes its rows."""
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+from lnr_prune.graph.nodes import argument, describe, op_name, shape_of, spatial_axes
+from lnr_prune.graph.owners import along
+from lnr_prune.graph.rules import Propagation, Site, meet, rule
+
+
+def apply_weight(
+    state: Propagation,
+    node: fx.Node,
+    operands: tuple[fx.Node, fx.Node, fx.Node | None],
+    axis: int,
+    rows: int = 0,
+    columns: int = 1,
+) -> Tensor | None:
+    """``y = W x``: x's channels along the axis are the weight's columns, y's its rows."""
+    x, weight, bias = operands
+    names, owners, reason = state.trace.names, state.owners, describe(node)
+    if weight not in names:
+        found = _computed_rows(state, weight, rows)
+        if found is None:
+            return None
+        owners.freeze(state.of(x), f"read by a computed weight in {reason}")
+        return _produce(state, node, operands, axis, *found)
+    name = names[weight]
+    op = "linear" if op_name(node) in ("addmm", "matmul", "mm") else op_name(node)
+    row_ids = owners.rows(name, rows)
+    owners.couple_axis(state.of(x), axis, owners.slot(name, columns), f"input of {reason}")
+    state.sites.append(Site(name, names.get(bias) if bias is not None else None, op, (name, rows), (name, columns)))
+    return _produce(state, node, operands, axis, name, row_ids)
+
+
+def _computed_rows(state: Propagation, weight: fx.Node, rows: int) -> tuple[str, Tensor] | None:
+    """The parameter whose rows are the rows of a computed weight, and their ids."""
+    if weight in state.moving or not bool(state.of(weight).any()):
+        return None
+    owners, others = state.owners, [axis for axis in range(len(shape_of(weight))) if axis != rows]
+    ids = owners.mix(state.of(weight), others, f"computing {describe(weight)}").reshape(-1)
+    for name in owners.by_row:
+        if bool(torch.isin(ids, owners.slot(name, 0)).all()):
+            owners.rows(name, 0)
+            return name, ids
+    return None
+
+
+def _produce(
+    state: Propagation,
+    node: fx.Node,
+    operands: tuple[fx.Node, fx.Node, fx.Node | None],
+    axis: int,
+    name: str,
+    row_ids: Tensor,
+) -> Tensor:
+    """The ids of a contraction's output: its weight's rows, to which the bias is coupled."""
+    x, _, bias = operands
+    if bias is not None:
+        state.owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), describe(node))
+    applied = x if op_name(node).startswith("conv_transpose") else node  # where the weight is applied
+    shape = shape_of(applied)
+    state.macs[name] += math.prod(shape) // shape[axis] * state.trace.tensors[name].numel()
+    return along(row_ids, axis, shape_of(node))
+
+
+@rule("linear")
+def _linear(state: Propagation, node: fx.Node) -> Tensor | None:
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    return apply_weight(state, node, (x, weight, bias), len(shape_of(node)) - 1)
+
+
+@rule("addmm")
+def _addmm(state: Propagation, node: fx.Node) -> Tensor | None:
+    bias, x, weight = (argument(node, i, name) for i, name in enumerate(("self", "mat1", "mat2")))
+    if node.kwargs:  # beta, alpha
+        return None
+    return apply_weight(state, node, (x, weight, bias), 1, rows=1, columns=0)
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def _convolution(state: Propagation, node: fx.Node) -> Tensor | None:
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    groups, axis = argument(node, 6, "groups", 1), len(shape_of(node)) - 1 - spatial_axes(node)
+    if groups == 1:
+        return apply_weight(state, node, (x, weight, bias), axis)
+    return _whole_groups(state, node, groups, axis)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _transposed_convolution(state: Propagation, node: fx.Node) -> Tensor | None:
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    axis = len(shape_of(node)) - 1 - spatial_axes(node)
+    groups = argument(node, 6, "groups", 1)
+    if groups == 1:
+        return apply_weight(state, node, (x, weight, bias), axis, rows=1, columns=0)
+    return _whole_groups(state, node, groups, axis)
+
+
+def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int) -> Tensor | None:
+    """A grouped convolution loses whole groups of inputs and outputs; if depthwise, a group is one channel."""
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    names, owners, reason = state.trace.names, state.owners, describe(node)
+    found = (names[weight], owners.slot(names[weight], 0)) if weight in names else _computed_rows(state, weight, 0)
+    if found is None:
+        return None
+    first = found[1].view(groups, -1)[:, :1]
+    owners.couple(found[1].view(groups, -1), first, reason)
+    inputs, outputs = (first.expand(groups, shape_of(side)[axis] // groups).reshape(-1) for side in (x, node))
+    owners.couple_axis(state.of(x), axis, inputs, f"input of {reason}")
+    return _produce(state, node, (x, weight, bias), axis, found[0], outputs)
+
+
+@rule("embedding")
+def _embedding(state: Propagation, node: fx.Node) -> Tensor | None:
+    weight = argument(node, 0, "weight")
+    if weight not in state.trace.names:
+        return None
+    name, owners = state.trace.names[weight], state.owners
+    owners.freeze(owners.slot(name, 0), f"vocabulary of {describe(node)}")
+    return along(owners.rows(name, 1), len(shape_of(node)) - 1, shape_of(node))
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def _weight_norm(state: Propagation, node: fx.Node) -> Tensor | None:
+    direction, magnitude = argument(node, 0, "v"), argument(node, 1, "g")
+    if argument(node, 2, "dim", 0) != 0:
+        return None
+    ids = state.owners.mix(state.of(direction), range(1, len(shape_of(direction))), describe(node))
+    return meet(
+        state, node, [(ids, shape_of(direction)), (state.of(magnitude), shape_of(magnitude))], shape_of(direction)
+    )
