@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lnr_prune.errors import CalibrationError, LnrPruneError, ran_out_of_memory
 from lnr_prune.graph.module import evaluating, unfused_attention, without_caches
+from lnr_prune.runtime import noise
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one forward pass."""
@@ -67,14 +68,15 @@ def shortened(call: Call, size: int = 2) -> Call:
 def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:
     """``model(*args, **kwargs)`` without gradients, with some of its tensors replaced for this call.
 
-    Key-value caches among the outputs are left out: they follow the layers that fill them.
+    If the model draws random numbers, they depend on the call only: every network draws the same ones. Key-value
+    caches among the outputs are left out: they follow the layers that fill them.
 
     Raises:
         CalibrationError: If the model does not accept the call; the message names the layer that failed.
     """
     args, kwargs = call
     try:
-        with torch.no_grad(), evaluating(model), unfused_attention():
+        with torch.no_grad(), evaluating(model), unfused_attention(), noise.seeded(call):
             return without_caches(functional_call(model, dict(weights or {}), args, kwargs))
     except LnrPruneError:
         raise

@@ -13,6 +13,7 @@ from lnr_prune.calibration.attention import visible_attention
 from lnr_prune.calibration.calls import Call, run
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.module import in_mode, unfused_attention
+from lnr_prune.runtime import noise
 
 TOGETHER = 2**30  # bytes that float64 copies of all tensors may take; larger models get their copies one by one
 
@@ -51,12 +52,10 @@ def outputs_of(
 def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -> Any:
     """``model(*args, **kwargs)`` in training mode, without dropout; its statistics stay as they are."""
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    devices = range(torch.cuda.device_count())
     with (
-        torch.random.fork_rng(devices), torch.no_grad(), in_mode(model, True), unfused_attention(),
-        visible_attention(model), _NoDropout(),
+        noise.seeded(call),  # stochastic depth draws the same layers
+        torch.no_grad(), in_mode(model, True), unfused_attention(), visible_attention(model), _NoDropout(),
     ):  # fmt: skip
-        torch.manual_seed(0)  # stochastic depth draws the same layers
         try:
             return functional_call(model, copies, *call)
         except Exception as error:  # a forward may raise anything

@@ -18,8 +18,8 @@ from lnr_prune.collapse.verify import Reference
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph.closure import close
 from lnr_prune.graph.module import named_tensors
-from lnr_prune.graph.nodes import argument, op_name, shape_of
-from lnr_prune.graph.rules import Propagation, is_pointwise, propagate
+from lnr_prune.graph.nodes import argument, is_pointwise, op_name, shape_of
+from lnr_prune.graph.rules import Propagation, propagate
 from lnr_prune.graph.sizes import along_axis, counts
 from lnr_prune.graph.trace import export, read
 

@@ -9,6 +9,28 @@ import torch
 from torch import fx
 
 TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # ends in a separator, so torchvision is not inside
+DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+# Their result has the shape of their first operand, channel by channel.
+SAME = {
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "fill",
+    "to",
+    "_to_copy",
+    "type_as",
+    "lift_fresh_copy",
+    "zero",
+}
+# Pointwise operations that lack PyTorch's tag for it.
+POINTWISE = {
+    "absolute", "celu", "clip", "copy", "copysign", "divide", "elu", "floor_divide", "gelu", "greater", "greater_equal",
+    "hardsigmoid", "hardswish", "less", "less_equal", "log_sigmoid", "masked_fill", "multiply", "negative",
+    "not_equal", "relu6", "rsub", "selu", "softplus", "special_expit", "subtract", "true_divide", "where",
+}  # fmt: skip
+# Their result has the same value everywhere.
+UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like")}
 
 
 def describe(node: fx.Node) -> str:
@@ -65,3 +87,13 @@ def spatial_axes(node: fx.Node) -> int:
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a node, by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result depends on one element of every operand, broadcasting aside."""
+    return op_name(node) in SAME | POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether an operation makes a value of random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and op_name(node) not in DROPOUTS

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
+from lnr_prune.graph.nodes import SAME, UNIFORM, argument, describe, draws, is_pointwise, op_name, shape_of
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, nobody, varying_axes
 from lnr_prune.graph.trace import Trace
 
@@ -19,16 +19,6 @@ logger = logging.getLogger("lnr_prune")
 Ids = Tensor | list[Tensor]
 """The ids of a value; one tensor for each output of an operation that has several."""
 
-# Their result has the shape of their first operand, channel by channel.
-SAME = {"dropout", "feature_dropout", "alpha_dropout", "fill", "to", "_to_copy", "type_as", "lift_fresh_copy", "zero"}
-# Pointwise operations that lack PyTorch's tag for it.
-POINTWISE = {
-    "absolute", "celu", "clip", "copy", "copysign", "divide", "elu", "floor_divide", "gelu", "greater", "greater_equal",
-    "hardsigmoid", "hardswish", "less", "less_equal", "log_sigmoid", "masked_fill", "multiply", "negative",
-    "not_equal", "relu6", "rsub", "selu", "softplus", "special_expit", "subtract", "true_divide", "where",
-}  # fmt: skip
-# Their result has the same value everywhere.
-UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like")}
 # Position of the weight among the arguments of a layer's operation.
 WEIGHTS = {"linear": 1, **{f"conv{n}d": 1 for n in (1, 2, 3)}}
 
@@ -66,7 +56,8 @@ class Propagation:
     known: dict[fx.Node, Any] = field(default_factory=dict)
     macs: Counter[str] = field(default_factory=Counter)
     products: list[tuple[int, Tensor]] = field(default_factory=list)
-    moving: set[fx.Node] = field(default_factory=set)  # values that depend on the model's inputs
+    moving: set[fx.Node] = field(default_factory=set)  # values that are not the same in every call
+    drawn: set[fx.Node] = field(default_factory=set)  # values made of random numbers that belong to no channel
     extents: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
 
     def of(self, node: fx.Node) -> Tensor:
@@ -102,8 +93,10 @@ class Propagation:
         """The actual value of a node that does not depend on the model's inputs, such as an index table.
 
         Raises:
-            ValueError: If it depends on them.
+            ValueError: If it depends on them, or is drawn at random.
         """
+        if node in self.moving:
+            raise ValueError(f"{node.name} is not the same in every call")
         if node not in self.known:
             if node in self.trace.names:
                 self.known[node] = self.trace.tensors[self.trace.names[node]]
@@ -111,13 +104,11 @@ class Propagation:
                 self.known[node] = self.trace.constants[node]
             elif node.op == "get_attr":
                 self.known[node] = getattr(self.trace.module, str(node.target))
-            elif node.op == "call_function":
+            else:
                 args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.constant)
                 target: Any = node.target
                 with torch.no_grad():
                     self.known[node] = target(*args, **kwargs)
-            else:
-                raise ValueError(f"{node.name} is an input of the model")
         return self.known[node]
 
 
@@ -140,15 +131,19 @@ def propagate(trace: Trace, owners: Owners | None = None) -> Propagation:
     state = Propagation(trace, Owners(trace.tensors) if owners is None else owners)
     for node in trace.nodes:
         given = node.op == "placeholder" and node not in trace.names and node not in trace.constants
-        if given or not state.moving.isdisjoint(node.all_input_nodes):
+        if given or draws(node) or not state.moving.isdisjoint(node.all_input_nodes):
             state.moving.add(node)
     state.owners.by_row.update(_computed_weights(state))
     for node in trace.nodes:
         if node.op == "output":
             for value in node.all_input_nodes:
-                state.owners.freeze(_all_ids(state, value), "output of the model")
+                state.owners.freeze(all_ids(state, value), "output of the model")
         elif node.op == "call_function":
             state.ids[node] = _visit(state, node)
+            if (draws(node) or not state.drawn.isdisjoint(node.all_input_nodes)) and not bool(
+                all_ids(state, node).any()
+            ):
+                state.drawn.add(node)
             outputs = state.ids[node]
             for ids in outputs if isinstance(outputs, list) else [outputs]:
                 if len(varying_axes(ids)) > 1:
@@ -180,7 +175,7 @@ def _visit(state: Propagation, node: fx.Node) -> Ids:
     if isinstance(value, list | tuple):
         untouched = [nobody(getattr(part, "shape", ())) for part in value]
     touches_parameter = any(value in state.trace.names for value in node.all_input_nodes)
-    if not touches_parameter and not any(bool(_all_ids(state, value).any()) for value in node.all_input_nodes):
+    if not touches_parameter and not any(bool(all_ids(state, value).any()) for value in node.all_input_nodes):
         return untouched
     try:
         ids = _apply_rule(state, node)
@@ -208,13 +203,20 @@ def _apply_rule(state: Propagation, node: fx.Node) -> Ids | None:
     if name in UNIFORM:
         return nobody(shape_of(node))
     if is_pointwise(node):
+        _freeze_what_meets_noise(state, node)
         return meet(state, node, [(state.of(value), state.extent(value)) for value in node.all_input_nodes])
     return None
 
 
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether each element of the result depends on one element of every operand, broadcasting aside."""
-    return op_name(node) in SAME | POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
+def _freeze_what_meets_noise(state: Propagation, node: fx.Node) -> None:
+    """Channels for each of which a random number is drawn stay: others would be drawn if there were fewer."""
+    for noise in state.drawn.intersection(node.all_input_nodes):
+        ahead = len(shape_of(node)) - len(shape_of(noise))
+        axes = {ahead + axis for axis, size in enumerate(state.extent(noise)) if size > 1}
+        for value in node.all_input_nodes:
+            ids, lead = state.of(value), len(shape_of(node)) - len(shape_of(value))
+            if axes.intersection(lead + axis for axis in varying_axes(ids)):
+                state.owners.freeze(ids, f"random numbers are drawn for each of its channels in {describe(node)}")
 
 
 def _freeze_inputs(state: Propagation, node: fx.Node) -> None:
@@ -223,10 +225,11 @@ def _freeze_inputs(state: Propagation, node: fx.Node) -> None:
         if value in state.trace.names:
             state.owners.freeze_parameter(state.trace.names[value], reason)
         else:
-            state.owners.freeze(_all_ids(state, value), reason)
+            state.owners.freeze(all_ids(state, value), reason)
 
 
-def _all_ids(state: Propagation, node: fx.Node) -> Tensor:
+def all_ids(state: Propagation, node: fx.Node) -> Tensor:
+    """The ids of a value, of all its outputs if it has several."""
     ids = state.ids.get(node)
     if isinstance(ids, list):
         return torch.cat([part.reshape(-1) for part in ids]) if ids else nobody(())

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from lnr_prune.errors import GraphError, ran_out_of_memory
 from lnr_prune.graph.module import _returning_no_caches, in_mode, named_tensors, unfused_attention
+from lnr_prune.runtime import noise
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 """Types that sizes have in a graph if they depend on the input."""
@@ -25,12 +26,14 @@ class Trace:
         names: Placeholder node -> name of its parameter or buffer; tied tensors share one name.
         tensors: Name -> parameter or buffer.
         constants: Placeholder node -> tensor that the forward creates itself.
+        training: Whether the forward ran in training mode.
     """
 
     module: fx.GraphModule
     names: Mapping[fx.Node, str]
     tensors: Mapping[str, Tensor]
     constants: Mapping[fx.Node, Any]
+    training: bool = False
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -44,7 +47,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
     Raises:
         GraphError: If torch.export cannot follow the model's forward.
     """
-    return read(export(model, args, kwargs, training=training), model)
+    return replace(read(export(model, args, kwargs, training=training), model), training=training)
 
 
 def export(
@@ -61,7 +64,10 @@ def export(
         GraphError: If torch.export cannot follow the model's forward.
     """
     try:
-        with in_mode(model, training), unfused_attention(), _returning_no_caches(model), warnings.catch_warnings():
+        with (
+            in_mode(model, training), unfused_attention(), _returning_no_caches(model), warnings.catch_warnings(),
+            noise.seeded(args),
+        ):  # fmt: skip
             warnings.simplefilter("ignore")  # torch's own warnings
             program = torch.export.export(model, args, dict(kwargs), strict=False, dynamic_shapes=dynamic_shapes)
             if any(_hides_something(node) for node in program.graph.nodes):

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lnr_prune.runtime import noise
+
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 _DONE, _STOP = object(), object()
@@ -17,8 +19,8 @@ def suspended(function: Callable[[Callable[[Question], Answer]], None]) -> Gener
     """Runs ``function(ask)``; yields every question that it asks, and ``ask`` returns what is sent back.
 
     The function runs in its own thread, with its caller's autocast and default device, but never at the same time as
-    the caller. An exception in the function is raised here. When the generator is closed, the function ends with
-    GeneratorExit where it waits.
+    the caller. While it waits, torch's generators of random numbers are as the caller left them. An exception in the
+    function is raised here. When the generator is closed, the function ends with GeneratorExit where it waits.
 
     Example:
         >>> answers = []
@@ -32,9 +34,16 @@ def suspended(function: Callable[[Callable[[Question], Answer]], None]) -> Gener
     answers: SimpleQueue[Any] = SimpleQueue()
     settings = _settings()
 
+    outside = noise.states()
+
     def ask(question: Question) -> Answer:
+        nonlocal outside
+        mine = noise.states()
+        noise.restore(outside)
         questions.put(question)
         answer: Answer = answers.get()
+        outside = noise.states()
+        noise.restore(mine)
         if answer is _STOP:
             raise GeneratorExit
         return answer
@@ -48,6 +57,7 @@ def suspended(function: Callable[[Callable[[Question], Answer]], None]) -> Gener
             end: Any = _DONE
         except BaseException as error:  # handed over, whatever it is
             end = _Raised(error)
+        noise.restore(outside)
         questions.put(end)
 
     thread = Thread(target=target, daemon=True)

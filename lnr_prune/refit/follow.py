@@ -82,7 +82,7 @@ class _Trail:
         for number, value in self._path(layer):
             call = self.calls[number]
             others = {id(leaf) for leaf in call.inputs if leaf is not value and id(leaf) not in self.names}
-            if len(others) > 1 or not _suits(call, value):
+            if len(others) > 1 or call.draws or not _suits(call, value):
                 break
             other = next(iter(others), None)
             shortcut = None if other is None else self._shortcut(other, number, layer)
@@ -110,7 +110,7 @@ class _Trail:
                 return Downstream(into=weights[0], way=way) if alone else Downstream()
             other = next(iter(others), None)
             shortcut = None if other is None else self._shortcut(other, number, layer)
-            if len(others) > 1 or (other is not None and shortcut is None):
+            if len(others) > 1 or call.draws or (other is not None and shortcut is None):
                 break
             way = way.then(_step(call, value, other), shortcut)
         return Downstream()
@@ -146,7 +146,7 @@ class _Trail:
                     return None
                 continue
             call = self.calls[made]
-            if len(replayed) >= LONGEST or any(id(leaf) in self.weights for leaf in call.inputs):
+            if len(replayed) >= LONGEST or call.draws or any(id(leaf) in self.weights for leaf in call.inputs):
                 return None
             replayed.add(made)
             wanted += [(id(leaf), made) for leaf in call.inputs if id(leaf) not in self.names]

@@ -8,18 +8,30 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lnr_prune.runtime import noise
+
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A recorded call; ``writes`` says whether it writes to its inputs."""
+    """A recorded call.
+
+    Attributes:
+        function: What was called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        result: What it returned.
+        writes: Whether it writes to its inputs.
+        draws: Whether it draws random numbers.
+    """
 
     function: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     result: Any
     writes: bool
+    draws: bool
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -54,10 +66,10 @@ class Recording(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        before = _versions(given)
+        before, generators = _versions(given), noise.states()
         result = func(*args, **(kwargs or {}))
         writes = before is None or before != _versions(given)
-        self.calls.append(Recorded(func, args, kwargs or {}, result, writes))
+        self.calls.append(Recorded(func, args, kwargs or {}, result, writes, noise.differ(generators, noise.states())))
         return result
 
 

@@ -66,10 +66,12 @@ def _einsum(state: Propagation, node: fx.Node) -> Tensor | None:
 
 
 @rule("scaled_dot_product_attention")
-def _attention(state: Propagation, node: fx.Node) -> Tensor:
+def _attention(state: Propagation, node: fx.Node) -> Tensor | None:
     q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     mask, reason, owners = argument(node, 3, "attn_mask"), describe(node), state.owners
     rank, heads = len(shape_of(q)), shape_of(q)[:-2]
+    if argument(node, 4, "dropout_p", 0.0) and not state.trace.training:
+        return None  # random numbers are drawn for each head
     repeat = heads[-1] // shape_of(k)[-3] if rank > 3 else 1
 
     def every_head(value: fx.Node) -> tuple[Tensor, tuple[int, ...]]:
