@@ -13,7 +13,8 @@ from rich.text import Text
 from torch import nn
 
 from lnr_prune.calibration.calls import samples_in
-from lnr_prune.calibration.data import Batches, calibrate, short_example
+from lnr_prune.calibration.data import Batches, calibrate
+from lnr_prune.calibration.examples import examples_of, further, kinds
 from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.graph import drawing
 from lnr_prune.graph.groups import ChannelGroup, find_groups, layer_name
@@ -115,13 +116,14 @@ class Inspection:
         return text.getvalue()
 
 
-def inspect(model: nn.Module, example: Any) -> Inspection:
+def inspect(model: nn.Module, example: Any, *, also: Any = None) -> Inspection:
     """The channel groups of a model: what `lnr_prune.prune` can remove, what it costs, what is frozen and why.
 
     Args:
         model: The model; it is left as it is.
         example: A batch, in any form that `lnr_prune.prune` takes. For any other form, give
             ``Batches([batch], inputs)``.
+        also: Further calls that must stay valid, see `lnr_prune.prune`.
 
     Returns:
         An `Inspection`, which prints as a table.
@@ -139,9 +141,11 @@ def inspect(model: nn.Module, example: Any) -> Inspection:
         >>> dict(found.frozen)
         {'2': 'output of the model'}
     """
-    call = short_example(model, calibrate(model, example if isinstance(example, Batches) else [example]))
-    graph = find_groups(model, *call)
-    groups, fixed = shrinkable(model, graph.groups, call)
+    data = calibrate(model, example if isinstance(example, Batches) else [example])
+    main, *others = examples_of(model, list(kinds(data).values()), further(model, also))
+    call = main.call
+    graph = find_groups(model, *call, others)
+    groups, fixed = shrinkable(model, graph.groups, call, others)
     tensors = named_tensors(model)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters()}
     samples = samples_in(call)

@@ -1,6 +1,6 @@
 """The front door: prune a model by linear neural reconstruction."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -9,18 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from lnr_prune.calibration.calls import Call
-from lnr_prune.calibration.data import Calibration, FixedCalibration, calibrate, first_samples, short_example
+from lnr_prune.calibration.data import Calibration, FixedCalibration, calibrate, first_samples
 from lnr_prune.calibration.divergence import check_logits, output_error
+from lnr_prune.calibration.examples import examples_of, further, kinds
 from lnr_prune.calibration.reading import read_in_passes
 from lnr_prune.collapse.masks import masked_weights
 from lnr_prune.collapse.plan import plan_for
-from lnr_prune.collapse.remove import remove
+from lnr_prune.collapse.remove import remove, warn_of_unused
 from lnr_prune.collapse.trial import prunable
 from lnr_prune.graph.groups import ChannelGroup, Graph
-from lnr_prune.graph.module import check_values, named_tensors
+from lnr_prune.graph.module import Example, check_values, named_tensors
 from lnr_prune.pruned import Costs, Pruned, latencies, reported
 from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit
+from lnr_prune.runtime.digest import digest
 from lnr_prune.runtime.identity import Identity
 from lnr_prune.runtime.processes import check_unwrapped
 from lnr_prune.runtime.run import Run, started
@@ -47,6 +49,7 @@ def prune(
     bias: bool = True,
     logits: bool | None = None,
     into: str = "copy",
+    also: Any = None,
     run: Run = Run(),
 ) -> Pruned:
     """``min_M 1/2 E||y - M x||^2 + lam sum_g w_g ||M[:, g]||_F`` for every layer, then removes the zero groups.
@@ -80,6 +83,9 @@ def prune(
         into: What is shrunk: a "copy" of the model; the "model" itself, which is restored if anything fails; or a
             "graph", a `PrunedGraph` of ATen operations for evaluation only, which can lose channels even where the
             model's forward fixes their number.
+        also: Further calls that must stay valid, of which nothing is learned: a list of batches, or a dict from names
+            of methods to lists of batches, such as ``{"embed": [x]}``. Layers that only they come to shrink with
+            the others, but are not refitted.
         run: Settings that do not change the result: a work folder to resume from after a crash, memory, progress,
             processes.
 
@@ -114,11 +120,14 @@ def prune(
     """
     with started(run) as work:
         settings = Settings.of(amount, selector, refit, bias, logits, into)
-        data, example = calibrated(model, data, settings, run, work)  # batches as calls of the model, and a small one
+        if also and into == "graph":
+            raise ValueError("a graph has the path of the first batch only: also= cannot be combined with into='graph'")
+        data, examples = calibrated(model, data, also, settings, run, work)  # batches as calls, and a few small ones
+        example, others = examples[0].call, examples[1:]
         logits = check_logits(model, example, logits)
-        graph, target = prunable(model, example, into)  # the channel groups, and the module that will lose them
+        graph, target = prunable(model, example, into, others)  # the channel groups, and the module that will lose them
         groups, tensors = shrinking_groups(model, graph, settings, example), named_tensors(model)
-        with remembering(run, model, data, settings, work) as (data, work):
+        with remembering(run, model, data, examples, settings, work) as (data, work):
             memory = fitting_memory(graph, groups, tensors, settings, run)
             samples = work.ranks.before(data.samples)[1] or 0
             passes = read_in_passes(model, memory.passes, memory.lasting, data, bias=bias, work=work)  # second moments
@@ -148,22 +157,28 @@ def prune(
         plan, masked = plan_for(model, supports), {**masked_weights(supports, tensors), **fitted.weights}
         error = output_error(model, first_samples(data, ranks=work.ranks), logits)(masked)
         before = Costs.of(model, example)
-        small = remove(model, target, plan, masked, example, training=any(group.training for group in graph.groups))
+        training = any(group.training for group in graph.groups)
+        small = remove(model, target, plan, masked, example, also=others, training=training)
+        warn_of_unused(graph, plan, tensors)
         after, times = Costs.of(small, example), latencies(model, small, example, work.ranks)
     report = reported(graph, selected, fitted, predicted, error, (before, after), times, refitted=refit is not None)
     return Pruned(small, report, plan, masked)
 
 
-def calibrated(model: nn.Module, data: Any, settings: Settings, run: Run, work: Work) -> tuple[Calibration, Call]:
-    """Checks the arguments; returns the data as calls of the model, and a small call, the same on all processes."""
+def calibrated(
+    model: nn.Module, data: Any, also: Any, settings: Settings, run: Run, work: Work
+) -> tuple[Calibration, list[Example]]:
+    """Checks the arguments; returns the data as calls of the model, and small calls, the same on all processes."""
     ranks = work.ranks
     ranks.check_same("arguments", repr((settings, run.low_memory, run.work is None)))
     found = calibrate(model, data)
     check_unwrapped(model)
     ranks.check_same("weights", ranks.checksums(model))
     check_values(model)
-    example = ranks.all_gather(short_example(model, found))[0]
-    return found, example
+    calls = dict[Hashable, Call]()
+    for of_rank in ranks.all_gather(kinds(found)):
+        calls = {**of_rank, **calls}
+    return found, examples_of(model, list(calls.values()), further(model, also))
 
 
 def shrinking_groups(model: nn.Module, graph: Graph, settings: Settings, example: Call) -> list[ChannelGroup]:
@@ -178,7 +193,7 @@ def shrinking_groups(model: nn.Module, graph: Graph, settings: Settings, example
 
 @contextmanager
 def remembering(
-    run: Run, model: nn.Module, data: Calibration, settings: Settings, work: Work
+    run: Run, model: nn.Module, data: Calibration, examples: Sequence[Example], settings: Settings, work: Work
 ) -> Iterator[tuple[Calibration, Work]]:
     """Within this, results are kept in the work folder, if there is one; the data must not change then."""
     if run.work is None:
@@ -188,7 +203,8 @@ def remembering(
 
     def identity() -> Identity:
         digests = work.ranks.all_gather(fixed.digests)
-        return Identity.of(model, named_tensors(model), digests, settings.arguments)
+        also = [f"{each.method} {digest(each.call)}" for each in examples if not each.calibrated]
+        return Identity.of(model, named_tensors(model), digests, {**settings.arguments, "also": also})
 
     with opened_folder(run.work, identity, work.ranks) as folder:
         yield fixed, replace(work, folder=folder)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lnr_prune.calibration.calls import Call, Inputs, _checked, _moved, check_model, run, samples_in, shortened
+from lnr_prune.calibration.calls import Call, Inputs, _checked, _moved, check_model, samples_in, shortened
 from lnr_prune.calibration.places import Place, halves
 from lnr_prune.errors import CalibrationError
 from lnr_prune.runtime.digest import digest
@@ -111,18 +111,6 @@ def calibrate(model: nn.Module, data: Any) -> Calibration:
         return moved
 
     return Calibration(batches, as_call)
-
-
-def short_example(model: nn.Module, data: Calibration) -> Call:
-    """Arguments of a small forward pass: the first batch, cut to two samples if the model allows it."""
-    example = data.example()
-    short = shortened(example)
-    try:
-        run(model, short)
-    except CalibrationError:
-        run(model, example)
-        return example
-    return short
 
 
 def _reader(model: nn.Module) -> Inputs:

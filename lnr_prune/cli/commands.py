@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from lnr_prune.calibration.calls import Call
-from lnr_prune.calibration.data import calibrate, short_example
+from lnr_prune.calibration.data import calibrate
+from lnr_prune.calibration.examples import short_example
 from lnr_prune.cli.console import answering, check, title, write
 from lnr_prune.cli.data import Source, batches, dtype_of, random_batch
 from lnr_prune.cli.models import build

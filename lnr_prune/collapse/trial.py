@@ -1,6 +1,6 @@
 """Which channel groups of a module can lose channels, found out by trying."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,25 +14,29 @@ from lnr_prune.collapse.plan import make_plan
 from lnr_prune.collapse.verify import Reference, copied
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph.groups import ChannelGroup, Graph, find_groups
+from lnr_prune.graph.module import Example
 
 Groups = tuple[ChannelGroup, ...]
 
 
-def prunable(model: nn.Module, example: Call, into: str) -> tuple[Graph, nn.Module | None]:
+def prunable(
+    model: nn.Module, example: Call, into: str, also: Sequence[Example] = ()
+) -> tuple[Graph, nn.Module | None]:
     """The channel groups that can really lose channels, and the module that will lose them.
 
     Args:
         model: The model; it is left as it is.
         example: Arguments of one forward pass.
         into: What will be shrunk: a "copy", the "model" itself, or a "graph" made of it (then there is no module).
+        also: Other calls that must stay valid.
 
     Raises:
         GraphError: If the model cannot be traced or copied, or has no channel that can be pruned.
     """
-    graph = find_groups(model, *example)
+    graph = find_groups(model, *example, also)
     target = copied(model, example) if into == "copy" else model if into == "model" else None
     if target is not None:
-        groups, fixed = shrinkable(target, graph.groups, example)
+        groups, fixed = shrinkable(target, graph.groups, example, also)
         graph = replace(graph, groups=groups, frozen={**graph.frozen, **fixed})
     if not graph.groups:
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in graph.frozen.items())
@@ -40,7 +44,9 @@ def prunable(model: nn.Module, example: Call, into: str) -> tuple[Graph, nn.Modu
     return graph, target
 
 
-def shrinkable(model: nn.Module, groups: Groups, example: Call) -> tuple[Groups, dict[str, str]]:
+def shrinkable(
+    model: nn.Module, groups: Groups, example: Call, also: Sequence[Example] = ()
+) -> tuple[Groups, dict[str, str]]:
     """The groups whose channels the module itself can lose, found out by trying with random weights.
 
     A forward with a fixed size (``view(-1, 800)``, ``self.num_heads``) fails the trial. If submodules hold the size
@@ -51,6 +57,7 @@ def shrinkable(model: nn.Module, groups: Groups, example: Call) -> tuple[Groups,
         model: The module that is to be shrunk; it is restored before the function returns.
         groups: Candidates.
         example: Arguments of one forward pass.
+        also: Other calls that must stay valid.
 
     Returns:
         The groups that pass, with the attributes that change with them, and name of a producer -> reason for
@@ -59,13 +66,13 @@ def shrinkable(model: nn.Module, groups: Groups, example: Call) -> tuple[Groups,
     if not groups:
         return (), {}
     try:
-        trial = _trial(model, groups, example)
+        trial = _trial(model, groups, example, also)
     except CalibrationError as error:
         evaluated = tuple(group for group in groups if not group.training)
         if len(evaluated) == len(groups):
             raise
         reason = f"read in training mode too, but the example does not run in it ({error})".splitlines()[0]
-        passed, refused = shrinkable(model, evaluated, example)
+        passed, refused = shrinkable(model, evaluated, example, also)
         return passed, {**refused, **{name: reason for group in groups if group.training for name in group.producers}}
     if trial(groups) is None:
         return groups, {}
@@ -120,7 +127,7 @@ def _bisect(groups: Groups, trial: Trial) -> tuple[Groups, dict[str, str]]:
     return first + second, {**refused, **refused_too}
 
 
-def _trial(model: nn.Module, groups: Groups, example: Call) -> Trial:
+def _trial(model: nn.Module, groups: Groups, example: Call, also: Sequence[Example]) -> Trial:
     """A function of some groups: why the model fails if they lose a third of their channels; None if it works.
 
     The channels are masked in all groups, so one reference serves every trial: removing what is masked changes
@@ -134,7 +141,8 @@ def _trial(model: nn.Module, groups: Groups, example: Call) -> Trial:
         supports[group.name] = support
     masked = random_weights(model)
     masked |= masked_weights({group: supports[group.name] for group in groups}, masked)
-    reference = Reference(model, masked, example, training=any(group.training for group in groups))
+    training = any(group.training for group in groups)
+    reference = Reference(model, masked, example, also=also, training=training)
 
     def trial(candidates: Groups) -> str | None:
         restore = restore_point(model)

@@ -1,7 +1,7 @@
 """Verification: the smaller model must equal the masked model, numerically."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from lnr_prune.calibration.calls import Call, run
 from lnr_prune.calibration.outputs import outputs_of
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
-from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.module import Example, calling, named_tensors
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Largest difference allowed, relative to the largest output; rounding grows with depth."""
@@ -27,6 +27,7 @@ class Reference:
         weights: Mapping[str, Tensor],
         example: Call,
         *,
+        also: Sequence[Example] = (),
         training: bool = False,
         wide: bool = True,
     ) -> None:
@@ -38,19 +39,27 @@ class Reference:
             model: The whole model.
             weights: The tensors.
             example: Arguments of one forward pass.
+            also: Other calls whose outputs are compared, too, in evaluation mode.
             training: Whether to compare in training mode as well. Dropout then lets everything through, as its
                 choice depends on the number of channels.
             wide: Whether to try float64.
         """
-        self.example, self.wide = example, wide
-        self.modes = (False, True) if training else (False,)
+        main = Example(example)
+        self.runs = [(main, False), *([(main, True)] if training else []), *((other, False) for other in also)]
+        self.wide = wide
         try:
-            self.outputs = [outputs_of(model, weights, example, wide=wide, training=mode) for mode in self.modes]
+            self.outputs = [self._outputs(model, weights, *of) for of in self.runs]
         except CalibrationError:  # the forward insists on its own dtype
             if not wide:
                 raise
             self.wide = False
-            self.outputs = [outputs_of(model, weights, example, wide=False, training=mode) for mode in self.modes]
+            self.outputs = [self._outputs(model, weights, *of) for of in self.runs]
+
+    def _outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], example: Example, training: bool
+    ) -> list[Tensor]:
+        with calling(model, example.method):
+            return outputs_of(model, weights, example.call, wide=self.wide, training=training)
 
     def check(self, pruned: nn.Module) -> None:
         """Compares the pruned model with the masked one.
@@ -58,9 +67,9 @@ class Reference:
         Raises:
             VerificationError: If the pruned model does not run, or differs by more than rounding.
         """
-        for training, expected in zip(self.modes, self.outputs, strict=True):
+        for (example, training), expected in zip(self.runs, self.outputs, strict=True):
             try:
-                outputs = outputs_of(pruned, {}, self.example, wide=self.wide, training=training)
+                outputs = self._outputs(pruned, {}, example, training)
             except CalibrationError as error:
                 raise VerificationError(f"the pruned model does not run: {error}") from error
             _compare(outputs, expected)

@@ -1,6 +1,6 @@
 """Channel groups: what can leave a model together, found from the owners of its activations."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lnr_prune.errors import GraphError
 from lnr_prune.graph import operations  # noqa: F401  (they register their rules)
 from lnr_prune.graph.closure import close
 from lnr_prune.graph.flow import data_flow
+from lnr_prune.graph.module import Example
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
-from lnr_prune.graph.rules import Propagation, Site, logger, propagate
+from lnr_prune.graph.paths import Paths, follow, unused_weights
+from lnr_prune.graph.rules import Propagation, Site
 from lnr_prune.graph.sizes import HeldInt, held_ints
-from lnr_prune.graph.trace import trace
+
+UNUSED = "not used in the calls that were traced; if another method uses it, give that method in also="
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +54,8 @@ class ChannelGroup:
         consumers: The layers that read them.
         slots: Everything that shrinks: (parameter, dimension) -> channel of every index, -1 = stays.
         rows: The slots that produce the channels: the output dimensions of the producers' weights.
-        training: Layers that read the channels in training mode only, such as those of an auxiliary head. If
-            no other layer reads them, ``consumers`` is empty.
+        training: Layers that read the channels only where the calibration data does not come: in training mode, such
+            as those of an auxiliary head, or in other methods. If no other layer reads them, ``consumers`` is empty.
         held: The ints in the model's forward that count the channels.
         attributes: The submodules' attributes that change when channels leave: (submodule, attribute) -> value
             in the whole model, and what it loses with each channel, (size,). See `shrinkable`.
@@ -84,6 +86,7 @@ class Graph:
             inputs counts as a channel.
         repeated: Names of weights that are applied more than once in a forward pass.
         flow: Pairs of layers: what the first computes goes into the second, see `data_flow`.
+        unused: Layers whose weight no traced path reads.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -93,23 +96,25 @@ class Graph:
     layers: tuple[Consumer, ...] = ()
     repeated: frozenset[str] = frozenset()
     flow: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
 
 
-def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
+def find_groups(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], also: Sequence[Example] = ()
+) -> Graph:
     """The channel groups of ``model(*args, **kwargs)``; the model is traced, not run.
+
+    Args:
+        model: The model.
+        args: Positional arguments of a forward pass.
+        kwargs: Keyword arguments.
+        also: Other calls, whose paths are traced, too.
 
     Raises:
         GraphError: If the model cannot be traced.
     """
-    state, training = propagate(trace(model, args, kwargs)), None
-    if any(
-        isinstance(state.trace.tensors[name], nn.Parameter)
-        for node, name in state.trace.names.items()
-        if not node.users
-    ):
-        training = _in_training(state, model, args, kwargs)
-    state.sites = [_with_own_bias(state, site) for site in state.sites]
-    sites = (*state.sites, *(training.sites if training else ()))
+    paths = follow(model, args, kwargs, also)
+    state, sites = paths.main, paths.sites
     for site in sites:
         if site.columns in state.owners.produced:
             state.owners.freeze(state.owners.slots[site.columns], "its weight also produces the channels that it reads")
@@ -128,55 +133,31 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     groups = []
     for shared, units in members.items():
         channel[units] = torch.arange(len(units))
-        group = _read_group(state, sites, {slot: channel[labelled[slot]] for slot in sorted(shared)}, len(units))
+        group = _read_group(paths, {slot: channel[labelled[slot]] for slot in sorted(shared)}, len(units))
         groups += [group] if group else []
         channel[units] = -1
     order = {site.weight: position for position, site in reversed(list(enumerate(sites)))}
     groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers or group.training))
     groups = _named(groups)
-    traces = (state, training) if training else (state,)
-    held = held_ints(traces, label, {group.name: group.slots for group in groups})
+    held = held_ints(paths.all, label, {group.name: group.slots for group in groups})
     groups = [replace(group, held=held[group.name]) for group in groups]
-    frozen = _explain(state, groups, label, reasons)
-    flow = tuple((layer_name(a), layer_name(b)) for a, b in data_flow(traces))
-    return Graph(tuple(groups), frozen, state.macs, _products(state, groups, label), *_linear_maps(state), flow)
+    frozen = _explain(paths, groups, label, reasons)
+    flow = tuple((layer_name(a), layer_name(b)) for a, b in data_flow(paths.all))
+    return Graph(
+        tuple(groups), frozen, state.macs, _products(state, groups, label), *_linear_maps(paths), flow,
+        tuple(map(layer_name, unused_weights(paths))),
+    )  # fmt: skip
 
 
-def _in_training(
-    state: Propagation, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Propagation | None:
-    """Lets heads that run only in training read the same channels; they shrink too, but cannot be refitted."""
-    try:
-        training = trace(model, args, kwargs, training=True)
-    except GraphError:
-        logger.warning("parameters that only training uses are left alone: tracing in training mode failed")
-        return None
-    return propagate(training, state.owners)
-
-
-def _with_own_bias(state: Propagation, site: Site) -> Site:
-    """The site, without its bias if that is used elsewhere too: then it must stay as it is."""
-    if site.bias is None:
-        return site
-    own = sum((site.weight, site.bias) == (other.weight, other.bias) for other in state.sites)
-    return site if own == _uses(state, site.bias) else replace(site, bias=None)
-
-
-def _linear_maps(state: Propagation) -> tuple[tuple[Consumer, ...], frozenset[str]]:
+def _linear_maps(paths: Paths) -> tuple[tuple[Consumer, ...], frozenset[str]]:
     """The layers whose weight is used nowhere else, and the names of weights that are applied more than once."""
-    sites = {site.weight: site for site in state.sites}
-    times = Counter(site.weight for site in state.sites)
-    layers = []
+    sites, layers = {site.weight: site for site in paths.calibrated_sites}, []
     for name, site in sites.items():
-        if _uses(state, name) == times[name]:
+        if paths.applied_only(name):
             dim = site.columns[1]
-            channels = torch.arange(state.trace.tensors[name].shape[dim])
+            channels = torch.arange(paths.tensors[name].shape[dim])
             layers.append(Consumer(layer_name(name), name, site.bias, site.op, channels, dim))
-    return tuple(layers), frozenset(name for name, count in times.items() if count > 1)
-
-
-def _uses(state: Propagation, name: str) -> int:
-    return sum(len(node.users) for node, other in state.trace.names.items() if other == name)
+    return tuple(layers), frozenset(name for name in sites if paths.times(name) > 1)
 
 
 def _named(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
@@ -208,13 +189,14 @@ def layer_name(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def _read_group(
-    state: Propagation, sites: tuple[Site, ...], slots: dict[Slot, Tensor], size: int
-) -> ChannelGroup | None:
+def _read_group(paths: Paths, slots: dict[Slot, Tensor], size: int) -> ChannelGroup | None:
     """The group whose units share these slots; None if it has no producer, no consumer, or only one channel."""
-    reading = {site.columns: site for site in sites if site.columns in slots}
-    evaluated = {site.columns for site in state.sites}
-    rows = tuple(slot for slot in state.owners.produced if slot in slots)
+    reading: dict[Slot, Site] = {}
+    for site in paths.sites:
+        if site.columns in slots:
+            reading.setdefault(site.columns, site)
+    evaluated = {site.columns for site in paths.calibrated_sites}
+    rows = tuple(slot for slot in paths.main.owners.produced if slot in slots)
     if not reading or not rows or size < 2:
         return None
     producers = tuple(layer_name(name) for name, _ in rows)
@@ -254,11 +236,9 @@ def labelled_slots(owners: Owners, label: Tensor) -> dict[Slot, Tensor]:
     return labelled
 
 
-def _explain(
-    state: Propagation, groups: list[ChannelGroup], label: Tensor, reasons: Mapping[int, str]
-) -> dict[str, str]:
+def _explain(paths: Paths, groups: list[ChannelGroup], label: Tensor, reasons: Mapping[int, str]) -> dict[str, str]:
     """Layer -> why its outputs, some of its outputs, or its whole weight are in no group."""
-    owners = state.owners
+    owners = paths.main.owners
     mixed: dict[int, str] = {}
     for ids, reason in owners.mixed:
         for unit in torch.unique(label[ids]).tolist():
@@ -275,10 +255,10 @@ def _explain(
             reason = stated(ids[left], "no layer that could be refitted reads its channels")
             why[layer_name(row[0])] = reason if count == len(ids) else f"{count} of its {len(ids)} channels: {reason}"
     shrink = {name for group in groups for name, _ in group.slots}
-    for name, tensor in state.trace.tensors.items():
+    for name, tensor in paths.tensors.items():
         if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and name not in shrink:
             known = [owners.slots[name, dim] for dim in range(tensor.dim()) if (name, dim) in owners.slots]
             known += [owners.elements[name].reshape(-1)] if name in owners.elements else []
-            reason = stated(torch.cat(known), "shares its channels with a layer that stays") if known else "not used"
+            reason = stated(torch.cat(known), "shares its channels with a layer that stays") if known else UNUSED
             why.setdefault(layer_name(name), owners.untouched.get(name, reason))
     return why

@@ -4,13 +4,63 @@ import copy
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lnr_prune.errors import GraphError
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A call of one of a model's methods, ``model.method(*args, **kwargs)``, that must stay valid.
+
+    Attributes:
+        call: Its positional and its keyword arguments.
+        method: The method.
+        calibrated: Whether the calibration data takes this path, so that its layers can be refitted.
+        traced: Whether it takes a path that no earlier example takes. If not, it is only run.
+    """
+
+    call: tuple[tuple[Any, ...], dict[str, Any]]
+    method: str = "forward"
+    calibrated: bool = True
+    traced: bool = True
+
+    def __str__(self) -> str:
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(self.call) if isinstance(leaf, Tensor)]
+        return f"{self.method}() with inputs of shape {', '.join(map(str, shapes))}"
+
+
+@contextmanager
+def calling(model: nn.Module, method: str) -> Iterator[None]:
+    """Within, calling the model calls this method of it instead of forward; the method itself may call the model."""
+    if method == "forward":
+        yield
+        return
+    own, bound = vars(model).get("forward"), getattr(model, method)
+
+    def put_back() -> None:
+        vars(model).pop("forward", None)
+        if own is not None:
+            model.forward = own
+
+    @functools.wraps(bound)
+    def once(*args: Any, **kwargs: Any) -> Any:
+        put_back()
+        try:
+            return bound(*args, **kwargs)
+        finally:
+            model.forward = once
+
+    model.forward = once
+    try:
+        yield
+    finally:
+        put_back()
 
 
 def without_caches(outputs: Any) -> Any:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lnr_prune.calibration.adapter import AdaptedLayer
 from lnr_prune.calibration.attention import visible_attention
-from lnr_prune.calibration.data import Calibration, short_example
+from lnr_prune.calibration.data import Calibration
+from lnr_prune.calibration.examples import short_example
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.calibration.places import Place, places_of
 from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention

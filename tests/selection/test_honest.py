@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lnr_prune as lnr
-from lnr_prune.calibration.data import calibrate, first_of_each_half, short_example
+from lnr_prune.calibration.data import calibrate, first_of_each_half
 from lnr_prune.calibration.divergence import divergence
+from lnr_prune.calibration.examples import short_example
 from lnr_prune.calibration.reading import Reading, fit, read
 from lnr_prune.graph.groups import find_groups
 from lnr_prune.graph.module import named_tensors
