@@ -108,22 +108,22 @@ class Lockstep:
     def go_on(
         self,
         name: str,
-        arrivals: Mapping[int, Arrival],
+        arrivals: dict[int, Arrival],
         arguments: Arguments,
-        inputs: Mapping[int, Tensor] | None = None,
+        inputs: dict[int, Tensor] | None = None,
     ) -> None:
         """Lets the batches at a layer go on to the next one.
 
         Args:
             name: The layer.
-            arrivals: The batches that have come to it.
+            arrivals: The batches that have come to it. They are taken out of it, so that their activations are freed.
             arguments: What the pruned network calls it with, now and whenever it is called again.
             inputs: Number of a batch -> another input of the layer, in this call.
         """
         self._answered[name] = arguments
-        for batch in arrivals:
-            del self._waiting[batch]
-            other = {} if inputs is None or batch not in inputs else {"input": inputs[batch]}
+        for batch in list(arrivals):
+            del self._waiting[batch], arrivals[batch]
+            other = {} if inputs is None or batch not in inputs else {"input": inputs.pop(batch)}
             self._arrived(batch, advance(self._runs[batch], {**arguments, **other}))
 
     def _arrived(self, batch: int, arrival: Arrival | None) -> None:
