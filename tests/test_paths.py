@@ -105,7 +105,7 @@ def test_a_layer_of_another_path_is_refitted_to_the_batches_that_come_to_it() ->
     def error(**settings: Any) -> float:
         pruned = lnr.prune(model, data, lnr.Keep(0.5), selector="backward", **settings)
         assert settings["refit"] is None or {"g", "f"} <= {layer.name for layer in pruned.report.layers}
-        return float((pruned.model(new) - model(new)).square().mean())
+        return float((pruned.model(new) - model(new)).square().mean().detach())
 
     assert error(refit=lnr.Refit()) < 0.7 * error(refit=None)
 

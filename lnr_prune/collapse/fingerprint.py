@@ -55,7 +55,9 @@ class Fingerprint:
             more = f"; and {len(differences) - SHOWN} more differences" if len(differences) > SHOWN else ""
             raise PlanError(
                 f"this {type(model).__name__} is not of the architecture that the plan was made for: "
-                f"{'; '.join(differences[:SHOWN])}{more}. Give a new instance of the original, unpruned model"
+                f"{'; '.join(differences[:SHOWN])}{more}. Give a new instance of the model that was "
+                "pruned. If that one had been pruned itself, give the result of its own plan, or join both plans: "
+                "first.plan.then(second.plan)"
             )
 
 

@@ -3,14 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lnr_prune.collapse.fingerprint import Fingerprint, fingerprint
+from lnr_prune.errors import PlanError
 from lnr_prune.graph.groups import ChannelGroup
 from lnr_prune.graph.owners import Slot
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 SHOWN = 12  # ranges of channels in a line
 
 
@@ -48,6 +52,38 @@ class Plan:
             lines += [f"{module}.{attribute} = {value}".lstrip(".") for attribute, value in entries.items()]
         return "\n".join(lines)
 
+    def then(self, second: "Plan") -> "Plan":
+        """Both plans in one: that of a model, and that of the pruned model, which was pruned again.
+
+        Raises:
+            PlanError: If the second plan was not made for what this one leaves.
+
+        Example:
+            >>> import torch, lnr_prune as lnr
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+            >>> first = lnr.prune(model, [torch.randn(256, 8)], lnr.Keep(0.5))
+            >>> second = lnr.prune(first.model, [torch.randn(256, 8)], lnr.Keep(0.5))
+            >>> lnr.apply_plan(first.plan.then(second.plan), model)[0]
+            Linear(in_features=8, out_features=8, bias=True)
+        """
+        original, left = self.original, second.original
+        if original is None or left is None:
+            raise PlanError("a plan does not say what architecture it was made for; the plans of prune do")
+        shapes = {name: kept_shape(kind.shape, self.indices.get(name, {})) for name, kind in original.tensors.items()}
+        if shapes != {name: kind.shape for name, kind in left.tensors.items()}:
+            raise PlanError("the second plan was not made for what the first one leaves of the model")
+        channels = {group: _of(kept, self.channels.get(group)) for group, kept in second.channels.items()}
+        indices = {
+            name: {dim: _of(kept, self.indices.get(name, {}).get(dim)) for dim, kept in dims.items()}
+            for name, dims in second.indices.items()
+        }
+        return Plan(
+            {**self.channels, **channels},
+            _over(self.indices, indices),
+            _over(self.attributes, second.attributes),
+            replace(original, ints=_over(left.ints, original.ints)),
+        )
+
     def diff(self, other: "Plan") -> str:
         """What this plan keeps and another does not, and the reverse, group by group; "" if nothing."""
         lines = list(_diff(self.channels, other.channels))
@@ -82,6 +118,18 @@ def plan_for(model: nn.Module, supports: Mapping[ChannelGroup, Tensor]) -> Plan:
     """The same plan, with the architecture of the model that it is for."""
     plan = make_plan(supports)
     return replace(plan, original=fingerprint(model, plan.attributes))
+
+
+def _of(kept: tuple[int, ...], before: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Indices among those that were kept before, as indices of the whole."""
+    return kept if before is None else tuple(before[index] for index in kept)
+
+
+def _over(
+    first: Mapping[str, Mapping[Key, Value]], second: Mapping[str, Mapping[Key, Value]]
+) -> dict[str, dict[Key, Value]]:
+    """Both, with the entries of the second one where both have them."""
+    return {name: {**first.get(name, {}), **second.get(name, {})} for name in {**first, **second}}
 
 
 def kept_shape(shape: tuple[int, ...], dims: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:

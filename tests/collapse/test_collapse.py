@@ -2,22 +2,25 @@
 
 import copy
 import io
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lnr_prune as lnr
 from lnr_prune.calibration.calls import Call
 from lnr_prune.collapse.collapse import collapse, restore_point
 from lnr_prune.collapse.masks import masked_weights
 from lnr_prune.collapse.plan import Plan, make_plan
 from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.collapse.verify import Reference, copied
-from lnr_prune.errors import GraphError, VerificationError
+from lnr_prune.errors import GraphError, PlanError, VerificationError
 from lnr_prune.graph.groups import ChannelGroup, Consumer, Graph, find_groups
 from lnr_prune.graph.module import named_tensors
 from tests.helpers.models import FixedView, ReferenceLeNet5, Residual, cnn, mlp, randomised
-from tests.helpers.patterns import GroupedUpsampling
+from tests.helpers.patterns import GroupedUpsampling, TorchAttention
 
 
 def prune_at_random(model: nn.Module, graph: Graph, seed: int) -> tuple[Plan, dict[str, Tensor]]:
@@ -189,3 +192,20 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model.stream = (i for i in range(3))  # type: ignore[assignment]
     with pytest.raises(GraphError, match=r"cannot be deep-copied.*into='model'"):
         copied(model, ((torch.randn(2, 4),), {}))
+
+
+def test_two_plans_in_one_take_out_what_both_do(tmp_path: Path) -> None:
+    model, data = TorchAttention().eval(), [torch.randn(32, 5, 12)]
+    first = lnr.prune(model, data, lnr.Keep(0.7))
+    second = lnr.prune(first.model, data, lnr.Keep(0.5))
+    both = replace(second, plan=first.plan.then(second.plan))
+    assert {name: len(kept) for name, kept in both.plan.channels.items()} == {
+        group.name: group.kept for group in second.report.groups
+    }
+    both.save(tmp_path / "twice.safetensors")
+    again = lnr.load(tmp_path / "twice.safetensors", TorchAttention().eval())
+    torch.testing.assert_close(again(data[0]), second.model(data[0]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(PlanError, match="not made for what the first one leaves"):
+        first.plan.then(first.plan)
+    with pytest.raises(PlanError, match=r"first\.plan\.then\(second\.plan\)"):
+        lnr.apply_plan(second.plan, model)

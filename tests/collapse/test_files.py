@@ -225,7 +225,7 @@ def test_a_plan_can_be_read_by_people() -> None:
         (lambda: models.mlp(4, 9, 3), "layer '3' is not there, expected ReLU"),
         (lambda: models.mlp(4, 9, 8, 3, bias=False), "'0.bias' is not there"),
         (lambda: models.mlp(4, 9, 8, 3).double(), r"float64 \(9, 4\), expected float32"),
-        (lambda: pruned_mlp().model, "Give a new instance of the original, unpruned model"),
+        (lambda: pruned_mlp().model, "Give a new instance of the model that was pruned"),
         (
             lambda: nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 8), nn.GELU(), nn.Linear(8, 3)),
             "'3' is GELU, expected ReLU",
