@@ -16,13 +16,13 @@ from lnr_prune.collapse.masks import masked_weights
 from lnr_prune.collapse.plan import plan_for
 from lnr_prune.collapse.remove import remove
 from lnr_prune.collapse.trial import prunable
+from lnr_prune.graph.folding import folded
 from lnr_prune.graph.groups import ChannelGroup, Graph
-from lnr_prune.graph.module import check_values, named_tensors
+from lnr_prune.graph.module import check_values, named_tensors, plain
 from lnr_prune.pruned import Costs, Pruned, latencies, reported
 from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit
 from lnr_prune.runtime.identity import Identity
-from lnr_prune.runtime.processes import check_unwrapped
 from lnr_prune.runtime.run import Run, started
 from lnr_prune.runtime.work import Work, opened_folder
 from lnr_prune.selection.allocation import check_reach
@@ -112,7 +112,8 @@ def prune(
           (2): Linear(in_features=16, out_features=4, bias=True)
         )
     """
-    with started(run) as work:
+    with started(run) as work, plain(model) as given:
+        model, plainer = (given, {}) if into == "model" else folded(given)  # computed weights become plain ones
         settings = Settings.of(amount, selector, refit, bias, logits, into)
         data, example = calibrated(model, data, settings, run, work)  # batches as calls of the model, and a small one
         logits = check_logits(model, example, logits)
@@ -150,7 +151,9 @@ def prune(
         before = Costs.of(model, example)
         small = remove(model, target, plan, masked, example, training=any(group.training for group in graph.groups))
         after, times = Costs.of(small, example), latencies(model, small, example, work.ranks)
-    report = reported(graph, selected, fitted, predicted, error, (before, after), times, refitted=refit is not None)
+    report = reported(
+        graph, selected, fitted, predicted, error, (before, after), times, plainer, refitted=refit is not None
+    )
     return Pruned(small, report, plan, masked)
 
 
@@ -159,7 +162,6 @@ def calibrated(model: nn.Module, data: Any, settings: Settings, run: Run, work: 
     ranks = work.ranks
     ranks.check_same("arguments", repr((settings, run.low_memory, run.work is None)))
     found = calibrate(model, data)
-    check_unwrapped(model)
     ranks.check_same("weights", ranks.checksums(model))
     check_values(model)
     example = ranks.all_gather(short_example(model, found))[0]

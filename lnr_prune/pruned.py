@@ -87,6 +87,7 @@ def reported(
     error: float,
     costs: tuple[Costs, Costs],
     seconds: tuple[float | None, float | None],
+    folded: Mapping[str, str],
     *,
     refitted: bool,
 ) -> Report:
@@ -100,6 +101,7 @@ def reported(
         error: Error of the outputs.
         costs: Costs before and after.
         seconds: Seconds of a forward pass, before and after.
+        folded: Layer -> what was folded.
         refitted: Whether there was a refit.
     """
     rows = tuple(row_of(g, selected.get(g), fitted.layers, predicted.get(g), refitted) for g in graph.groups)
@@ -108,7 +110,7 @@ def reported(
     before, after = costs
     return Report(
         rows, layers, error, graph.frozen,
-        before.params, after.params, before.macs, after.macs, before.size, after.size, *seconds,
+        before.params, after.params, before.macs, after.macs, before.size, after.size, *seconds, folded,
     )  # fmt: skip
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lnr_prune.calibration.calls import Call, Inputs, _checked, _moved, check_model, run, samples_in, shortened
+from lnr_prune.calibration.calls import Call, Inputs, _checked, _moved, run, samples_in, shortened
 from lnr_prune.calibration.places import Place, halves
 from lnr_prune.errors import CalibrationError
+from lnr_prune.graph.module import check_model
 from lnr_prune.runtime.digest import digest
 from lnr_prune.runtime.processes import ALONE, Ranks
 
@@ -114,15 +115,16 @@ def calibrate(model: nn.Module, data: Any) -> Calibration:
 
 
 def short_example(model: nn.Module, data: Calibration) -> Call:
-    """Arguments of a small forward pass: the first batch, cut to two samples if the model allows it."""
+    """Arguments of a small forward pass: the first batch, cut to two samples if the model then gives finite outputs."""
     example = data.example()
     short = shortened(example)
     try:
-        run(model, short)
+        outputs = [leaf for leaf in tree_leaves(run(model, short)) if isinstance(leaf, Tensor)]
     except CalibrationError:
         run(model, example)
         return example
-    return short
+    tell = all(out.numel() and bool(torch.isfinite(out).all()) for out in outputs)  # a mask may select no sample
+    return short if tell else example
 
 
 def _reader(model: nn.Module) -> Inputs:

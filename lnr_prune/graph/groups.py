@@ -12,6 +12,7 @@ from lnr_prune.errors import GraphError
 from lnr_prune.graph import operations  # noqa: F401  (they register their rules)
 from lnr_prune.graph.closure import close
 from lnr_prune.graph.flow import data_flow
+from lnr_prune.graph.folding import frozen_reasons
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph.rules import Propagation, Site, logger, propagate
 from lnr_prune.graph.sizes import HeldInt, held_ints
@@ -137,7 +138,7 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     traces = (state, training) if training else (state,)
     held = held_ints(traces, label, {group.name: group.slots for group in groups})
     groups = [replace(group, held=held[group.name]) for group in groups]
-    frozen = _explain(state, groups, label, reasons)
+    frozen = frozen_reasons(model, _explain(state, groups, label, reasons))
     flow = tuple((layer_name(a), layer_name(b)) for a, b in data_flow(traces))
     return Graph(tuple(groups), frozen, state.macs, _products(state, groups, label), *_linear_maps(state), flow)
 
