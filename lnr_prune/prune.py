@@ -61,7 +61,8 @@ def prune(
     rank.
 
     Args:
-        model: A trained model that torch.export can trace. It is not modified unless ``into="model"``.
+        model: A trained model that torch.export can trace. It is not modified unless ``into="model"``. Of a compiled
+            model the one inside is pruned, and nothing is compiled meanwhile.
         data: Unlabelled calibration inputs, any iterable of batches: tensors, ``(input, label)`` pairs (labels
             are ignored), tuples of arguments, or dicts of keyword arguments. For any other form, see `Batches`.
         amount: How much is kept. `Keep`: a count or share of the channels of every group. `Penalty`: as many as the
@@ -79,7 +80,9 @@ def prune(
             samples then fit better, without fitting worse by squares; errors are measured by squares.
         into: What is shrunk: a "copy" of the model; the "model" itself, which is restored if anything fails; or a
             "graph", a `PrunedGraph` of ATen operations for evaluation only, which can lose channels even where the
-            model's forward fixes their number.
+            model's forward fixes their number. Weights that the model computes in every forward pass, such as those
+            of weight norm, are folded into plain ones first (see `fold`), except for ``into="model"``: there they stay
+            as they are, and their channels are frozen.
         run: Settings that do not change the result: a work folder to resume from after a crash, memory, progress,
             processes.
 
@@ -91,7 +94,8 @@ def prune(
             belongs to a run with another model, other arguments or other data.
         CalibrationError: If the calibration data is empty, not finite, or not accepted by the model. In a process
             group, a `RankError` if another rank fails.
-        GraphError: If the model cannot be traced or copied, is wrapped, or has no channel that can be pruned.
+        GraphError: If the model cannot be traced or copied, is wrapped or scripted, or has no channel
+            that can be pruned.
         LnrPruneError: If the second moments of its layers do not fit into memory; it says what would. Or if another
             run is using the work folder.
         OSError: If the work folder cannot be written.

@@ -25,11 +25,12 @@ class Pruned:
     """What `prune` returns.
 
     Attributes:
-        model: The smaller model, of the original's class.
+        model: The smaller model, of the original's class. It is not compiled: call torch.compile again.
         report: What was done to every group; ``print(pruned.report)``.
         plan: Which indices of which parameters were kept.
         masked: Full-size parameters (name -> tensor) of the masked model, which computes the same:
-            ``torch.func.functional_call(original, pruned.masked, inputs)`` equals ``pruned.model(inputs)``.
+            ``torch.func.functional_call(original, pruned.masked, inputs)`` equals ``pruned.model(inputs)``. If the
+            report says that weights were folded, the original is ``lnr.fold(model)``, whose names these are.
     """
 
     model: nn.Module

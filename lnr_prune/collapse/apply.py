@@ -34,13 +34,15 @@ def apply_plan(plan: Plan, model: nn.Module, *, example: Any = None, into: str =
 
     Args:
         plan: What is kept.
-        model: A model of the architecture that the plan was made for. It is not modified unless ``into="model"``.
+        model: A model of the architecture that the plan was made for. It is not modified unless ``into="model"``. If
+            weights were folded when it was pruned, those of the copy are folded too; into="model" takes `fold`'s.
         example: A batch, as for `prune`, on which the result is compared with the masked model.
         into: What is shrunk: a "copy", or the "model" itself, which is restored if anything fails.
 
     Raises:
         ValueError: If ``into`` is neither.
         PlanError: If the model has another architecture.
+        GraphError: If the model cannot be copied, or is wrapped or scripted.
         CalibrationError: If the model does not accept the example.
         VerificationError: If the smaller model does not equal the masked one.
 

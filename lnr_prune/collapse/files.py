@@ -55,7 +55,8 @@ def load(path: StrPath, model: nn.Module, *, example: Any = None, into: str = "c
     Args:
         path: The file.
         model: A new, unpruned instance of the original architecture. Its values do not matter, so it may be on
-            the meta device (then the pruned model is on the CPU). It is not modified unless ``into="model"``.
+            the meta device (then the pruned model is on the CPU). It is not modified unless ``into="model"``. If
+            weights were folded when it was pruned, those of the copy are folded too; into="model" takes `fold`'s.
         example: A batch, as for `prune`, on which the loaded model is compared with the masked one. Required for
             a pruned graph, which is traced again.
         into: What is shrunk: a "copy", or the "model" itself, which is restored if anything fails.

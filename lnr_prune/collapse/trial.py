@@ -134,7 +134,12 @@ def _trial(model: nn.Module, groups: Groups, example: Call) -> Trial:
         supports[group.name] = support
     masked = random_weights(model)
     masked |= masked_weights({group: supports[group.name] for group in groups}, masked)
-    reference = Reference(model, masked, example, training=any(group.training for group in groups))
+    training = any(group.training for group in groups)
+    try:
+        reference = Reference(model, masked, example, training=training)
+    except CalibrationError:  # the forward may read sizes from its buffers
+        masked = {name: value for name, value in masked.items() if name not in dict(model.named_buffers())}
+        reference = Reference(model, masked, example, training=training)
 
     def trial(candidates: Groups) -> str | None:
         restore = restore_point(model)

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 LARGEST = 4096  # elements of a buffer that may become numbers
+# Beginnings of the names of functions that may write into a tensor, besides those that end in one underscore.
+WRITES = ("__i", "__set", "batch_norm", "instance_norm")
 READS = {"__bool__", "__float__", "__index__", "__int__", "item", "tolist"}
 FOLLOWED = {
     "__add__", "__eq__", "__floordiv__", "__ge__", "__getitem__", "__gt__", "__le__", "__lt__", "__mod__", "__mul__",
@@ -58,9 +60,11 @@ class RealNumbers(TorchFunctionMode):
             return iter(self.__torch_function__(Tensor.unbind, types, args))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = [leaf for leaf in tensors if id(leaf) in self.known]
+        writes = name.startswith(WRITES) or name[-1:] == "_" != name[-2:-1] or {"out", "inplace"} & kwargs.keys()
+        if known and writes and name not in READS:
+            self.known.clear()  # it may write into one of them, or into a view
+            known = []
         if not known or name not in READS | FOLLOWED or len(known) < len(tensors):
-            if known and (name.endswith("_") or "out" in kwargs) and (name.startswith("__i") or name[-2:] != "__"):
-                self.known.clear()  # it may write into one of them, or into a view
             return func(*args, **kwargs)
         real_args, real_kwargs = tree_map(self._value, (args, kwargs))
         with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():

@@ -65,26 +65,25 @@ def computed_tensors(model: nn.Module) -> tuple[Computed, ...]:
 def _computed_by(name: str, layer: nn.Module) -> Iterator[Computed]:
     path = f"model.{name}".rstrip(".")
     if parametrize.is_parametrized(layer):
+        constant = _is_constant(layer)
         for tensor, chain in layer.parametrizations.items():  # type: ignore[operator, union-attr]
             by = " and ".join(type(part).__name__.strip("_") for part in chain)
             remedy = f"torch.nn.utils.parametrize.remove_parametrizations({path}, {tensor!r})"
-            yield Computed(name, tensor, by, remedy, _is_constant(layer, tensor))
+            yield Computed(name, tensor, by, remedy, constant)
     for hook in layer._forward_pre_hooks.values():
         for kind, (_, attribute, remove) in HOOKS.items():
             if isinstance(hook, kind):
                 tensor = getattr(hook, attribute)
                 by = "a mask of torch.nn.utils.prune" if kind is prune.BasePruningMethod else kind.__name__
                 yield Computed(name, tensor, by, f"{remove}({path}, {tensor!r})")
-    if isinstance(getattr(layer, "weight_fake_quant", None), nn.Module):
-        remedy = f"{path}.to_float() in its place, prune the float model, and prepare that for quantization"
-        yield Computed(name, "weight", "quantization-aware training", remedy, folds=False)
 
 
-def _is_constant(layer: nn.Module, tensor: str) -> bool:
-    """Whether a parametrized tensor has the same value in every forward pass, and the kind of its original."""
+def _is_constant(layer: nn.Module) -> bool:
+    """Whether all parametrized tensors of a layer have the same values in every forward pass."""
+    names = list(layer.parametrizations)  # type: ignore[arg-type]
     with torch.no_grad(), evaluating(layer), torch.random.fork_rng(range(torch.cuda.device_count())):
-        first, second = getattr(layer, tensor), getattr(layer, tensor)
-    return first.is_meta or bool(torch.equal(first, second))
+        values = [(getattr(layer, name), getattr(layer, name)) for name in names]
+    return all(first.is_meta or bool(torch.equal(first, second)) for first, second in values)
 
 
 def frozen_reasons(model: nn.Module, frozen: Mapping[str, str]) -> dict[str, str]:
@@ -102,7 +101,9 @@ def frozen_reasons(model: nn.Module, frozen: Mapping[str, str]) -> dict[str, str
 
 
 def _advice(each: Computed) -> str:
-    return f"call {each.remedy}, or prune lnr.fold(model)" if each.folds else f"put {each.remedy}"
+    if each.folds:
+        return f"call {each.remedy}, or prune lnr.fold(model)"
+    return f"it changes from pass to pass, so it cannot be folded; call {each.remedy}"
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -167,26 +168,36 @@ def _folded(model: nn.Module, found: tuple[Computed, ...]) -> nn.Module:
 
 
 def _fold_into(layer: nn.Module, tensor: str) -> None:
-    """Replaces a computed tensor by a plain parameter; other layers may share this one's class, which stays."""
+    """Replaces a computed tensor by a plain one."""
     own = layer._parameters.get(f"{tensor}_orig", layer._parameters.get(f"{tensor}_v"))
     for hook in layer._forward_pre_hooks.values():
         for kind, (remove, attribute, _) in HOOKS.items():
             if isinstance(hook, kind) and getattr(hook, attribute) == tensor:
                 remove(layer, tensor)
-                plain_one: Any = layer._parameters.pop(tensor)
-                plain_one.requires_grad_(own is None or own.requires_grad)
-                layer._parameters = {tensor: plain_one, **layer._parameters}
+                layer.get_parameter(tensor).requires_grad_(own is None or own.requires_grad)
+                _put_first(layer, tensor)
                 return
+    if parametrize.is_parametrized(layer):
+        _without_parametrizations(layer)
+
+
+def _without_parametrizations(layer: nn.Module) -> None:
+    """Leaves the values of all parametrized tensors; the class is shared with the layer that this is a copy of."""
     chains: Any = layer.parametrizations
-    originals = list(chains[tensor].parameters(recurse=False))
+    originals = {name: list(chain.parameters(recurse=False)) for name, chain in chains.items()}
     with evaluating(layer):
-        value = getattr(layer, tensor).detach().clone()
-    del chains[tensor]
-    if not len(chains):
-        del layer.parametrizations
-        layer.__class__ = type(layer).__bases__[0]
-    if originals:
-        new = nn.Parameter(value, requires_grad=any(original.requires_grad for original in originals))
-        layer._parameters = {tensor: new, **layer._parameters}
-    else:
-        layer.register_buffer(tensor, value)
+        values = {name: getattr(layer, name).detach().clone() for name in originals}
+    del layer.parametrizations
+    layer.__class__ = type(layer).__bases__[0]
+    for name, value in values.items():
+        if originals[name]:
+            trained = any(original.requires_grad for original in originals[name])
+            setattr(layer, name, nn.Parameter(value, requires_grad=trained))
+            _put_first(layer, name)
+        else:
+            layer.register_buffer(name, value)
+
+
+def _put_first(layer: nn.Module, name: str) -> None:
+    own = layer._parameters
+    layer._parameters = {name: own[name], **own}

@@ -27,7 +27,8 @@ def plain(model: object) -> Iterator[nn.Module]:
 
     Raises:
         TypeError: If it is not an nn.Module.
-        GraphError: If it, or a part of it, is wrapped, sharded, scripted or traced; the message says what to give.
+        GraphError: If it, or a part of it, is wrapped, sharded, scripted, traced or quantized; the message says what
+            to give.
     """
     check_model(model)
     module = _uncompiled(model)
@@ -86,6 +87,11 @@ def _check_unwrapped(model: nn.Module) -> None:
             raise GraphError(
                 f"{path} is {made} by torch.jit, which hides its operations: give the Python module that it was made "
                 "from, and script or trace the pruned model again"
+            )
+        if isinstance(getattr(module, "weight_fake_quant", None), nn.Module):
+            raise GraphError(
+                f"{path} is in quantization-aware training, which rounds its weight in every forward pass: put "
+                f"{path}.to_float() in its place, prune the float model, and prepare the pruned one for quantization"
             )
     sharded = next((name for name, tensor in model.named_parameters() if hasattr(tensor, "placements")), None)
     if sharded is not None:

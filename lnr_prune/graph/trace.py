@@ -17,8 +17,9 @@ from torch.export import ExportedProgram
 from lnr_prune.errors import GraphError, ran_out_of_memory
 from lnr_prune.graph.constants import RealNumbers, real_values
 from lnr_prune.graph.module import failing_layer, in_mode, named_tensors, unfused_attention, without_caches
+from lnr_prune.graph.nodes import TORCH
 
-OURS, TORCHS = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+OURS = str(Path(__file__).parents[1])
 SOME = 12
 """Stands for sizes and numbers that depend on the data; what they count is kept whole."""
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -143,7 +144,7 @@ def _explained(model: nn.Module, error: BaseException) -> str:
     lines = [
         f" at {Path(frame.filename).name}:{frame.lineno}, `{frame.line}`"
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((OURS, TORCHS)) and frame.line
+        if not frame.filename.startswith((OURS, TORCH)) and frame.line
     ]
     where = f"{type(model).__name__} {failing_layer(model, error)}{lines[-1] if lines else ''}"
     if "data-dependent" in str(error):

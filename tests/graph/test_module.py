@@ -7,6 +7,8 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.nn import qat
+from torch.ao.quantization import QConfig, default_fake_quant, default_weight_fake_quant
 
 import lnr_prune as lnr
 from lnr_prune.errors import GraphError
@@ -139,6 +141,12 @@ def test_compiled_parts_are_back_after_a_failure() -> None:
     assert vars(model.get_submodule("1"))["_compiled_call_impl"] is not None
 
 
+def quantized(model: nn.Sequential) -> nn.Module:
+    settings = QConfig(activation=default_fake_quant, weight=default_weight_fake_quant)
+    model[2] = qat.Conv2d(6, 4, 1, qconfig=settings)
+    return model.eval()
+
+
 REFUSED: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
     "traced": (lambda model: torch.jit.trace(model, X[0]), "^model is traced by torch.jit.*give the Python module"),
     "scripted": (torch.jit.script, "^model is scripted by torch.jit"),
@@ -147,6 +155,10 @@ REFUSED: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
         r"^model\.0 is scripted by torch.jit.*script or trace the pruned model again",
     ),
     "parallel": (nn.DataParallel, r"^model is wrapped in DataParallel: prune the plain module inside, model\.module"),
+    "in quantization-aware training": (
+        quantized,
+        r"^model\.2 is in quantization-aware training.*put model\.2\.to_float\(\) in its place, prune the float model",
+    ),
     "compiled and parallel": (
         lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
         "^model is wrapped in DataParallel",

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -171,20 +172,57 @@ def test_a_constant_buffer_may_be_read_as_a_number(into: str) -> None:
     assert {name: id(value) for name, value in vars(model).items()} == attributes
 
 
+def _sets(rows: Tensor) -> None:
+    rows[...] = rows + 0
+
+
+def _adds(rows: Tensor) -> None:
+    rows += 0
+
+
+WRITES: list[Callable[[Tensor], object]] = [
+    lambda rows: rows.add_(1).sub_(1), lambda rows: torch.add(rows, 0, out=rows), _sets, _adds,
+    lambda rows: rows.view(1).mul_(1),
+]  # fmt: skip
+
+
 class Counter(Detect):
     """The number changes in the forward, so it is no constant."""
 
+    def __init__(self, write: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.write = write
+
     def forward(self, x: Tensor) -> Tensor:
-        self.rows.add_(1).sub_(1)
+        self.write(self.rows)
         y: Tensor = self.b(self.a(x).relu())
         if self.rows > 1:
             return y
         return -y
 
 
-def test_a_buffer_that_is_written_to_is_no_constant() -> None:
+@pytest.mark.parametrize("write", WRITES)
+def test_a_buffer_that_is_written_to_is_no_constant(write: Callable[[Tensor], object]) -> None:
     with pytest.raises(GraphError, match=r"could not trace Counter in its forward at test_trace.py:\d+, `if self.rows"):
-        lnr.inspect(Counter().eval(), torch.randn(2, 3, 9, 9))
+        lnr.inspect(Counter(write).eval(), torch.randn(2, 3, 9, 9))
+
+
+class Heads(nn.Module):
+    """A size that is read from a buffer of floats, which no random value may replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.sizes = nn.Linear(6, 8), nn.Linear(8, 4), torch.tensor([2.0])
+        self.register_buffer("rows", torch.tensor([3.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(len(x), int(self.rows), int(self.sizes))  # type: ignore[arg-type]
+        out: Tensor = self.b(self.a(x.flatten(1)).relu())
+        return out
+
+
+def test_a_size_may_be_read_from_a_buffer() -> None:
+    assert [group.name for group in lnr.inspect(Heads().eval(), torch.randn(4, 6)).groups] == ["a"]
 
 
 class Decides(nn.Module):
