@@ -103,7 +103,7 @@ class FirstChannels(Scored):
 
     def forward(self, x: Tensor) -> Tensor:
         count = (x[0, 0] > -100).long().item() * 16
-        out: Tensor = self.b(torch.where(torch.arange(16) < count, self.a(x).relu(), 0))
+        out: Tensor = self.b(torch.where((torch.arange(16) < count).view(1, 16), self.a(x).relu(), 0))
         return out
 
 
@@ -128,7 +128,35 @@ class CutChannels(Scored):
         return out
 
 
-@pytest.mark.parametrize("kind", [MaskedChannels, FirstChannels, CutChannels])
+class RepeatedChannels(Scored):
+    def forward(self, x: Tensor) -> Tensor:
+        count = self.positive(x).long().sum().item()
+        torch._check(count >= 0)
+        h = self.a(x).relu()
+        out: Tensor = self.b(h) + h.repeat(1, count).amax()
+        return out
+
+
+class Chosen(Scored):
+    """One layer's channels decide which of another's are picked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Linear(10, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        out: Tensor = self.b(h.relu()) + self.c(x)[h > 0].sum()
+        return out
+
+
+def test_channels_that_decide_what_is_picked_say_so() -> None:
+    found = lnr.inspect(Chosen().eval(), torch.randn(64, 10))
+    assert found.groups == ()
+    assert found.frozen["a"].startswith("decides what is picked in index (test_trace.py:")
+
+
+@pytest.mark.parametrize("kind", [MaskedChannels, FirstChannels, CutChannels, RepeatedChannels])
 def test_channels_whose_number_depends_on_the_data_stay(kind: type[Scored]) -> None:
     found = lnr.inspect(kind().eval(), torch.randn(64, 10))
     assert found.groups == ()
