@@ -29,6 +29,7 @@ from lnr_prune.errors import (
     RankError,
     VerificationError,
 )
+from lnr_prune.graph.folding import fold
 from lnr_prune.graph.groups import Consumer
 from lnr_prune.inspection import Inspection, inspect
 from lnr_prune.lasso.alternate_minimization import AlternateMinimization
@@ -96,6 +97,7 @@ __all__ = [
     "backward",
     "debias",
     "exchange",
+    "fold",
     "inspect",
     "lam_for_count",
     "load",

@@ -3,7 +3,7 @@
 import io
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from lnr_prune.calibration.data import Batches, calibrate
 from lnr_prune.calibration.examples import examples_of, further, kinds
 from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.graph import drawing
+from lnr_prune.graph.folding import folded
 from lnr_prune.graph.groups import ChannelGroup, find_groups, layer_name
-from lnr_prune.graph.module import named_tensors
-from lnr_prune.report.html import embedded, left_whole, table, who
+from lnr_prune.graph.module import named_tensors, plain
+from lnr_prune.report.html import embedded, left_whole, table, weights_made_plain, who
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class Inspection:
         reachable: Share of the parameters that belong to some group.
         flow: Pairs of layers: what the first computes goes into the second. Names in angle brackets are not layers,
             but the model's input and output, and operations where several layers' outputs meet, such as ``<add_3>``.
+        folded: Layer -> which weight of it, computed in every forward pass, was made a plain parameter; see `fold`.
     """
 
     groups: tuple[GroupCost, ...]
     frozen: Mapping[str, str]
     reachable: float
     flow: tuple[tuple[str, str], ...] = ()
+    folded: Mapping[str, str] = field(default_factory=dict)
 
     def to_dot(self) -> str:
         """The layers as a graph in the DOT language: a colour for each group, grey for what is frozen.
@@ -92,7 +95,8 @@ class Inspection:
             for group in self.groups
         ]
         lead = f"<p>{len(self.groups)} groups hold {self.reachable:.1%} of the parameters.</p>"
-        return f"<h2>Channel groups</h2>{lead}{table(columns, rows)}{left_whole(self.frozen)}"
+        rest = left_whole(self.frozen) + weights_made_plain(self.folded)
+        return f"<h2>Channel groups</h2>{lead}{table(columns, rows)}{rest}"
 
     def _repr_html_(self) -> str:
         return embedded(self.section())
@@ -108,6 +112,8 @@ class Inspection:
             table.add_row(Text(", ".join(group.producers)), Text(", ".join(group.consumers)), *costs)
         for layer, reason in self.frozen.items():
             table.add_row(Text(layer), Text(f"frozen: {reason}"), "-", "-", "-")
+        for layer, what in self.folded.items():
+            table.add_row(Text(layer), Text(f"folded: {what}"), "-", "-", "-")
         return table
 
     def __str__(self) -> str:
@@ -129,7 +135,7 @@ def inspect(model: nn.Module, example: Any, *, also: Any = None) -> Inspection:
         An `Inspection`, which prints as a table.
 
     Raises:
-        GraphError: If the model cannot be traced.
+        GraphError: If the model cannot be traced, or is wrapped, scripted or traced already.
         CalibrationError: If the model does not accept the example.
 
     Example:
@@ -141,6 +147,11 @@ def inspect(model: nn.Module, example: Any, *, also: Any = None) -> Inspection:
         >>> dict(found.frozen)
         {'2': 'output of the model'}
     """
+    with plain(model) as given:
+        return _inspected(*folded(given), example, also)
+
+
+def _inspected(model: nn.Module, made_plain: Mapping[str, str], example: Any, also: Any) -> Inspection:
     data = calibrate(model, example if isinstance(example, Batches) else [example])
     main, *others = examples_of(model, list(kinds(data).values()), further(model, also))
     call = main.call
@@ -168,7 +179,8 @@ def inspect(model: nn.Module, example: Any, *, also: Any = None) -> Inspection:
         )
 
     reachable = sum(size for name, size in trained.items() if name in reached) / max(1, sum(trained.values()))
-    return Inspection(tuple(cost(group) for group in groups), {**graph.frozen, **fixed}, reachable, graph.flow)
+    frozen, costs = {**graph.frozen, **fixed}, tuple(cost(group) for group in groups)
+    return Inspection(costs, frozen, reachable, graph.flow, made_plain)
 
 
 def _summary(group: GroupCost) -> str:

@@ -17,14 +17,14 @@ from lnr_prune.collapse.masks import masked_weights
 from lnr_prune.collapse.plan import plan_for
 from lnr_prune.collapse.remove import remove, warn_of_unused
 from lnr_prune.collapse.trial import prunable
+from lnr_prune.graph.folding import folded
 from lnr_prune.graph.groups import ChannelGroup, Graph
-from lnr_prune.graph.module import Example, check_values, named_tensors
+from lnr_prune.graph.module import Example, check_values, named_tensors, plain
 from lnr_prune.pruned import Costs, Pruned, latencies, reported
 from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit
 from lnr_prune.runtime.digest import digest
 from lnr_prune.runtime.identity import Identity
-from lnr_prune.runtime.processes import check_unwrapped
 from lnr_prune.runtime.run import Run, started
 from lnr_prune.runtime.work import Work, opened_folder
 from lnr_prune.selection.allocation import check_reach
@@ -64,7 +64,8 @@ def prune(
     rank.
 
     Args:
-        model: A trained model that torch.export can trace. It is not modified unless ``into="model"``.
+        model: A trained model that torch.export can trace. It is not modified unless ``into="model"``. Of a compiled
+            model the one inside is pruned, and nothing is compiled meanwhile.
         data: Unlabelled calibration inputs, any iterable of batches: tensors, ``(input, label)`` pairs (labels
             are ignored), tuples of arguments, or dicts of keyword arguments. For any other form, see `Batches`.
         amount: How much is kept. `Keep`: a count or share of the channels of every group. `Penalty`: as many as the
@@ -82,7 +83,9 @@ def prune(
             samples then fit better, without fitting worse by squares; errors are measured by squares.
         into: What is shrunk: a "copy" of the model; the "model" itself, which is restored if anything fails; or a
             "graph", a `PrunedGraph` of ATen operations for evaluation only, which can lose channels even where the
-            model's forward fixes their number.
+            model's forward fixes their number. Weights that the model computes in every forward pass, such as those
+            of weight norm, are folded into plain ones first (see `fold`), except for ``into="model"``: there they stay
+            as they are, and their channels are frozen.
         also: Further calls that must stay valid, of which nothing is learned: a list of batches, or a dict from names
             of methods to lists of batches, such as ``{"embed": [x]}``. Layers that only they come to shrink with
             the others, but are not refitted.
@@ -97,7 +100,8 @@ def prune(
             belongs to a run with another model, other arguments or other data.
         CalibrationError: If the calibration data is empty, not finite, or not accepted by the model. In a process
             group, a `RankError` if another rank fails.
-        GraphError: If the model cannot be traced or copied, is wrapped, or has no channel that can be pruned.
+        GraphError: If the model cannot be traced or copied, is wrapped or scripted, or has no channel
+            that can be pruned.
         LnrPruneError: If the second moments of its layers do not fit into memory; it says what would. Or if another
             run is using the work folder.
         OSError: If the work folder cannot be written.
@@ -118,7 +122,8 @@ def prune(
           (2): Linear(in_features=16, out_features=4, bias=True)
         )
     """
-    with started(run) as work:
+    with started(run) as work, plain(model) as given:
+        model, plainer = (given, {}) if into == "model" else folded(given)  # computed weights become plain ones
         settings = Settings.of(amount, selector, refit, bias, logits, into)
         if also and into == "graph":
             raise ValueError("a graph has the path of the first batch only: also= cannot be combined with into='graph'")
@@ -161,7 +166,9 @@ def prune(
         small = remove(model, target, plan, masked, example, also=others, training=training)
         warn_of_unused(graph, plan, tensors)
         after, times = Costs.of(small, example), latencies(model, small, example, work.ranks)
-    report = reported(graph, selected, fitted, predicted, error, (before, after), times, refitted=refit is not None)
+    report = reported(
+        graph, selected, fitted, predicted, error, (before, after), times, plainer, refitted=refit is not None
+    )
     return Pruned(small, report, plan, masked)
 
 
@@ -172,7 +179,6 @@ def calibrated(
     ranks = work.ranks
     ranks.check_same("arguments", repr((settings, run.low_memory, run.work is None)))
     found = calibrate(model, data)
-    check_unwrapped(model)
     ranks.check_same("weights", ranks.checksums(model))
     check_values(model)
     calls = dict[Hashable, Call]()

@@ -25,11 +25,12 @@ class Pruned:
     """What `prune` returns.
 
     Attributes:
-        model: The smaller model, of the original's class.
+        model: The smaller model, of the original's class. It is not compiled: call torch.compile again.
         report: What was done to every group; ``print(pruned.report)``.
         plan: Which indices of which parameters were kept.
         masked: Full-size parameters (name -> tensor) of the masked model, which computes the same:
-            ``torch.func.functional_call(original, pruned.masked, inputs)`` equals ``pruned.model(inputs)``.
+            ``torch.func.functional_call(original, pruned.masked, inputs)`` equals ``pruned.model(inputs)``. If the
+            report says that weights were folded, the original is ``lnr.fold(model)``, whose names these are.
     """
 
     model: nn.Module
@@ -87,6 +88,7 @@ def reported(
     error: float,
     costs: tuple[Costs, Costs],
     seconds: tuple[float | None, float | None],
+    folded: Mapping[str, str],
     *,
     refitted: bool,
 ) -> Report:
@@ -100,6 +102,7 @@ def reported(
         error: Error of the outputs.
         costs: Costs before and after.
         seconds: Seconds of a forward pass, before and after.
+        folded: Layer -> what was folded.
         refitted: Whether there was a refit.
     """
     rows = tuple(row_of(g, selected.get(g), fitted.layers, predicted.get(g), refitted) for g in graph.groups)
@@ -108,7 +111,7 @@ def reported(
     before, after = costs
     return Report(
         rows, layers, error, graph.frozen,
-        before.params, after.params, before.macs, after.macs, before.size, after.size, *seconds,
+        before.params, after.params, before.macs, after.macs, before.size, after.size, *seconds, folded,
     )  # fmt: skip
 
 

@@ -231,7 +231,8 @@ MODELS = [
             model=lambda: mlp(8, 4)),
     pruning("no layer", error=GraphError, message="It has no layers", model=nn.ReLU),
     pruning("a forward that fails", error=CalibrationError, message="in its forward: KeyError: 'speed'", model=Raises),
-    pruning("a forward that branches", error=GraphError, message="could not trace Branches.*traceable", model=Branches),
+    pruning("a forward that branches", error=GraphError,
+            message="could not trace Branches in its forward at .*torch.where", model=Branches),
     # it works
     pruning("training mode, batch norm, one sample", lambda: IMAGES[:1], model=lambda: cnn().train()),
     pruning("a module called twice", model=Twice),

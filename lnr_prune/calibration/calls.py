@@ -1,6 +1,5 @@
 """Calls of the model: one batch, one forward pass."""
 
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,23 +9,12 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lnr_prune.errors import CalibrationError, LnrPruneError, ran_out_of_memory
-from lnr_prune.graph.module import evaluating, unfused_attention, without_caches
+from lnr_prune.graph.module import evaluating, failing_layer, unfused_attention, without_caches
 from lnr_prune.runtime import noise
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one forward pass."""
 Inputs = Callable[[Any], Call]
-
-
-def check_model(model: object) -> None:
-    """Refuses anything that is not a model.
-
-    Raises:
-        TypeError: If it is not an nn.Module.
-    """
-    if not isinstance(model, nn.Module):
-        made = "a class: make an instance of it" if isinstance(model, type) else type(model).__name__
-        raise TypeError(f"model must be a torch.nn.Module, got {made}")
 
 
 def _checked(call: Any) -> Call:
@@ -85,22 +73,11 @@ def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = Non
         inputs = f"inputs of shape {', '.join(map(str, shapes))}" if shapes else "a call without tensors"
         if ran_out_of_memory(error):
             raise CalibrationError(
-                f"{type(model).__name__} ran out of memory on {inputs}, {_failing_layer(model, error)}: "
+                f"{type(model).__name__} ran out of memory on {inputs}, {failing_layer(model, error)}: "
                 "give smaller batches"
             ) from error
         raise CalibrationError(
             f"{type(model).__name__} does not accept {inputs}: "
-            f"{_failing_layer(model, error)}: {type(error).__name__}: {error}. Give batches as the model's forward "
+            f"{failing_layer(model, error)}: {type(error).__name__}: {error}. Give batches as the model's forward "
             "takes them, or lnr_prune.Batches(data, inputs)"
         ) from error
-
-
-def _failing_layer(model: nn.Module, error: BaseException) -> str:
-    """The innermost layer on the error's traceback."""
-    names = {id(module): name for name, module in model.named_modules()}
-    path = [
-        names[id(frame.f_locals["self"])]
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-        if id(frame.f_locals.get("self")) in names
-    ]
-    return f"in layer {path[-1]!r}" if path and path[-1] else "in its forward"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lnr_prune.calibration.calls import Call, Inputs, _checked, _moved, check_model, samples_in, shortened
+from lnr_prune.calibration.calls import Call, Inputs, _checked, _moved, samples_in, shortened
 from lnr_prune.calibration.places import Place, halves
 from lnr_prune.errors import CalibrationError
+from lnr_prune.graph.module import check_model
 from lnr_prune.runtime.digest import digest
 from lnr_prune.runtime.processes import ALONE, Ranks
 

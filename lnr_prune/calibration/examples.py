@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
@@ -58,12 +59,14 @@ def kinds(data: Iterable[Call]) -> dict[Hashable, Call]:
 
 
 def short_call(model: nn.Module, call: Call) -> Call:
-    """A small forward pass: the call, cut to two samples if the model allows it."""
+    """A small forward pass: the call, cut to two samples if the model then gives finite outputs."""
     short = shortened(call)
     try:
-        run(model, short)
+        outputs = [leaf for leaf in tree_leaves(run(model, short)) if isinstance(leaf, Tensor)]
     except CalibrationError:
         run(model, call)
+        return call
+    if not all(out.numel() and bool(torch.isfinite(out).all()) for out in outputs):  # a mask may select no sample
         return call
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, short)  # type: ignore[no-any-return]
 

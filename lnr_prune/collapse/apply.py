@@ -3,14 +3,12 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lnr_prune.calibration.calls import Call, check_model
+from lnr_prune.calibration.calls import Call
 from lnr_prune.calibration.data import calibrate
 from lnr_prune.collapse.attributes import ints
 from lnr_prune.collapse.collapse import collapse, replace_tensors, restore_point
@@ -20,7 +18,8 @@ from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.record import original_of
 from lnr_prune.collapse.verify import Reference, copied
 from lnr_prune.errors import GraphError, PlanError
-from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.folding import folded
+from lnr_prune.graph.module import named_tensors, plain, reaches
 from lnr_prune.graph.owners import along
 
 INTO = ("copy", "model")
@@ -35,13 +34,15 @@ def apply_plan(plan: Plan, model: nn.Module, *, example: Any = None, into: str =
 
     Args:
         plan: What is kept.
-        model: A model of the architecture that the plan was made for. It is not modified unless ``into="model"``.
+        model: A model of the architecture that the plan was made for. It is not modified unless ``into="model"``. If
+            weights were folded when it was pruned, those of the copy are folded too; into="model" takes `fold`'s.
         example: A batch, as for `prune`, on which the result is compared with the masked model.
         into: What is shrunk: a "copy", or the "model" itself, which is restored if anything fails.
 
     Raises:
         ValueError: If ``into`` is neither.
         PlanError: If the model has another architecture.
+        GraphError: If the model cannot be copied, or is wrapped or scripted.
         CalibrationError: If the model does not accept the example.
         VerificationError: If the smaller model does not equal the masked one.
 
@@ -54,14 +55,23 @@ def apply_plan(plan: Plan, model: nn.Module, *, example: Any = None, into: str =
         Linear(in_features=8, out_features=16, bias=True)
     """
     check_into(into)
-    call = _checked(model, plan, example)
-    target = _target(model, call, into)
-    reference = Reference(model, _masked(plan, named_tensors(model)), call) if call else None
-    with _unless_it_fails(target):
-        collapse(target, plan)
-        if reference:
-            reference.check(target)
+    with plain(model) as given:
+        model = original_like(given, plan, into)
+        call = _checked(model, plan, example)
+        target = _target(model, call, into)
+        reference = Reference(model, _masked(plan, named_tensors(model)), call) if call else None
+        with _unless_it_fails(target):
+            collapse(target, plan)
+            if reference:
+                reference.check(target)
     return target
+
+
+def original_like(model: nn.Module, plan: Plan, into: str) -> nn.Module:
+    """The model that a plan is for: where that was folded before it was pruned, a copy of the model is folded too."""
+    if plan.original is None or into == "model":
+        return model
+    return folded(model, plan.original.tensors)[0]
 
 
 def filled(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, example: Any, into: str) -> nn.Module:
@@ -97,7 +107,6 @@ def filled_graph(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *,
 
 def _checked(model: nn.Module, plan: Plan, example: Any) -> Call | None:
     """Checks that the plan is for this model; returns the example as a call."""
-    check_model(model)
     if plan.original is not None:
         plan.original.check(model)
     modules, tensors = dict(model.named_modules(remove_duplicate=False)), named_tensors(model)
@@ -136,45 +145,12 @@ def _target(model: nn.Module, call: Call | None, into: str) -> nn.Module:
         target = copy.deepcopy(model)
     except Exception as error:  # deepcopy raises whatever the model's attributes raise
         raise GraphError(f"{type(model).__name__} cannot be deep-copied ({error}); use into='model'") from error
-    if _reaches(target, model):
+    if reaches(target, model):
         raise GraphError(
             f"a deep copy of {type(model).__name__} holds functions, such as lambdas in a list, that close over the "
             "original: use into='model', give an example= to find out whether they run, or turn them into methods"
         )
     return target
-
-
-def _reaches(target: nn.Module, original: nn.Module) -> bool:
-    """Whether a copy still reaches a part of the original, for example through a function's closure."""
-    parts = {id(part) for part in (*original.modules(), *original.parameters(), *original.buffers())}
-    seen: set[int] = set()
-    waiting: list[Any] = list(target.modules())
-    while waiting:
-        value = waiting.pop()
-        if id(value) in parts:
-            return True
-        if id(value) not in seen:
-            seen.add(id(value))
-            waiting += _held(value)
-    return False
-
-
-def _held(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(value)
-    if isinstance(value, type | Tensor | ModuleType):
-        return []
-    own = list(vars(value).values()) if hasattr(value, "__dict__") else []
-    if isinstance(value, MethodType):
-        own.append(value.__self__)
-    elif isinstance(value, partial):
-        own += [value.func, value.args, value.keywords]
-    elif isinstance(value, FunctionType):
-        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())
-        own += [*cells, value.__defaults__, value.__kwdefaults__]
-    return own
 
 
 @contextmanager

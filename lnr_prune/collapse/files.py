@@ -11,13 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lnr_prune._version import __version__
-from lnr_prune.calibration.calls import check_model
-from lnr_prune.collapse.apply import check_into, filled, filled_graph
+from lnr_prune.collapse.apply import check_into, filled, filled_graph, original_like
 from lnr_prune.collapse.graph_module import PrunedGraph
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.record import FORMAT, Record, check_shapes, check_values, original_of, read_record, write_record
 from lnr_prune.errors import PlanError
-from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.module import check_model, named_tensors, plain
 from lnr_prune.report.report import Report
 from lnr_prune.runtime.codec import LARGEST
 from lnr_prune.runtime.digest import digest_of
@@ -28,7 +27,8 @@ KEY = "lnr_prune"  # names the record in a safetensors file's metadata
 
 def save_model(path: StrPath, model: nn.Module, plan: Plan, report: Report) -> None:
     """Writes a pruned model to a safetensors file; see `Pruned.save`."""
-    tensors = _tensors_of(model, plan)
+    with plain(model) as module:
+        tensors = _tensors_of(module, plan)
     digest, as_graph = digest_of(tensors), isinstance(model, PrunedGraph)
     text = write_record(Record(FORMAT, __version__, torch.__version__, plan, report, as_graph, digest))
     put(path, lambda part: save_file(tensors, part, {KEY: text}))
@@ -55,7 +55,8 @@ def load(path: StrPath, model: nn.Module, *, example: Any = None, into: str = "c
     Args:
         path: The file.
         model: A new, unpruned instance of the original architecture. Its values do not matter, so it may be on
-            the meta device (then the pruned model is on the CPU). It is not modified unless ``into="model"``.
+            the meta device (then the pruned model is on the CPU). It is not modified unless ``into="model"``. If
+            weights were folded when it was pruned, those of the copy are folded too; into="model" takes `fold`'s.
         example: A batch, as for `prune`, on which the loaded model is compared with the masked one. Required for
             a pruned graph, which is traced again.
         into: What is shrunk: a "copy", or the "model" itself, which is restored if anything fails.
@@ -82,9 +83,15 @@ def load(path: StrPath, model: nn.Module, *, example: Any = None, into: str = "c
     """
     check_model(model)
     check_into(into)
+    with plain(model) as given:
+        return _load(path, given, example, into)
+
+
+def _load(path: StrPath, model: nn.Module, example: Any, into: str) -> nn.Module:
     with _naming(path), opened(path) as file:
         record = _model_record(file.metadata())
         plan = record.plan
+        model = original_like(model, plan, into)
         original_of(plan).check(model)
         if into == "model" and record.as_graph:
             raise PlanError("the pruned model is a graph, which is a new model: load it without into='model'")

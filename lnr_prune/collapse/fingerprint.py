@@ -7,6 +7,7 @@ from torch import nn
 
 from lnr_prune.collapse.attributes import ints
 from lnr_prune.errors import PlanError
+from lnr_prune.graph.folding import computed_tensors
 from lnr_prune.graph.module import named_tensors
 
 SHOWN = 3  # differences that an error names
@@ -53,11 +54,16 @@ class Fingerprint:
         differences = list(_differences(fingerprint(model, self.ints), self))
         if differences:
             more = f"; and {len(differences) - SHOWN} more differences" if len(differences) > SHOWN else ""
+            advice = "Give a new instance of the model that was pruned"
+            if any(each.folds for each in computed_tensors(model)):
+                advice += ", or lnr.fold(model) if its computed weights were folded"
+            advice += (
+                ". If that model had been pruned itself, give the result of its own plan, or join both plans: "
+                "first.plan.then(second.plan)"
+            )
             raise PlanError(
                 f"this {type(model).__name__} is not of the architecture that the plan was made for: "
-                f"{'; '.join(differences[:SHOWN])}{more}. Give a new instance of the model that was "
-                "pruned. If that one had been pruned itself, give the result of its own plan, or join both plans: "
-                "first.plan.then(second.plan)"
+                f"{'; '.join(differences[:SHOWN])}{more}. {advice}"
             )
 
 

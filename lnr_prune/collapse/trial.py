@@ -142,7 +142,11 @@ def _trial(model: nn.Module, groups: Groups, example: Call, also: Sequence[Examp
     masked = random_weights(model)
     masked |= masked_weights({group: supports[group.name] for group in groups}, masked)
     training = any(group.training for group in groups)
-    reference = Reference(model, masked, example, also=also, training=training)
+    try:
+        reference = Reference(model, masked, example, also=also, training=training)
+    except CalibrationError:  # the forward may read sizes from its buffers
+        masked = {name: value for name, value in masked.items() if name not in dict(model.named_buffers())}
+        reference = Reference(model, masked, example, also=also, training=training)
 
     def trial(candidates: Groups) -> str | None:
         restore = restore_point(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lnr_prune.graph import operations  # noqa: F401  (they register their rules)
 from lnr_prune.graph.closure import close
 from lnr_prune.graph.flow import data_flow
+from lnr_prune.graph.folding import frozen_reasons
 from lnr_prune.graph.module import Example
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph.paths import Paths, follow, unused_weights
@@ -141,7 +142,7 @@ def find_groups(
     groups = _named(groups)
     held = held_ints(paths.all, label, {group.name: group.slots for group in groups})
     groups = [replace(group, held=held[group.name]) for group in groups]
-    frozen = _explain(paths, groups, label, reasons)
+    frozen = frozen_reasons(model, _explain(paths, groups, label, reasons))
     flow = tuple((layer_name(a), layer_name(b)) for a, b in data_flow(paths.all))
     return Graph(
         tuple(groups), frozen, state.macs, _products(state, groups, label), *_linear_maps(paths), flow,

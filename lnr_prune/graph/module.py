@@ -1,10 +1,13 @@
-"""What the graph core needs of a module: its tensors by name, and forwards that can be traced."""
+"""What the graph core needs of a module: that it is a plain one, its tensors by name, forwards that can be traced."""
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +15,102 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lnr_prune.errors import GraphError
+
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+@contextmanager
+def plain(model: object) -> Iterator[nn.Module]:
+    """The module that is worked on: the given one, without torch.compile, once it is known that it can be pruned.
+
+    Within, nothing is compiled: submodules that torch.compile wraps are replaced by what they wrap. Afterwards they
+    are back in their places, around the same modules.
+
+    Raises:
+        TypeError: If it is not an nn.Module.
+        GraphError: If it, or a part of it, is wrapped, sharded, scripted, traced or quantized; the message says what
+            to give.
+    """
+    check_model(model)
+    module = _uncompiled(model)
+    wrapped = [
+        (parent._modules, name, child)
+        for parent in module.modules()
+        for name, child in parent._modules.items()
+        if _uncompiled(child) is not child
+    ]
+    for children, name, child in wrapped:
+        children[name] = _uncompiled(child)
+    calls = [(part, call) for part in module.modules() if (call := vars(part).get("_compiled_call_impl")) is not None]
+    for part, _ in calls:  # of nn.Module.compile
+        part._compiled_call_impl = None
+    # functions that the forward calls may be compiled, too
+    dynamo = "torch._dynamo" in sys.modules
+    try:
+        _check_unwrapped(module)
+        with torch.compiler.set_stance("force_eager") if dynamo else nullcontext():
+            yield module
+    finally:
+        for part, call in calls:
+            part._compiled_call_impl = call
+        for children, name, child in wrapped:
+            children[name] = child
+
+
+def check_model(model: object) -> None:
+    """Refuses anything that is not a model.
+
+    Raises:
+        TypeError: If it is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        made = "a class: make an instance of it" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model must be a torch.nn.Module, got {made}")
+
+
+def _uncompiled(module: Any) -> Any:
+    """What torch.compile wraps."""
+    while type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch."):
+        module = module._orig_mod
+    return module
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kind, path = type(module).__name__, f"model.{name}".rstrip(".")
+        if kind in WRAPPERS and type(module).__module__.startswith("torch."):
+            raise GraphError(
+                f"{path} is wrapped in {kind}: prune the plain module inside, {path}.module (under FSDP: a plain copy "
+                "with the full state dict), with all ranks in their process group, and wrap the pruned model again"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            made = "traced" if "Traced" in kind else "scripted"
+            raise GraphError(
+                f"{path} is {made} by torch.jit, which hides its operations: give the Python module that it was made "
+                "from, and script or trace the pruned model again"
+            )
+        if isinstance(getattr(module, "weight_fake_quant", None), nn.Module):
+            raise GraphError(
+                f"{path} is in quantization-aware training, which rounds its weight in every forward pass: put "
+                f"{path}.to_float() in its place, prune the float model, and prepare the pruned one for quantization"
+            )
+    sharded = next((name for name, tensor in model.named_parameters() if hasattr(tensor, "placements")), None)
+    if sharded is not None:
+        raise GraphError(
+            f"the parameter {sharded!r} is sharded over processes (a DTensor): load the full state dict into a plain "
+            "model, prune that on every rank, and shard the pruned one"
+        )
+
+
+def failing_layer(model: nn.Module, error: BaseException) -> str:
+    """The innermost layer on the error's traceback."""
+    names = {id(module): name for name, module in model.named_modules()}
+    path = [
+        names[id(frame.f_locals["self"])]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if id(frame.f_locals.get("self")) in names
+    ]
+    return f"in layer {path[-1]!r}" if path and path[-1] else "in its forward"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,24 +169,6 @@ def without_caches(outputs: Any) -> Any:
         return callable(getattr(value, "get_seq_length", None)) and callable(getattr(value, "update", None))
 
     return tree_map(lambda value: None if is_cache(value) else value, outputs, is_leaf=is_cache)
-
-
-@contextmanager
-def _returning_no_caches(model: nn.Module) -> Iterator[None]:
-    """Lets the model's forward return None for key-value caches: torch.export does not know their type."""
-    forward, own = model.forward, vars(model).get("forward")
-
-    @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return without_caches(forward(*args, **kwargs))
-
-    model.forward = wrapped
-    try:
-        yield
-    finally:
-        del model.forward
-        if own is not None:
-            model.forward = own
 
 
 @contextmanager
@@ -162,3 +243,36 @@ def check_values(model: nn.Module) -> None:
                 f"{bad:,} of the {parameter.numel():,} values of parameter {name!r} are NaN or Inf: "
                 "load a checkpoint whose values are finite"
             )
+
+
+def reaches(target: nn.Module, original: nn.Module) -> bool:
+    """Whether a copy still reaches a part of the original, for example through a function's closure."""
+    parts = {id(part) for part in (*original.modules(), *original.parameters(), *original.buffers())}
+    seen: set[int] = set()
+    waiting: list[Any] = list(target.modules())
+    while waiting:
+        value = waiting.pop()
+        if id(value) in parts:
+            return True
+        if id(value) not in seen:
+            seen.add(id(value))
+            waiting += _held(value)
+    return False
+
+
+def _held(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    if isinstance(value, type | Tensor | ModuleType):
+        return []
+    own = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    if isinstance(value, MethodType):
+        own.append(value.__self__)
+    elif isinstance(value, functools.partial):
+        own += [value.func, value.args, value.keywords]
+    elif isinstance(value, FunctionType):
+        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())
+        own += [*cells, value.__defaults__, value.__kwdefaults__]
+    return own

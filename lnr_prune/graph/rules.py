@@ -131,7 +131,8 @@ def propagate(trace: Trace, owners: Owners | None = None) -> Propagation:
     state = Propagation(trace, Owners(trace.tensors) if owners is None else owners)
     for node in trace.nodes:
         given = node.op == "placeholder" and node not in trace.names and node not in trace.constants
-        if given or draws(node) or not state.moving.isdisjoint(node.all_input_nodes):
+        given = given or draws(node) or "unknown" in node.meta
+        if given or not state.moving.isdisjoint(node.all_input_nodes):
             state.moving.add(node)
     state.owners.by_row.update(_computed_weights(state))
     for node in trace.nodes:
@@ -186,6 +187,9 @@ def _visit(state: Propagation, node: fx.Node) -> Ids:
         if not op_name(node).startswith(("_assert", "sym_")):
             _freeze_inputs(state, node)
         return untouched
+    for axis in node.meta.get("unknown", ()):
+        if isinstance(ids, Tensor) and ids.shape[axis] > 1:
+            state.owners.freeze(ids, f"their number depends on the data in {describe(node)}")
     if isinstance(untouched, list) and isinstance(ids, Tensor):
         return [ids, *untouched[1:]]  # statistics and indices come after the result
     return ids

@@ -1,8 +1,13 @@
 """From an nn.Module to a torch.fx graph of ATen operations whose parameters have names."""
 
+import functools
+import logging
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +15,14 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from lnr_prune.errors import GraphError, ran_out_of_memory
-from lnr_prune.graph.module import _returning_no_caches, in_mode, named_tensors, unfused_attention
+from lnr_prune.graph.constants import RealNumbers, real_values
+from lnr_prune.graph.module import failing_layer, in_mode, named_tensors, unfused_attention, without_caches
+from lnr_prune.graph.nodes import TORCH
 from lnr_prune.runtime import noise
 
+OURS = str(Path(__file__).parents[1])
+SOME = 12
+"""Stands for sizes and numbers that depend on the data; what they count is kept whole."""
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 """Types that sizes have in a graph if they depend on the input."""
 
@@ -65,24 +75,95 @@ def export(
     """
     try:
         with (
-            in_mode(model, training), unfused_attention(), _returning_no_caches(model), warnings.catch_warnings(),
-            noise.seeded(args),
+            in_mode(model, training), unfused_attention(), _exportable(model), _silent(), noise.seeded(args),
         ):  # fmt: skip
-            warnings.simplefilter("ignore")  # torch's own warnings
             program = torch.export.export(model, args, dict(kwargs), strict=False, dynamic_shapes=dynamic_shapes)
             if any(_hides_something(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # inlines regions, replaces writes through views
-    except Exception as error:  # torch.export raises errors of many kinds
+    except Exception as raised:  # torch.export raises errors of many kinds
+        error = raised.__cause__ if isinstance(raised, _InForwardError) and raised.__cause__ else raised
         if ran_out_of_memory(error):
             raise GraphError(
                 f"{type(model).__name__} ran out of memory while it was traced: give smaller batches"
             ) from error
-        raise GraphError(
-            f"torch.export could not trace {type(model).__name__}: {str(error).strip().splitlines()[0]}. "
-            "Make the forward traceable (torch.export.export(model, args, strict=False) must pass), "
-            "or prune the traceable submodule that holds the layers"
-        ) from error
+        raise GraphError(_explained(model, error)) from error
     return program
+
+
+@contextmanager
+def _exportable(model: nn.Module) -> Iterator[None]:
+    """Lets the model's forward read numbers from its buffers, and return None for caches of keys and values."""
+    forward, own, values = model.forward, vars(model).get("forward"), real_values(model)
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with RealNumbers(model, values):
+                return without_caches(forward(*args, **kwargs))  # torch.export does not know the types of caches
+        except Exception as error:  # a forward may raise anything
+            raise _InForwardError from error
+
+    model.forward = wrapped
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+class _InForwardError(Exception):
+    """An error in the forward. It takes no attributes: torch.export would hang its graph on it, and print that."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__"):
+            super().__setattr__(name, value)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps torch's own warnings and logs, which may hold whole graphs, from the user."""
+    top = logging.getLogger("torch")
+    found = [
+        logger
+        for name, logger in logging.root.manager.loggerDict.items()
+        if name.startswith("torch.") and isinstance(logger, logging.Logger)
+    ]
+    before = [(logger, logger.disabled) for logger in found]
+    handlers, propagates = top.handlers, top.propagate
+    top.handlers, top.propagate = [logging.NullHandler()], False  # of loggers that are made meanwhile, too
+    for logger in found:
+        logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        top.handlers, top.propagate = handlers, propagates
+        for logger, disabled in before:
+            logger.disabled = disabled
+
+
+def _explained(model: nn.Module, error: BaseException) -> str:
+    """Why torch.export cannot trace a model: where in the user's code, and what to do."""
+    lines = [
+        f" at {Path(frame.filename).name}:{frame.lineno}, `{frame.line}`"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((OURS, TORCH)) and frame.line
+    ]
+    where = f"{type(model).__name__} {failing_layer(model, error)}{lines[-1] if lines else ''}"
+    if "data-dependent" in str(error):
+        return (
+            f"torch.export could not trace {where}: a number or a decision there depends on the values of a tensor. "
+            "Keep constants as Python numbers (self.scale = 8.0 in place of float(buffer)), decide with torch.where, "
+            "or prune the submodule that holds the layers"
+        )
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return (
+        f"torch.export could not trace {where}: {reason}. Make the forward traceable "
+        "(torch.export.export(model, args, strict=False) must pass), or prune the traceable submodule that holds the "
+        "layers"
+    )
 
 
 def read(program: ExportedProgram, model: nn.Module) -> Trace:
@@ -105,27 +186,58 @@ def read(program: ExportedProgram, model: nn.Module) -> Trace:
 
 
 def _with_known_sizes(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph with the traced call's ints in place of symbols; its nodes keep their names."""
+    """The graph with the traced call's ints in place of symbols; its nodes keep their names.
+
+    Where ints depend on the data, ``node.meta["unknown"]`` says so: the axes of the result that are as long as that.
+    """
 
     def known(value: Any) -> Any:
         if isinstance(value, SYMBOLS):
-            return value.node.hint
+            return _number(value)
         if isinstance(value, Tensor) and any(isinstance(size, SYMBOLS) for size in value.shape):
             return value.new_empty(known(tuple(value.shape)), device="meta")
         if isinstance(value, tuple | list):
             return type(value)(known(part) for part in value)
         return value
 
-    if not any(isinstance(node.meta.get("val"), SYMBOLS) for node in module.graph.nodes):
+    if not any(_symbols(node.meta.get("val")) for node in module.graph.nodes):
         return module
     graph, copies = fx.Graph(), {}
     for node in module.graph.nodes:
-        if isinstance(node.meta.get("val"), SYMBOLS):
-            copies[node] = known(node.meta["val"])
+        value = node.meta.get("val")
+        if isinstance(value, SYMBOLS):
+            copies[node] = known(value)
         elif not str(node.target).startswith(("aten._assert_", "aten.sym_constrain")):
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].meta = {**node.meta, "val": known(node.meta.get("val"))}
+            copies[node].meta = {**node.meta, "val": known(value)}
+            read = [each.meta.get("val") for each in node.all_input_nodes]
+            if not all(_is_known(each) for each in (*_symbols(value), *(n for n in read if isinstance(n, SYMBOLS)))):
+                sizes = getattr(value, "shape", ())
+                copies[node].meta["unknown"] = tuple(i for i, size in enumerate(sizes) if not _is_known(size))
     return fx.GraphModule(module, graph)
+
+
+def _symbols(value: Any) -> list[Any]:
+    """The symbols in a node's value, sizes of tensors among them."""
+    parts = value if isinstance(value, tuple | list) else getattr(value, "shape", (value,))
+    return [part for part in parts if isinstance(part, SYMBOLS)]
+
+
+def _is_known(size: Any) -> bool:
+    return not isinstance(size, SYMBOLS) or bool(size.node.has_hint())
+
+
+def _number(symbol: Any) -> int | float | bool:
+    """What a symbol is in the traced call; if it depends on the data, every such symbol in it is `SOME`."""
+    if _is_known(symbol):
+        number: int | float | bool = symbol.node.hint
+        return number
+    environment, expression = symbol.node.shape_env, symbol.node.expr
+    renamed = hasattr(environment, "backed_var_to_val")  # in newer versions of torch
+    values = environment.backed_var_to_val if renamed else environment.var_to_val
+    value = expression.subs({each: values.get(each, SOME) for each in expression.free_symbols})
+    kinds: dict[type, type[int] | type[float]] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+    return kinds[type(symbol)](value)
 
 
 def _hides_something(node: fx.Node) -> bool:

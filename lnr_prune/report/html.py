@@ -91,6 +91,13 @@ def left_whole(reasons: Mapping[str, str]) -> str:
     return f"<h2>Left whole</h2>{body}"
 
 
+def weights_made_plain(weights: Mapping[str, str]) -> str:
+    """Layers whose computed weights were folded; nothing if there are none."""
+    rows = [[folded([layer]), escape(what)] for layer, what in weights.items()]
+    columns = [("layers", "wide", ""), ("what is now plain", "wide", "")]
+    return f"<h2>Folded weights</h2>{table(columns, rows)}" if rows else ""
+
+
 def short(number: float) -> str:
     """A number with three digits and a unit: 25.6 M."""
     for unit in ("", " k", " M", " G"):

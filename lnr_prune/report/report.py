@@ -24,6 +24,7 @@ from lnr_prune.report.html import (
     percent,
     short,
     table,
+    weights_made_plain,
     who,
 )
 from lnr_prune.report.plots import new_figure
@@ -56,6 +57,7 @@ class Report:
         size_before, size_after: Bytes of the parameters and buffers; None if unknown.
         latency_before, latency_after: Median seconds of five forward passes of about two samples, taken in turns: a
             rough measurement. None after pruning in place and in files. They do not count when reports are compared.
+        folded: Layer -> which weight of it, computed in every forward pass, was made a plain parameter; see `fold`.
     """
 
     groups: tuple[GroupReport, ...]
@@ -70,6 +72,7 @@ class Report:
     size_after: int | None = None
     latency_before: float | None = field(default=None, compare=False)
     latency_after: float | None = field(default=None, compare=False)
+    folded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def predicted(self) -> float | None:
@@ -142,7 +145,16 @@ class Report:
         pruned = sum(group.kept < group.size for group in self.groups)
         lead = f"{pruned} of {len(self.groups)} channel groups lost channels, {len(self.layers)} layers were refitted."
         heading = f"<h1>{escape(title)}</h1><p>{lead}</p>"
-        return "\n".join((heading, _tiles(self), _groups(self), _layers(self), left_whole(self.frozen)))
+        return "\n".join(
+            (
+                heading,
+                _tiles(self),
+                _groups(self),
+                _layers(self),
+                left_whole(self.frozen),
+                weights_made_plain(self.folded),
+            )
+        )
 
     def _repr_html_(self) -> str:
         return embedded(self.section())
@@ -169,6 +181,8 @@ class Report:
             table.add_row(*map(Text, row))  # not markup: the model's names may look like it
         for layer, reason in self.frozen.items():
             table.add_row(Text(layer), *["-"] * (5 + budget), Text(f"frozen: {reason}"))
+        for layer, what in self.folded.items():
+            table.add_row(Text(layer), *["-"] * (5 + budget), Text(f"folded: {what}"))
         return table
 
     def _caption(self) -> str:

@@ -13,8 +13,8 @@ within the process group's timeout, the others end with a `RankError`.
 
 The default process group is used, with any backend. With NCCL, first set each rank's device by `torch.cuda.set_device`.
 Each rank holds a whole model, which may be spread over devices (``device_map`` of accelerate, whose hooks move the
-inputs). A wrapped or sharded model is refused, see `check_unwrapped`: give the module inside DistributedDataParallel,
-or load the full state dict of a model under FSDP into a plain model.
+inputs). A wrapped or sharded model is refused, see `lnr_prune.graph.module.plain`: give the module inside
+DistributedDataParallel, or load the full state dict of a model under FSDP into a plain model.
 """
 
 import gc
@@ -30,12 +30,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
-from lnr_prune.errors import GraphError, RankError
+from lnr_prune.errors import RankError
 from lnr_prune.runtime.digest import digest_of
 
 Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=30)  # how long a rank of the command waits for the others: longer than a solve
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
 @dataclass(frozen=True)
@@ -197,28 +196,6 @@ def launched(device: str) -> Iterator[tuple[str, Ranks]]:
     finally:
         dist.destroy_process_group()
         gc.collect()  # ends the group's threads: freeing a tensor in one while Python exits would abort the process
-
-
-def check_unwrapped(model: nn.Module) -> None:
-    """Checks that a model is not wrapped or sharded.
-
-    Raises:
-        GraphError: If it is; the message says what to give instead.
-    """
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if kind in WRAPPERS and type(module).__module__.startswith("torch."):
-            path = "model" + "".join(f".{part}" for part in name.split(".") if part)
-            raise GraphError(
-                f"{path} is wrapped in {kind}: prune the plain module inside, {path}.module (under FSDP: a plain copy "
-                "with the full state dict), with all ranks in their process group, and wrap the pruned model again"
-            )
-    sharded = next((name for name, tensor in model.named_parameters() if hasattr(tensor, "placements")), None)
-    if sharded is not None:
-        raise GraphError(
-            f"the parameter {sharded!r} is sharded over processes (a DTensor): load the full state dict into a plain "
-            "model, prune that on every rank, and shard the pruned one"
-        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Rules for the operations that only move data: they are run on the ids themselves."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor, fx
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
 from lnr_prune.graph.owners import Cut, collapse_axes, nobody
 from lnr_prune.graph.rules import Ids, Propagation, meet, rule
+from lnr_prune.graph.trace import SOME
 
 MOVES = {
     "adjoint", "alias", "chunk", "clone", "contiguous", "detach", "diagonal", "flatten",
     "flip", "gather", "im2col", "index", "index_select", "mT", "matrix_H", "moveaxis", "movedim", "narrow",
-    "numpy_T", "permute", "repeat", "repeat_interleave", "reshape", "roll",
+    "numpy_T", "permute", "repeat", "reshape", "roll",
     "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "take_along_dim",
     "tensor_split", "tile", "transpose", "tril", "triu", "unbind", "unflatten", "unfold", "unsqueeze", "view",
 }  # fmt: skip
@@ -37,12 +39,59 @@ def _move(state: Propagation, node: fx.Node) -> Ids:
     if name == "im2col":
         channels = state.owners.mix(ids, [2, 3], describe(node)).reshape(-1)
         return channels.expand(shape[1]).repeat_interleave(shape_of(node)[1] // shape[1]).view(1, -1, 1)
-    args = fx.node.map_arg(node.args[1:], state.constant)
+    picks = name in ("index", "index_select")
+    args = _picked(state, node) if picks else fx.node.map_arg(node.args[1:], state.constant)
     kwargs = {key: fx.node.map_arg(value, state.constant) for key, value in node.kwargs.items()}
     kwargs.pop("memory_format", None)
     target: Any = torch.reshape if name == "view" else node.target  # expanded ids cannot be viewed
     moved = target(ids.expand(shape), *args, **kwargs)
     return [collapse_axes(part) for part in moved] if isinstance(moved, list | tuple) else collapse_axes(moved)
+
+
+def _picked(state: Propagation, node: fx.Node) -> tuple[Any, ...]:
+    """The positions that an operation picks; for those that depend on the inputs 0 stands, as all have one owner."""
+
+    def positions(index: Any) -> list[Any]:
+        if not isinstance(index, fx.Node):
+            return [index]
+        if index not in state.moving:
+            return [state.constant(index)]
+        state.owners.freeze(state.of(index), f"decides what is picked in {describe(node)}")
+        size = SOME if _is_mask(index) else shape_of(index)
+        return [torch.zeros(size, dtype=torch.long)] * len(_by_axis([index]))
+
+    if op_name(node) == "index_select":
+        return argument(node, 1, "dim"), *positions(argument(node, 2, "index"))
+    return ([each for index in argument(node, 1, "indices") for each in positions(index)],)
+
+
+def _by_axis(indices: Sequence[Any]) -> list[Any]:
+    """The index of every axis; a mask is that of as many axes as it has."""
+    found: list[Any] = []
+    for index in indices:
+        axes = len(shape_of(index)) if _is_mask(index) else 1
+        if not axes:
+            raise ValueError("a mask without axes adds one")
+        found += [index] * axes
+    return found
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, fx.Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(state: Propagation, node: fx.Node) -> Ids | None:
+    """With counts that depend on the inputs, what is repeated has one owner along the axis."""
+    source, counts = argument(node, 0, "self"), argument(node, 1, "repeats")
+    axis = argument(node, 2, "dim")
+    if counts not in state.moving:
+        return _move(state, node)
+    if axis is None:
+        return None
+    reason = describe(node)
+    state.owners.freeze(state.of(counts), f"decides how much is repeated in {reason}")
+    return state.owners.mix(state.of(source), [axis % len(shape_of(source))], reason)
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
@@ -71,8 +120,10 @@ def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
     After channels have left, the forward will use the same positions, or the same fractions of the axis.
     """
     name = op_name(node)
+    unknown = "unknown" in node.meta  # cuts at positions that depend on the data
     if name == "index":
-        return [(axis, None) for axis, index in enumerate(argument(node, 1, "indices")) if index is not None]
+        indices = _by_axis(argument(node, 1, "indices"))
+        return [(axis, None) for axis, index in enumerate(indices) if index is not None]
     if name in ("index_select", "gather", "select"):
         return [(argument(node, 1, "dim"), None)]
     if name == "take_along_dim":
@@ -88,6 +139,8 @@ def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
     size = shape_of(argument(node, 0, "self"))
     if name in ("slice", "narrow"):
         axis = argument(node, 1, "dim", 0)
+        if unknown:
+            return [(axis, None)]
         start, end = argument(node, 2, "start"), argument(node, 3, "end" if name == "slice" else "length")
         if name == "narrow":
             end = start + end
@@ -97,6 +150,8 @@ def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
         return [(axis, None if cut.step != 1 else tuple(sorted({cut.start, cut.stop, size[axis]} - {0})))]
     if name in ("chunk", "tensor_split", "split", "split_with_sizes"):
         axis, wanted = argument(node, 2, "dim", 0), argument(node, 1, "split_size")
+        if unknown:
+            return [(axis, None)]
         if isinstance(wanted, list | tuple) and name == "tensor_split":
             ends = [*wanted, size[axis]]
         elif isinstance(wanted, list | tuple):
@@ -119,7 +174,7 @@ def _slice_scatter(state: Propagation, node: fx.Node) -> Tensor | None:
     ids, written = state.of(argument(node, 0, "self")), (state.of(source), state.extent(source))
     if ids.shape[axis] == written[0].shape[axis] == 1:
         return meet(state, node, [(ids, shape_of(source)), written], shape_of(source))
-    if part.step != 1 or ids.shape[axis] == 1:
+    if "unknown" in node.meta or part.step != 1 or ids.shape[axis] == 1:
         return None
     reason, sizes = f"fixed positions in {describe(node)}", [part.start, len(part), shape[axis] - part.stop]
     state.owners.cuts.append(Cut(ids, axis % len(shape), tuple(itertools.accumulate(filter(None, sizes))), reason))
