@@ -9,8 +9,9 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lnr_prune.calibration.attention import visible_attention
 from lnr_prune.calibration.calls import Call, run
+from lnr_prune.calibration.visible.attention import visible_attention
+from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.module import in_mode, unfused_attention
 
@@ -54,7 +55,7 @@ def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -
     devices = range(torch.cuda.device_count())
     with (
         torch.random.fork_rng(devices), torch.no_grad(), in_mode(model, True), unfused_attention(),
-        visible_attention(model), _NoDropout(),
+        visible_attention(model), _NoDropout(), VisibleRecurrence(),
     ):  # fmt: skip
         torch.manual_seed(0)  # stochastic depth draws the same layers
         try:

@@ -172,7 +172,7 @@ def _linear_maps(state: Propagation) -> tuple[tuple[Consumer, ...], frozenset[st
             dim = site.columns[1]
             channels = torch.arange(state.trace.tensors[name].shape[dim])
             layers.append(Consumer(layer_name(name), name, site.bias, site.op, channels, dim))
-    return tuple(layers), frozenset(name for name, count in times.items() if count > 1)
+    return tuple(layers), frozenset(site.weight for site in state.sites if site.repeats or times[site.weight] > 1)
 
 
 def _uses(state: Propagation, name: str) -> int:

@@ -3,11 +3,13 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.nn.utils.rnn import PackedSequence
 
 from lnr_prune.errors import GraphError, ran_out_of_memory
 from lnr_prune.graph.module import _returning_no_caches, in_mode, named_tensors, unfused_attention
@@ -71,12 +73,23 @@ def export(
             raise GraphError(
                 f"{type(model).__name__} ran out of memory while it was traced: give smaller batches"
             ) from error
+        if _met_packed(error):
+            raise GraphError(
+                f"{type(model).__name__} gives a recurrent layer a packed sequence, which torch.export cannot trace: "
+                "give the layer padded sequences (without pack_padded_sequence), or prune the parts around it"
+            ) from error
         raise GraphError(
             f"torch.export could not trace {type(model).__name__}: {str(error).strip().splitlines()[0]}. "
             "Make the forward traceable (torch.export.export(model, args, strict=False) must pass), "
             "or prune the traceable submodule that holds the layers"
         ) from error
     return program
+
+
+def _met_packed(error: Exception) -> bool:
+    """Whether a function that the error came through held a packed sequence."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    return any(isinstance(value, PackedSequence) for frame in frames for value in frame.f_locals.values())
 
 
 def read(program: ExportedProgram, model: nn.Module) -> Trace:
