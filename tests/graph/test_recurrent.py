@@ -97,11 +97,11 @@ def test_pruned_equals_masked(kind: str, read: str, options: dict[str, Any], tmp
     pruned = lnr.prune(model, [X], lnr.Keep({"first": 4, "rnn.weight_ih_l0": 3}))
     small: Any = pruned.model.get_submodule("rnn")
     assert (small.input_size, small.hidden_size) == (4, 3)
+    assert all(weight is parameter for weight, parameter in zip(small._flat_weights, small.parameters(), strict=True))
     for x in (X, X[:3, :1], X[:1].repeat(1, 3, 1)):  # other batch sizes and lengths
         expected = torch.func.functional_call(model, dict(pruned.masked), (x,))
         torch.testing.assert_close(pruned.model(x), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(copy.deepcopy(pruned.model)(x), pruned.model(x))
-    assert all(weight is parameter for weight, parameter in zip(small._flat_weights, small.parameters(), strict=True))
     pruned.save(tmp_path / "small.safetensors")
     loaded = lnr.load(tmp_path / "small.safetensors", Net(kind, read, **options).eval())
     torch.testing.assert_close(loaded(X), pruned.model(X))
@@ -254,6 +254,33 @@ def test_a_number_in_the_forward_is_found_by_the_trial() -> None:
     assert "into='graph'" in found.frozen["gru.weight_ih_l0"]
     pruned = lnr.prune(Starts("number").eval(), [X], lnr.Keep(0.5), into="graph")
     assert [group.kept for group in pruned.report.groups] == [3, 4]
+
+
+class Heads(nn.Module):
+    """A head that runs in training only, behind a layer with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 8, 2, dropout=0.5, batch_first=True)
+        self.last, self.auxiliary = nn.Linear(8, 3), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.lstm(x)[0]
+        return (self.last(x), self.auxiliary(x)) if self.training else self.last(x)
+
+
+def test_dropout_does_not_disturb_the_comparison_in_training() -> None:
+    pruned = lnr.prune(Heads(), [X], lnr.Keep(0.5))
+    assert [(group.size, group.kept) for group in pruned.report.groups] == [(8, 4)]
+    assert pruned.model.get_parameter("auxiliary.weight").shape == (2, 4)
+
+
+def test_computed_weights_freeze_what_they_touch() -> None:
+    model = Net("gru", batch_first=True)
+    nn.utils.parametrizations.weight_norm(model.rnn, "weight_hh_l0")
+    graph = graph_of(model, X)
+    assert graph.groups == ()
+    assert "no rule for gru" in graph.frozen["first"]
 
 
 def test_projected_units_stay_and_the_features_leave() -> None:
