@@ -256,6 +256,26 @@ def test_a_number_in_the_forward_is_found_by_the_trial() -> None:
     assert [group.kept for group in pruned.report.groups] == [3, 4]
 
 
+class Twice(Net):
+    """One layer reads a sequence in two parts, and goes on where it stopped; or reads its own output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.read == "own output":
+            return self.last(self.rnn(self.rnn(x)[0])[0])
+        front, state = self.rnn(x[:, :2])
+        return self.last(torch.cat([front, self.rnn(x[:, 2:], state)[0]], 1))
+
+
+@pytest.mark.parametrize(("read", "sizes"), [("parts", [6, 6]), ("own output", [6])])
+def test_a_layer_that_is_called_twice(read: str, sizes: list[int]) -> None:
+    model = Twice("lstm", read, h=6, batch_first=True).eval()
+    pruned = lnr.prune(model, [X], lnr.Keep(0.5))
+    assert [group.size for group in pruned.report.groups] == sizes
+    expected = torch.func.functional_call(model, dict(pruned.masked), (X,))
+    torch.testing.assert_close(pruned.model(X), expected, rtol=1e-4, atol=1e-5)
+
+
 class Heads(nn.Module):
     """A head that runs in training only, behind a layer with dropout."""
 
