@@ -9,8 +9,9 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lnr_prune.calibration.attention import visible_attention
 from lnr_prune.calibration.calls import Call, run
+from lnr_prune.calibration.visible.attention import visible_attention
+from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.module import in_mode, unfused_attention
 from lnr_prune.runtime import noise
@@ -55,6 +56,7 @@ def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -
     with (
         noise.seeded(call),  # stochastic depth draws the same layers
         torch.no_grad(), in_mode(model, True), unfused_attention(), visible_attention(model), _NoDropout(),
+        VisibleRecurrence(),
     ):  # fmt: skip
         try:
             return functional_call(model, copies, *call)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lnr_prune.calibration.attention import visible_attention
 from lnr_prune.calibration.calls import Call, run
+from lnr_prune.calibration.visible.attention import visible_attention
+from lnr_prune.calibration.visible.recurrent import VisibleRecurrence, recurrence
 from lnr_prune.graph.module import named_tensors
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -23,6 +24,7 @@ _SIGNATURES: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys((torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__), _PRODUCT),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONV),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED),
+    recurrence: ("input", "weight", "bias", "state", "step", "projection", "reverse"),
 }
 
 
@@ -84,7 +86,10 @@ class _Watch(TorchFunctionMode):
             late = {key: value for key, value in new.items() if key in signature[len(args) :]}
             kwargs = {**kwargs, **late}
         result = func(*args, **kwargs)
-        if self.see:
+        if self.see and func is recurrence:  # what the weight is applied to are the states
+            x = result[0]
+            self.see(name, LayerCall(x, F.linear(x, weight, bias), weight, bias, {}, F.linear))
+        elif self.see:
             self.see(name, LayerCall(_batched(x, weight), _batched(result, weight), weight, bias, named, func))
         return result
 
@@ -115,5 +120,5 @@ def watch(
     """
     tensors = named_tensors(model)
     watching = _Watch({id(tensors[name]): name for name in names}, see, swap)
-    with visible_attention(model), watching, within or nullcontext():
+    with visible_attention(model), watching, within or nullcontext(), VisibleRecurrence():
         run(model, call)

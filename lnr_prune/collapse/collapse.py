@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lnr_prune.calibration.attention import shrink_attention
+from lnr_prune.calibration.visible.attention import shrink_attention
 from lnr_prune.collapse.attributes import assign
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.graph.module import named_tensors
@@ -113,6 +113,17 @@ def _prelu(module: nn.PReLU) -> None:
     module.num_parameters = len(module.weight)
 
 
+def _recurrent(module: nn.RNNBase) -> None:
+    module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+    if not module.proj_size:
+        module.hidden_size = module.get_parameter("weight_hh_l0").shape[1]
+    module._init_flat_weights()  # a list of its parameters
+
+
+def _recurrent_cell(module: nn.RNNCellBase) -> None:
+    module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
+
+
 ATTRIBUTES: dict[type[nn.Module], Callable[..., None]] = {
     nn.Linear: _linear,
     nn.modules.conv._ConvNd: _conv,
@@ -123,4 +134,6 @@ ATTRIBUTES: dict[type[nn.Module], Callable[..., None]] = {
     nn.Embedding: _embedding,
     nn.PReLU: _prelu,
     nn.MultiheadAttention: shrink_attention,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _recurrent_cell,
 }

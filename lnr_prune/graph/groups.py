@@ -158,7 +158,7 @@ def _linear_maps(paths: Paths) -> tuple[tuple[Consumer, ...], frozenset[str]]:
             dim = site.columns[1]
             channels = torch.arange(paths.tensors[name].shape[dim])
             layers.append(Consumer(layer_name(name), name, site.bias, site.op, channels, dim))
-    return tuple(layers), frozenset(name for name in sites if paths.times(name) > 1)
+    return tuple(layers), frozenset(name for name, site in sites.items() if site.repeats or paths.times(name) > 1)
 
 
 def _named(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:

@@ -33,6 +33,7 @@ class Site:
         op: ATen name of the operation, such as "linear" or "conv2d".
         rows: The weight's output dimension.
         columns: The weight's input dimension.
+        repeats: Whether the operation applies it several times: a recurrence, once a step.
     """
 
     weight: str
@@ -40,6 +41,7 @@ class Site:
     op: str
     rows: Slot
     columns: Slot
+    repeats: bool = False
 
 
 @dataclass(eq=False)

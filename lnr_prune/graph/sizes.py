@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lnr_prune.graph.nodes import argument, code_line, module_kind, module_path, op_name, shape_of, spatial_axes
+from lnr_prune.graph.nodes import (
+    UNIFORM,
+    argument,
+    code_line,
+    module_kind,
+    module_path,
+    op_name,
+    shape_of,
+    spatial_axes,
+)  # fmt: skip
 from lnr_prune.graph.owners import Slot
 from lnr_prune.graph.rules import Propagation
 
@@ -77,10 +86,12 @@ def counts(state: Propagation, label: Tensor, node: fx.Node) -> Iterator[Count]:
 def _counts(state: Propagation, label: Tensor, node: fx.Node) -> Iterator[Count]:
     name = op_name(node)
     second = argument(node, 1, "")
-    if name in SHAPES and isinstance(second, Sequence):
-        for axis, size in enumerate(second):
+    sizes = 0 if name in UNIFORM and not name.startswith("new_") else 1  # where they are
+    listed = argument(node, sizes, "size")
+    if name in SHAPES | UNIFORM and isinstance(listed, Sequence):
+        for axis, size in enumerate(listed):
             if size != -1:
-                yield Count((1, axis), along_axis(state, label, node, axis))
+                yield Count((sizes, axis), along_axis(state, label, node, axis))
     elif name == "unflatten":
         first = second % len(shape_of(argument(node, 0, "self")))
         for index, size in enumerate(argument(node, 2, "sizes")):

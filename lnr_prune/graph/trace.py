@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.nn.utils.rnn import PackedSequence
 
 from lnr_prune.errors import GraphError, ran_out_of_memory
 from lnr_prune.graph.constants import RealNumbers, real_values
@@ -152,6 +153,12 @@ def _explained(model: nn.Module, error: BaseException) -> str:
         if not frame.filename.startswith((OURS, TORCH)) and frame.line
     ]
     where = f"{type(model).__name__} {failing_layer(model, error)}{lines[-1] if lines else ''}"
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    if any(isinstance(value, PackedSequence) for frame in frames for value in frame.f_locals.values()):
+        return (
+            f"torch.export could not trace {where}: a recurrent layer gets a packed sequence there. Give it padded "
+            "sequences (without pack_padded_sequence), or prune the parts around it"
+        )
     if "data-dependent" in str(error):
         return (
             f"torch.export could not trace {where}: a number or a decision there depends on the values of a tensor. "

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.calibration.adapter import AdaptedLayer
-from lnr_prune.calibration.attention import visible_attention
 from lnr_prune.calibration.data import Calibration
 from lnr_prune.calibration.examples import short_example
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.calibration.places import Place, places_of
+from lnr_prune.calibration.visible.attention import visible_attention
 from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
 from lnr_prune.refit.downstream import Wiring
 from lnr_prune.refit.fit import divergence_fitted, fitted, fitted_to_all_calls

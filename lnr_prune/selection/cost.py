@@ -11,6 +11,7 @@ from torch.utils.benchmark.utils.timer import timer as now
 from torch.utils.flop_counter import FlopCounterMode
 
 from lnr_prune.calibration.calls import Call, run, samples_in
+from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
 
 
 def parameters(model: nn.Module) -> int:
@@ -29,7 +30,7 @@ def macs(model: nn.Module, example: Call) -> int:
     One sample is one entry of the first axis of the first tensor of ``example``.
     """
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # torch knows the GPUs'
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter, VisibleRecurrence():
         run(model, example)
     return int(counter.get_total_flops() // (2 * max(1, samples_in(example))))
 

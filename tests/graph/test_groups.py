@@ -13,7 +13,6 @@ from lnr_prune.graph.closure import _ragged, close
 from lnr_prune.graph.groups import Graph, find_groups
 from lnr_prune.graph.owners import Cut, Owners
 from tests.helpers.models import FixedView, Functional, ReferenceLeNet5, Residual, cnn, mlp, randomised
-from tests.helpers.patterns import Recurrent
 
 
 def groups_of(model: nn.Module, *shape: int) -> Graph:
@@ -135,10 +134,6 @@ def test_unknown_operations_are_listed_with_the_line_that_calls_them() -> None:
     graph = groups_of(Applies(Lambda("sort")), 3, 4)
     assert "no rule for sort (operation" in graph.frozen["first"]
     assert "test_groups.py" in graph.frozen["first"]
-    recurrent = groups_of(Recurrent(), 3, 2, 4).frozen
-    assert all(
-        "no rule for lstm (lstm" in recurrent[layer] for layer in ("a", "lstm.weight_ih_l0", "lstm.weight_hh_l0")
-    )
 
 
 def test_a_value_that_is_the_same_for_all_channels_holds_none() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lnr_prune as lnr
-from lnr_prune.calibration.attention import FewerHeads, visible_attention
+from lnr_prune.calibration.visible.attention import FewerHeads, visible_attention
 from lnr_prune.calibration.watch import watch
 from lnr_prune.collapse.collapse import collapse
 from lnr_prune.collapse.masks import masked_weights
@@ -49,7 +49,9 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.Grouped, IMAGE, {"a": 4, "c": 2}),
     (patterns.GroupedUpsampling, IMAGE, {"a": 4}),
     (patterns.ChannelsLast, IMAGE, {"up": 24}),
-    (patterns.Recurrent, torch.randn(3, 2, 4), {"b": 7}),
+    (patterns.Recurrent, torch.randn(3, 2, 4), {"a": 6, "lstm.weight_ih_l0": 5, "b": 7}),
+    (patterns.ReadsText, IMAGE, {"conv": 6, "lstm.weight_ih_l0": 7}),
+    (patterns.Language, torch.randint(11, (4, 5)), {"embed": 8, "lstm.weight_ih_l0": 9}),
 ]
 IDS = [getattr(make, "__name__", "sequence-first") for make, _, _ in CASES]
 

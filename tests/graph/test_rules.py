@@ -25,7 +25,8 @@ UNITS: dict[str, tuple[int, int]] = {
     "instance_norm": (8, 8), "batch_norm": (8, 8), "batch_norm in training": (8, 8), "prelu": (8, 8),
     "scale": (8, 8), "scale a row": (8, 8), "scale of one": (8, 8), "table": (8, 8), "linear": (1, 1),
     "product with a weight": (1, 1), "computed weight": (0, 0), "conv1d": (8, 8), "conv2d": (8, 8),
-    "grouped": (4, 4), "depthwise": (8, 8), "transposed": (8, 8),
+    "grouped": (4, 4), "depthwise": (8, 8), "transposed": (8, 8), "lstm": (1, 1), "lstm of channels": (8, 8),
+    "gru": (8, 8), "gru cell": (8, 8),
 }  # fmt: skip
 
 

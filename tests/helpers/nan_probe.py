@@ -128,6 +128,15 @@ def _norm(run: Run, *ranks: int) -> Operation:
     return Operation(run, lambda shape: {"w": (shape[1],), "b": (shape[1],)}, ranks or (2, 3, 4))
 
 
+def _gates(columns: int, gates: int, suffix: str = "") -> dict[str, tuple[int, ...]]:
+    sizes = {"w_ih": (2 * gates, columns), "w_hh": (2 * gates, 2), "b_ih": (2 * gates,), "b_hh": (2 * gates,)}
+    return {f"{name}{suffix}": size for name, size in sizes.items()}
+
+
+def _zeros(y: Tensor, sides: int, count: int) -> list[Tensor]:
+    return [y.new_zeros(sides, len(y), 2) for _ in range(count)]
+
+
 OPERATIONS: dict[str, Operation] = {
     "pointwise": _plain(lambda y, a: F.gelu(y) * 2 + y.tanh()),
     "flip and add": _plain(lambda y, a: y + y.flip(a)),
@@ -232,5 +241,29 @@ OPERATIONS: dict[str, Operation] = {
         lambda y, a, p: F.conv_transpose1d(y, p["w"], groups=y.shape[-2] // 2),
         lambda shape: {"w": (shape[-2], 3, 2)},
         (3,),
+    ),
+    "lstm": Operation(
+        lambda y, a, p: torch.lstm(y, _zeros(y, 2, 2), [*p.values()][1:], True, 1, 0.0, False, True, True)[0],
+        lambda shape: {**_gates(shape[-1], 4), **_gates(shape[-1], 4, "_reverse")},
+        (3,),
+    ),
+    "lstm of channels": Operation(
+        lambda y, a, p: torch.lstm(
+            y.transpose(1, 2), _zeros(y, 2, 2), [*p.values()][1:], True, 1, 0.0, False, True, True
+        )[2],
+        lambda shape: {**_gates(shape[1], 4), **_gates(shape[1], 4, "_reverse")},
+        (3,),
+    ),
+    "gru": Operation(
+        lambda y, a, p: torch.gru(
+            y.transpose(1, 2), _zeros(y, 1, 1)[0], [*p.values()][1:], True, 1, 0.0, False, False, True
+        )[0],
+        lambda shape: _gates(shape[1], 3),
+        (3,),
+    ),
+    "gru cell": Operation(
+        lambda y, a, p: torch.gru_cell(y, y.new_zeros(len(y), 2), *[*p.values()][1:]),
+        lambda shape: _gates(shape[1], 3),
+        (2,),
     ),
 }

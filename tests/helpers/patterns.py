@@ -226,7 +226,7 @@ class ChannelsLast(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM between linear layers: not understood, so it freezes what it reads."""
+    """An LSTM between linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,6 +234,31 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.b(self.lstm(self.a(x))[0]).relu())
+
+
+class ReadsText(nn.Module):
+    """CRNN's: the columns of a convolution's map are the steps of a bidirectional LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.lstm, self.out = nn.LSTM(6 * 4, 7, num_layers=2, bidirectional=True), nn.Linear(14, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.norm(self.conv(x)).relu(), (2, 1))
+        x = x.permute(3, 0, 1, 2).flatten(2)
+        return self.out(self.lstm(x)[0]).log_softmax(-1)
+
+
+class Language(nn.Module):
+    """A language model: embedding, LSTM, linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm, self.out = nn.Embedding(11, 8), nn.LSTM(8, 9, batch_first=True), nn.Linear(9, 11)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.lstm(self.embed(tokens))[0])
 
 
 class NoKeyBias(nn.Module):
