@@ -17,6 +17,7 @@ from lnr_prune.calibration.data import Batches, calibrate, short_example
 from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.graph import drawing
 from lnr_prune.graph.groups import ChannelGroup, find_groups, layer_name
+from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.report.html import embedded, left_whole, table, who
 
@@ -139,9 +140,10 @@ def inspect(model: nn.Module, example: Any) -> Inspection:
         >>> dict(found.frozen)
         {'2': 'output of the model'}
     """
-    call = short_example(model, calibrate(model, example if isinstance(example, Batches) else [example]))
-    graph = find_groups(model, *call)
-    groups, fixed = shrinkable(model, graph.groups, call)
+    with guarded(model):
+        call = short_example(model, calibrate(model, example if isinstance(example, Batches) else [example]))
+        graph = find_groups(model, *call)
+        groups, fixed = shrinkable(model, graph.groups, call)
     tensors = named_tensors(model)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters()}
     samples = samples_in(call)

@@ -17,6 +17,7 @@ from lnr_prune.collapse.plan import plan_for
 from lnr_prune.collapse.remove import remove
 from lnr_prune.collapse.trial import prunable
 from lnr_prune.graph.groups import ChannelGroup, Graph
+from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import check_values, named_tensors
 from lnr_prune.pruned import Costs, Pruned, latencies, reported
 from lnr_prune.refit.network import refit_network
@@ -112,7 +113,7 @@ def prune(
           (2): Linear(in_features=16, out_features=4, bias=True)
         )
     """
-    with started(run) as work:
+    with guarded(model), started(run) as work:
         settings = Settings.of(amount, selector, refit, bias, logits, into)
         data, example = calibrated(model, data, settings, run, work)  # batches as calls of the model, and a small one
         logits = check_logits(model, example, logits)

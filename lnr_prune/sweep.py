@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lnr_prune.calibration.data import Batches, calibrate, first_samples
 from lnr_prune.calibration.divergence import check_logits, divergence, outputs
+from lnr_prune.graph.guard import guarded
 from lnr_prune.prune import prune
 from lnr_prune.report.chart import LABELS
 from lnr_prune.report.frontier import Sweep, SweepPoint
@@ -79,13 +80,15 @@ def sweep(
             raise TypeError(f"{name} must be a function of a model, got {function!r}")
     calibration = calibrate(model, data)
     if evaluate is None:
-        calls = first_samples(calibration)
-        logits = check_logits(model, calls[0], options.get("logits"))
-        original = [outputs(model, call) for call in calls]
+        with guarded(model):
+            calls = first_samples(calibration)
+            logits = check_logits(model, calls[0], options.get("logits"))
+            original = [outputs(model, call) for call in calls]
         maximize, measure = False, "error of the outputs"
 
         def value(of: nn.Module) -> float:
-            return divergence(original, [outputs(of, call) for call in calls], logits)
+            with guarded(of):
+                return divergence(original, [outputs(of, call) for call in calls], logits)
     else:
         measure, given = getattr(evaluate, "__name__", "value").strip("<>"), evaluate
 

@@ -1,6 +1,5 @@
 """A whole model and a plan -> the shrunk model, without calibration data."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,15 +12,17 @@ from torch import Tensor, nn
 from lnr_prune.calibration.calls import Call, check_model
 from lnr_prune.calibration.data import calibrate
 from lnr_prune.collapse.attributes import ints
-from lnr_prune.collapse.collapse import collapse, replace_tensors, restore_point
+from lnr_prune.collapse.collapse import collapse, restore_point
 from lnr_prune.collapse.fingerprint import fingerprint
 from lnr_prune.collapse.graph_module import PrunedGraph, pruned_graph
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.record import original_of
 from lnr_prune.collapse.verify import Reference, copied
 from lnr_prune.errors import GraphError, PlanError
+from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.graph.owners import along
+from lnr_prune.graph.twins import deep_copy, replace_tensors, twin
 
 INTO = ("copy", "model")
 NOTHING = 1e-30  # times a weight: too small to change outputs even in float64; a norm of exact zeros would be nan
@@ -54,13 +55,14 @@ def apply_plan(plan: Plan, model: nn.Module, *, example: Any = None, into: str =
         Linear(in_features=8, out_features=16, bias=True)
     """
     check_into(into)
-    call = _checked(model, plan, example)
-    target = _target(model, call, into)
-    reference = Reference(model, _masked(plan, named_tensors(model)), call) if call else None
-    with _unless_it_fails(target):
-        collapse(target, plan)
-        if reference:
-            reference.check(target)
+    with guarded(model):
+        call = _checked(model, plan, example)
+        target = _target(model, call, into)
+        reference = Reference(model, _masked(plan, named_tensors(model)), call) if call else None
+        with _unless_it_fails(target):
+            collapse(target, plan)
+            if reference:
+                reference.check(target)
     return target
 
 
@@ -72,7 +74,7 @@ def filled(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, examp
     with _unless_it_fails(target):
         collapse(target, plan)
         old = named_tensors(target)
-        replace_tensors(target, {id(old[name]): _like(tensor, old[name]) for name, tensor in tensors.items()})
+        replace_tensors(target, {id(old[name]): twin(tensor, old[name]) for name, tensor in tensors.items()})
         if reference:
             reference.check(target)
     return target
@@ -133,7 +135,7 @@ def _target(model: nn.Module, call: Call | None, into: str) -> nn.Module:
     if call is not None:
         return copied(model, call)
     try:
-        target = copy.deepcopy(model)
+        target = deep_copy(model)
     except Exception as error:  # deepcopy raises whatever the model's attributes raise
         raise GraphError(f"{type(model).__name__} cannot be deep-copied ({error}); use into='model'") from error
     if _reaches(target, model):
@@ -215,9 +217,3 @@ def _spread(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             value = whole.index_copy(dim, torch.tensor(kept), value)
         spread[name] = value
     return spread
-
-
-def _like(tensor: Tensor, old: Tensor) -> Tensor:
-    """The tensor on the device of the old one, and a parameter if the old one is."""
-    tensor = tensor.to("cpu" if old.is_meta else old.device)
-    return nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor

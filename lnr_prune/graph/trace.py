@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from lnr_prune.errors import GraphError, ran_out_of_memory
+from lnr_prune.graph.guard import uninterrupted, users_device
 from lnr_prune.graph.module import _returning_no_caches, in_mode, named_tensors, unfused_attention
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -61,7 +62,10 @@ def export(
         GraphError: If torch.export cannot follow the model's forward.
     """
     try:
-        with in_mode(model, training), unfused_attention(), _returning_no_caches(model), warnings.catch_warnings():
+        with (
+            uninterrupted(), in_mode(model, training), unfused_attention(), _returning_no_caches(model),
+            users_device(), warnings.catch_warnings(),
+        ):  # fmt: skip
             warnings.simplefilter("ignore")  # torch's own warnings
             program = torch.export.export(model, args, dict(kwargs), strict=False, dynamic_shapes=dynamic_shapes)
             if any(_hides_something(node) for node in program.graph.nodes):
