@@ -80,20 +80,20 @@ def fresh(call: Call) -> Call:
 
 
 def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:
-    """`forward` in evaluation mode, after which the model is as it was before.
+    """`forward` in evaluation mode, on a copy of the call; afterwards the model is as it was before.
 
     Raises:
         CalibrationError: If the model does not accept the call; the message names the layer that failed.
     """
     with evaluating(model), unfused_attention():
-        return forward(model, call, weights)
+        return forward(model, fresh(call), weights)
 
 
 def forward(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:
     """``model(*args, **kwargs)`` without gradients, with some of its tensors replaced for this call.
 
-    The model runs on copies of its inputs, and of what is given for its buffers. Key-value caches among the outputs
-    are left out: they follow the layers that fill them.
+    The forward may write to the call, so give it a `fresh` one. Key-value caches among the outputs are left out: they
+    follow the layers that fill them.
 
     Raises:
         CalibrationError: If the model does not accept the call; the message names the layer that failed.
@@ -101,7 +101,7 @@ def forward(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None =
     held = {name for name, _ in model.named_buffers(remove_duplicate=False)} if weights else set[str]()
     try:
         with torch.no_grad(), users_device():
-            args, kwargs = fresh(call)
+            args, kwargs = call
             given = {name: value.clone() if name in held else value for name, value in (weights or {}).items()}
             return without_caches(functional_call(model, given, args, kwargs))
     except LnrPruneError:

@@ -42,7 +42,7 @@ def outputs_of(
     if wide and large and not training:
         copies = _OneByOne({id(own): tensors[name] for name, own in own_tensors(model).items()})
         with evaluating(model), unfused_attention(), copies:
-            outputs = forward(model, tree_map(_wide, example))
+            outputs = forward(model, fresh(tree_map(_wide, example)))
     else:
         if wide:
             tensors, example = {name: _wide(tensor) for name, tensor in tensors.items()}, tree_map(_wide, example)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lnr_prune.calibration.attention import visible_attention
-from lnr_prune.calibration.calls import Call, forward
+from lnr_prune.calibration.calls import Call, forward, fresh
 from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -119,10 +119,11 @@ def watch(
     """
     tensors = named_tensors(model)
     watching = _Watch({id(tensors[name]): name for name in names}, see, swap)
+    own = fresh(call)  # not seen by what watches
     with ExitStack() as stack:
         if not among_others:
             stack.enter_context(evaluating(model))
             stack.enter_context(unfused_attention())
         for context in (visible_attention(model), watching, within or nullcontext()):
             stack.enter_context(context)
-        forward(model, call)
+        forward(model, own)

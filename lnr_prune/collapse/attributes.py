@@ -130,20 +130,10 @@ def with_counts(model: nn.Module, group: ChannelGroup, known: tuple[type[nn.Modu
         }
         for path, value in () if isinstance(module, known) else ints(module):
             root = path.partition(".")[0]
-            sides = [
-                (of, dim)
-                for of, tensor in own.items()
-                for dim in range(tensor.dim())
-                if len(tensor) and tensor.shape[dim] == value
-            ]
+            sides = {(of, dim) for of, tensor in own.items() for dim, size in enumerate(tensor.shape) if size == value}
             if root.startswith(("in_", "out_")):
-                sides = [side for side in sides if (side in read) == root.startswith("in_")]
-            if (
-                root not in COUNTS
-                or _is_settings(vars(module)[root])
-                or not sides
-                or not group.slots.keys() >= set(sides)
-            ):
+                sides &= read if root.startswith("in_") else group.slots.keys() - read
+            if root not in COUNTS or _is_settings(vars(module)[root]) or not sides or sides - group.slots.keys():
                 continue
             lost = [group.slots[side] for side in sides]
             per_channel = [channels[channels >= 0].bincount(minlength=group.size) for channels in lost]

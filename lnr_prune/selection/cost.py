@@ -11,7 +11,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as now
 from torch.utils.flop_counter import FlopCounterMode
 
-from lnr_prune.calibration.calls import Call, forward, run, samples_in
+from lnr_prune.calibration.calls import Call, forward, fresh, run, samples_in
 from lnr_prune.graph.module import evaluating, unfused_attention
 
 
@@ -44,8 +44,8 @@ def _attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: o
 def latency(model: nn.Module, example: Call, seconds: float = 0.5) -> float:
     """Median time of a forward pass in evaluation mode, in seconds, on the model's device and threads."""
     timer = Timer(
-        "forward(model, example)",
-        globals={"forward": forward, "model": model, "example": example},
+        "forward(model, fresh(example))",
+        globals={"forward": forward, "fresh": fresh, "model": model, "example": example},
         num_threads=torch.get_num_threads(),
     )
     with evaluating(model), unfused_attention():
@@ -62,10 +62,10 @@ def side_by_side(models: Sequence[nn.Module], example: Call, rounds: int = 5) ->
         stack.enter_context(unfused_attention())
         for model in models:
             stack.enter_context(evaluating(model))
-            forward(model, example)
+            forward(model, fresh(example))
         for _ in range(rounds):
             for model, taken in zip(models, times, strict=True):
-                begin = now()
-                forward(model, example)
+                call, begin = fresh(example), now()
+                forward(model, call)
                 taken.append(now() - begin)
     return [median(taken) for taken in times]
