@@ -19,6 +19,7 @@ from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.graph import drawing
 from lnr_prune.graph.folding import folded
 from lnr_prune.graph.groups import ChannelGroup, find_groups, layer_name
+from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import named_tensors, plain
 from lnr_prune.report.html import embedded, left_whole, table, weights_made_plain, who
 
@@ -147,7 +148,7 @@ def inspect(model: nn.Module, example: Any, *, also: Any = None) -> Inspection:
         >>> dict(found.frozen)
         {'2': 'output of the model'}
     """
-    with plain(model) as given:
+    with guarded(model), plain(model) as given:
         return _inspected(*folded(given), example, also)
 
 

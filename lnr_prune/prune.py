@@ -19,6 +19,7 @@ from lnr_prune.collapse.remove import remove, warn_of_unused
 from lnr_prune.collapse.trial import prunable
 from lnr_prune.graph.folding import folded
 from lnr_prune.graph.groups import ChannelGroup, Graph
+from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import Example, check_values, named_tensors, plain
 from lnr_prune.pruned import Costs, Pruned, latencies, reported
 from lnr_prune.refit.network import refit_network
@@ -122,7 +123,7 @@ def prune(
           (2): Linear(in_features=16, out_features=4, bias=True)
         )
     """
-    with started(run) as work, plain(model) as given:
+    with guarded(model), started(run) as work, plain(model) as given:
         model, plainer = (given, {}) if into == "model" else folded(given)  # computed weights become plain ones
         settings = Settings.of(amount, selector, refit, bias, logits, into)
         if also and into == "graph":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lnr_prune.calibration.data import Batches, calibrate, first_samples
 from lnr_prune.calibration.divergence import check_logits, divergence, outputs
+from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import plain
 from lnr_prune.prune import prune
 from lnr_prune.report.chart import LABELS
@@ -81,14 +82,14 @@ def sweep(
     with plain(model) as module:
         calibration = calibrate(module, data)
     if evaluate is None:
-        with plain(model) as module:
+        with guarded(model), plain(model) as module:
             calls = first_samples(calibration)
             logits = check_logits(module, calls[0], options.get("logits"))
             original = [outputs(module, call) for call in calls]
         maximize, measure = False, "error of the outputs"
 
         def value(of: nn.Module) -> float:
-            with plain(of) as module:
+            with guarded(of), plain(of) as module:
                 return divergence(original, [outputs(module, call) for call in calls], logits)
     else:
         measure, given = getattr(evaluate, "__name__", "value").strip("<>"), evaluate

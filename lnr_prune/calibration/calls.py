@@ -1,7 +1,8 @@
 """Calls of the model: one batch, one forward pass."""
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lnr_prune.errors import CalibrationError, LnrPruneError, ran_out_of_memory
+from lnr_prune.graph.guard import users_device
 from lnr_prune.graph.module import evaluating, failing_layer, unfused_attention, without_caches
 from lnr_prune.runtime import noise
 
@@ -36,7 +38,7 @@ def _moved(leaf: Any, device: torch.device) -> Any:
     if leaf.layout != torch.strided or (leaf.is_meta and device.type != "meta"):
         kind = "a meta tensor, which has no values" if leaf.is_meta else f"a tensor of layout {leaf.layout}"
         raise CalibrationError(f"a batch holds {kind}, expected dense values: make it dense (x.to_dense()) or real")
-    return leaf.to(device)
+    return leaf.clone() if leaf.is_inference() else leaf.to(device)
 
 
 def samples_in(batch: Any) -> int:
@@ -53,19 +55,45 @@ def shortened(call: Call, size: int = 2) -> Call:
     return cut
 
 
-def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:
-    """``model(*args, **kwargs)`` without gradients, with some of its tensors replaced for this call.
+def fresh(call: Call) -> Call:
+    """A copy of the call that a forward may write to: the user's batches stay as they are, for every later pass.
 
-    If the model draws random numbers, they depend on the call only: every network draws the same ones. Key-value
-    caches among the outputs are left out: they follow the layers that fill them.
+    It is always a copy, as a forward may write into some batches only; it costs little beside the pass.
+    """
+    leaves = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor | nn.Module)]
+    known = {id(leaf): leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves}
+    try:
+        return copy.deepcopy(call, dict(known))
+    except Exception:  # an object among the arguments has no copies
+        return cast(Call, tree_map(lambda leaf: known.get(id(leaf), leaf), call))
+
+
+def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """`forward` in evaluation mode, on a copy of the call; afterwards the model is as it was before.
 
     Raises:
         CalibrationError: If the model does not accept the call; the message names the layer that failed.
     """
-    args, kwargs = call
+    with evaluating(model), unfused_attention():
+        return forward(model, fresh(call), weights)
+
+
+def forward(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """``model(*args, **kwargs)`` without gradients, with some of its tensors replaced for this call.
+
+    The forward may write to the call, so give it a `fresh` one. If it draws random numbers, they depend on the call
+    only: every network draws the same ones. Key-value caches among the outputs are left out: they follow the layers
+    that fill them.
+
+    Raises:
+        CalibrationError: If the model does not accept the call; the message names the layer that failed.
+    """
+    held = {name for name, _ in model.named_buffers(remove_duplicate=False)} if weights else set[str]()
     try:
-        with torch.no_grad(), evaluating(model), unfused_attention(), noise.seeded(call):
-            return without_caches(functional_call(model, dict(weights or {}), args, kwargs))
+        with torch.no_grad(), users_device(), noise.seeded(call):
+            args, kwargs = call
+            given = {name: value.clone() if name in held else value for name, value in (weights or {}).items()}
+            return without_caches(functional_call(model, given, args, kwargs))
     except LnrPruneError:
         raise
     except Exception as error:  # a forward may raise anything

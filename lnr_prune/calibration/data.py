@@ -160,7 +160,7 @@ class FixedCalibration(Calibration):
         return CalibrationError(
             f"batch {number} of the calibration data is not what it was in the first pass; with a work folder, all "
             "passes must give the same batches: turn off shuffling and random augmentation, or give list(loader), "
-            "drawn with a fixed seed. If the model writes into its inputs, give it clones of them"
+            "drawn with a fixed seed"
         )
 
 

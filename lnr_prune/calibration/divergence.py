@@ -31,8 +31,8 @@ def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None =
 def divergence(original: list[Tensor], pruned: list[Tensor], logits: bool | None = False) -> float:
     """``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2`` of outputs, one (n, values) tensor per batch, in float64.
 
-    For logits, it is ``E KL(p || p') / E KL(p || E p)`` of their softmax. Values that are infinite in either output
-    (masked scores) do not count.
+    For logits, it is ``E KL(p || p') / E KL(p || E p)`` of their softmax. Values that are NaN or infinite in either
+    output (masked scores) do not count.
     """
     if logits:
         p, q = (torch.cat(batches).double().log_softmax(1) for batches in (original, pruned))
@@ -41,7 +41,10 @@ def divergence(original: list[Tensor], pruned: list[Tensor], logits: bool | None
     error = sum(_squares(a.double() - b.double()) for a, b in zip(original, pruned, strict=True))
     alike = len({batch.shape[1:] for batch in original}) == 1
     count = sum(map(len, original))
-    mean = sum(batch.double().sum(0) for batch in original) / count if alike and count > 1 else 0.0
+    mean: Tensor | float = 0.0
+    if alike and count > 1:
+        counts = sum(batch.isfinite().sum(0) for batch in original)
+        mean = sum(batch.double().nan_to_num(0.0, 0.0, 0.0).sum(0) for batch in original) / torch.as_tensor(counts)
     spread = sum(_squares(batch.double() - mean) for batch in original)
     return error / spread if spread > 0 else 0.0
 

@@ -9,11 +9,12 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lnr_prune.calibration.calls import Call, run
+from lnr_prune.calibration.calls import Call, forward, fresh, run
 from lnr_prune.calibration.visible.attention import visible_attention
 from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
 from lnr_prune.errors import CalibrationError
-from lnr_prune.graph.module import in_mode, unfused_attention
+from lnr_prune.graph.guard import users_device
+from lnr_prune.graph.module import evaluating, in_mode, unfused_attention
 from lnr_prune.runtime import noise
 
 TOGETHER = 2**30  # bytes that float64 copies of all tensors may take; larger models get their copies one by one
@@ -41,8 +42,9 @@ def outputs_of(
     tensors = {name: weights.get(name, tensor) for name, tensor in own_tensors(model).items()}
     large = 8 * sum(tensor.numel() for tensor in tensors.values()) > TOGETHER
     if wide and large and not training:
-        with _OneByOne({id(own): tensors[name] for name, own in own_tensors(model).items()}):
-            outputs = run(model, tree_map(_wide, example))
+        copies = _OneByOne({id(own): tensors[name] for name, own in own_tensors(model).items()})
+        with evaluating(model), unfused_attention(), copies:
+            outputs = forward(model, fresh(tree_map(_wide, example)))
     else:
         if wide:
             tensors, example = {name: _wide(tensor) for name, tensor in tensors.items()}, tree_map(_wide, example)
@@ -56,10 +58,10 @@ def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -
     with (
         noise.seeded(call),  # stochastic depth draws the same layers
         torch.no_grad(), in_mode(model, True), unfused_attention(), visible_attention(model), _NoDropout(),
-        VisibleRecurrence(),
+        VisibleRecurrence(), users_device(),
     ):  # fmt: skip
         try:
-            return functional_call(model, copies, *call)
+            return functional_call(model, copies, *fresh(call))
         except Exception as error:  # a forward may raise anything
             raise CalibrationError(f"{type(model).__name__} does not run in training mode: {error}") from error
 

@@ -1,7 +1,7 @@
 """Watch the layers' calls in a forward pass, whoever makes them, and give them other weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lnr_prune.calibration.calls import Call, run
+from lnr_prune.calibration.calls import Call, forward, fresh
 from lnr_prune.calibration.visible.attention import visible_attention
 from lnr_prune.calibration.visible.recurrent import VisibleRecurrence, recurrence
-from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -106,6 +106,8 @@ def watch(
     see: See | None = None,
     swap: Swap | None = None,
     within: AbstractContextManager[Any] | None = None,
+    *,
+    among_others: bool = False,
 ) -> None:
     """Runs the model once and reports every application of the named weights.
 
@@ -117,8 +119,16 @@ def watch(
         swap: Called before it, with the name and the layer's input; returns the "weight" and "bias" to use
             instead (what it leaves out stays).
         within: A context that is entered around the forward pass, inside the one that watches it.
+        among_others: Whether other passes are on their way at the same time. The caller has then put the model into
+            evaluation mode, and puts it back once all have ended.
     """
     tensors = named_tensors(model)
     watching = _Watch({id(tensors[name]): name for name in names}, see, swap)
-    with visible_attention(model), watching, within or nullcontext(), VisibleRecurrence():
-        run(model, call)
+    own = fresh(call)  # not seen by what watches
+    with ExitStack() as stack:
+        if not among_others:
+            stack.enter_context(evaluating(model))
+            stack.enter_context(unfused_attention())
+        for context in (visible_attention(model), watching, within or nullcontext(), VisibleRecurrence()):
+            stack.enter_context(context)
+        forward(model, own)

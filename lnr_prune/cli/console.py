@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from lnr_prune.errors import LnrPruneError
+from lnr_prune.runtime.disk import put
 
 LOG_WIDTH = 120  # of tables if there is no terminal
 Say = Callable[[Any, Any], None]
@@ -62,7 +63,8 @@ def check(targets: dict[str, Path | None], sources: dict[str, Path | None]) -> N
     if len({path.resolve() for path in given.values()}) < len(given):
         raise ValueError(f"{' and '.join(given)} name the same file")
     for option, path in given.items():
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        other_kind = path.exists() and not path.is_file()  # a folder, a device, a pipe
+        if other_kind or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise ValueError(f"{option} {path}: expected a file in a folder that exists and can be written to")
         for other, source in sources.items():
             if source is not None and path.exists() and source.exists() and path.samefile(source):
@@ -70,13 +72,8 @@ def check(targets: dict[str, Path | None], sources: dict[str, Path | None]) -> N
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a temporary file next to the path, then renames it."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Writes a text file, completely or not at all."""
+    put(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
 
 
 def title(name: str) -> str:

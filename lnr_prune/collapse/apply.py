@@ -1,6 +1,5 @@
 """A whole model and a plan -> the shrunk model, without calibration data."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from lnr_prune.calibration.calls import Call
 from lnr_prune.calibration.data import calibrate
 from lnr_prune.collapse.attributes import ints
-from lnr_prune.collapse.collapse import collapse, replace_tensors, restore_point
+from lnr_prune.collapse.collapse import collapse, restore_point
 from lnr_prune.collapse.fingerprint import fingerprint
 from lnr_prune.collapse.graph_module import PrunedGraph, pruned_graph
 from lnr_prune.collapse.plan import Plan
@@ -19,8 +18,10 @@ from lnr_prune.collapse.record import original_of
 from lnr_prune.collapse.verify import Reference, copied
 from lnr_prune.errors import GraphError, PlanError
 from lnr_prune.graph.folding import folded
+from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import named_tensors, plain, reaches
 from lnr_prune.graph.owners import along
+from lnr_prune.graph.twins import deep_copy, replace_tensors, twin
 
 INTO = ("copy", "model")
 NOTHING = 1e-30  # times a weight: too small to change outputs even in float64; a norm of exact zeros would be nan
@@ -55,7 +56,7 @@ def apply_plan(plan: Plan, model: nn.Module, *, example: Any = None, into: str =
         Linear(in_features=8, out_features=16, bias=True)
     """
     check_into(into)
-    with plain(model) as given:
+    with guarded(model), plain(model) as given:
         model = original_like(given, plan, into)
         call = _checked(model, plan, example)
         target = _target(model, call, into)
@@ -82,7 +83,7 @@ def filled(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], *, examp
     with _unless_it_fails(target):
         collapse(target, plan)
         old = named_tensors(target)
-        replace_tensors(target, {id(old[name]): _like(tensor, old[name]) for name, tensor in tensors.items()})
+        replace_tensors(target, {id(old[name]): twin(tensor, old[name]) for name, tensor in tensors.items()})
         if reference:
             reference.check(target)
     return target
@@ -142,7 +143,7 @@ def _target(model: nn.Module, call: Call | None, into: str) -> nn.Module:
     if call is not None:
         return copied(model, call)
     try:
-        target = copy.deepcopy(model)
+        target = deep_copy(model)
     except Exception as error:  # deepcopy raises whatever the model's attributes raise
         raise GraphError(f"{type(model).__name__} cannot be deep-copied ({error}); use into='model'") from error
     if reaches(target, model):
@@ -191,9 +192,3 @@ def _spread(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             value = whole.index_copy(dim, torch.tensor(kept), value)
         spread[name] = value
     return spread
-
-
-def _like(tensor: Tensor, old: Tensor) -> Tensor:
-    """The tensor on the device of the old one, and a parameter if the old one is."""
-    tensor = tensor.to("cpu" if old.is_meta else old.device)
-    return nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor

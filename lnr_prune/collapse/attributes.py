@@ -10,11 +10,19 @@ from dataclasses import replace
 from itertools import combinations, islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lnr_prune.graph.groups import ChannelGroup
+from lnr_prune.graph.module import named_tensors
 from lnr_prune.graph.sizes import HeldInt
 
+COUNTS = frozenset(
+    f"{side}{noun}"
+    for noun in ("channels", "features", "dim", "size", "planes")
+    for side in ("in_", "out_", "num_", "n_", "hidden_", "embed_", "embedding_", "inner_", "")
+) | {"d_model", "n_embd", "nf", "nx", "width", "num_parameters", "normalized_shape"}  # fmt: skip
+"""Names of attributes that may count the channels of a layer's own tensors."""
 Role = tuple[str, type[nn.Module], str]
 """A line of code, a class of submodules, and its attribute that may be an int in that line."""
 LONGEST = 64  # tuples and lists with more entries are data, not settings
@@ -98,6 +106,40 @@ def with_attributes(model: nn.Module, group: ChannelGroup, chosen: frozenset[Rol
         if role in chosen:
             attributes.setdefault((name, role[2]), (held.value, held.per_channel))
     return replace(group, attributes=attributes)
+
+
+def with_counts(model: nn.Module, group: ChannelGroup, known: tuple[type[nn.Module], ...]) -> ChannelGroup:
+    """The group, with the ints of the user's own layers that only tell how many of its channels a tensor has.
+
+    No operation needs such an int, so no trial misses it: ``num_features`` of a batch norm written by hand. It is an
+    int, or an entry of a tuple, that the layer holds under one of the names in `COUNTS`, and that equals a dimension
+    of the layer's own parameters or buffers that shrinks. Names that begin with ``in_`` count what the layer reads,
+    those with ``out_`` what it makes. All other names count neither if a dimension of that size stays whole.
+
+    Args:
+        model: The model.
+        group: The group.
+        known: Classes whose ints follow from the shapes of their parameters.
+    """
+    read = {(consumer.weight, consumer.dim) for consumer in (*group.consumers, *group.training)}
+    found: dict[tuple[str, str], tuple[int, Tensor]] = {}
+    for name in dict.fromkeys(weight.rpartition(".")[0] for weight, _ in group.slots):
+        module = model.get_submodule(name)
+        own = {
+            f"{name}.{leaf}".lstrip("."): tensor for leaf, tensor in named_tensors(module).items() if "." not in leaf
+        }
+        for path, value in () if isinstance(module, known) else ints(module):
+            root = path.partition(".")[0]
+            sides = {(of, dim) for of, tensor in own.items() for dim, size in enumerate(tensor.shape) if size == value}
+            if root.startswith(("in_", "out_")):
+                sides &= read if root.startswith("in_") else group.slots.keys() - read
+            if root not in COUNTS or _is_settings(vars(module)[root]) or not sides or sides - group.slots.keys():
+                continue
+            lost = [group.slots[side] for side in sides]
+            per_channel = [channels[channels >= 0].bincount(minlength=group.size) for channels in lost]
+            if all(torch.equal(each, per_channel[0]) for each in per_channel):
+                found[name, path] = value, per_channel[0]
+    return replace(group, attributes={**found, **group.attributes})
 
 
 def _holders(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Role, str, HeldInt, int]]:

@@ -10,6 +10,7 @@ from lnr_prune.calibration.visible.attention import shrink_attention
 from lnr_prune.collapse.attributes import assign
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.twins import replace_tensors, twin
 
 
 def collapse(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -34,18 +35,6 @@ def collapse(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None 
     for name, entries in plan.attributes.items():
         for path, value in entries.items():
             assign(model.get_submodule(name), path, value)
-
-
-def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[nn.Module]:
-    """Replaces parameters and buffers, id of the old one -> new one; returns the modules that changed."""
-    changed = []
-    for module in model.modules():
-        for tensors in _registries(module):
-            for leaf, old in tensors.items():
-                if id(old) in new:
-                    tensors[leaf] = new[id(old)]
-                    changed.append(module)
-    return list(dict.fromkeys(changed))
 
 
 def restore_point(model: nn.Module) -> Callable[[], None]:
@@ -75,9 +64,7 @@ def _kept(value: Tensor, old: Tensor, indices: Mapping[int, tuple[int, ...]]) ->
     value = value.detach().to(old)
     for dim, kept in indices.items():
         value = value.index_select(dim, torch.tensor(kept, device=value.device))
-    if isinstance(old, nn.Parameter):
-        return nn.Parameter(value.clone(), requires_grad=old.requires_grad)
-    return value.clone()
+    return twin(value, old)
 
 
 def _linear(module: nn.Linear) -> None:

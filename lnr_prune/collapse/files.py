@@ -16,6 +16,7 @@ from lnr_prune.collapse.graph_module import PrunedGraph
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.record import FORMAT, Record, check_shapes, check_values, original_of, read_record, write_record
 from lnr_prune.errors import PlanError
+from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import check_model, named_tensors, plain
 from lnr_prune.report.report import Report
 from lnr_prune.runtime.codec import LARGEST
@@ -98,7 +99,7 @@ def _load(path: StrPath, model: nn.Module, example: Any, into: str) -> nn.Module
         check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, record)  # noqa: SIM118
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not of the mapped file)
         check_values(tensors, record)
-    with _naming(path):
+    with _naming(path), guarded(model):
         if record.as_graph:
             return filled_graph(model, plan, tensors, example=example)
         return filled(model, plan, tensors, example=example, into=into)

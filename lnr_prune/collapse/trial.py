@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lnr_prune.calibration.calls import Call
-from lnr_prune.collapse.attributes import Role, choices, with_attributes
-from lnr_prune.collapse.collapse import collapse, restore_point
+from lnr_prune.collapse.attributes import Role, choices, with_attributes, with_counts
+from lnr_prune.collapse.collapse import ATTRIBUTES, collapse, restore_point
 from lnr_prune.collapse.masks import masked_weights, random_weights
 from lnr_prune.collapse.plan import make_plan
 from lnr_prune.collapse.verify import Reference, copied
@@ -75,7 +75,7 @@ def shrinkable(
         passed, refused = shrinkable(model, evaluated, example, also)
         return passed, {**refused, **{name: reason for group in groups if group.training for name in group.producers}}
     if trial(groups) is None:
-        return groups, {}
+        return _counted(model, groups, trial), {}
     families: dict[frozenset[str], list[ChannelGroup]] = {}
     for group in groups:
         families.setdefault(frozenset(held.line for held in group.held), []).append(group)
@@ -88,10 +88,22 @@ def shrinkable(
             refused |= {producer: why for group in family for producer in group.producers}
     order = {group.name: index for index, group in enumerate(groups)}
     passed, failed = _bisect(tuple(sorted(kept, key=lambda group: order[group.name])), trial)
-    return passed, {**refused, **failed}
+    return _counted(model, passed, trial), {**refused, **failed}
 
 
 Trial = Callable[[Groups], str | None]
+
+
+def _counted(model: nn.Module, groups: Groups, trial: Trial) -> Groups:
+    """The groups with the ints that count their channels, see `with_counts`, as far as the forward does not mind."""
+    counted = tuple(with_counts(model, group, tuple(ATTRIBUTES)) for group in groups)
+    changed = [group.attributes.keys() != whole.attributes.keys() for group, whole in zip(counted, groups, strict=True)]
+    if not any(changed) or trial(counted) is None:
+        return counted
+    return tuple(
+        group if changes and trial((group,)) is None else whole
+        for group, whole, changes in zip(counted, groups, changed, strict=True)
+    )
 
 
 def _choose(model: nn.Module, group: ChannelGroup, trial: Trial) -> tuple[frozenset[Role], str | None]:

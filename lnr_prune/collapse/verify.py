@@ -1,6 +1,5 @@
 """Verification: the smaller model must equal the masked model, numerically."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from lnr_prune.calibration.calls import Call, run
 from lnr_prune.calibration.outputs import outputs_of
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph.module import Example, calling, named_tensors
+from lnr_prune.graph.twins import deep_copy
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Largest difference allowed, relative to the largest output; rounding grows with depth."""
@@ -54,6 +54,10 @@ class Reference:
                 raise
             self.wide = False
             self.outputs = [self._outputs(model, weights, *of) for of in self.runs]
+        self.original = [  # only to see which NaN and Inf are meant, such as masked scores
+            outputs if all(map(_is_finite, outputs)) else self._outputs(model, {}, *of)
+            for of, outputs in zip(self.runs, self.outputs, strict=True)
+        ]
 
     def _outputs(
         self, model: nn.Module, weights: Mapping[str, Tensor], example: Example, training: bool
@@ -67,27 +71,36 @@ class Reference:
         Raises:
             VerificationError: If the pruned model does not run, or differs by more than rounding.
         """
-        for (example, training), expected in zip(self.runs, self.outputs, strict=True):
+        for (example, training), expected, original in zip(self.runs, self.outputs, self.original, strict=True):
             try:
                 outputs = self._outputs(pruned, {}, example, training)
             except CalibrationError as error:
                 raise VerificationError(f"the pruned model does not run: {error}") from error
-            _compare(outputs, expected)
+            _compare(outputs, expected, original)
 
 
-def _compare(outputs: list[Tensor], references: list[Tensor]) -> None:
+def _is_finite(output: Tensor) -> bool:
+    return bool(output.isfinite().all())
+
+
+def _compare(outputs: list[Tensor], references: list[Tensor], originals: list[Tensor]) -> None:
+    """Compares outputs; NaN and Inf are equal to themselves where the original has them, too."""
     if [out.shape for out in outputs] != [out.shape for out in references]:
         raise VerificationError(
             f"the pruned model's outputs have shapes {[tuple(out.shape) for out in outputs]}, the masked "
             f"model's {[tuple(out.shape) for out in references]}"
         )
-    for got, expected in zip(outputs, references, strict=True):
+    floating = [out for out in references if out.is_floating_point() and out.numel()]
+    if floating and not any(bool(out.isfinite().any()) for out in floating):
+        raise VerificationError("the masked model's outputs are all NaN or Inf, so nothing can be compared")
+    for got, expected, original in zip(outputs, references, originals, strict=True):
         if not got.is_floating_point():
             equal = torch.equal(got, expected)
             difference, scale, tolerance = (0.0 if equal else 1.0), 1.0, 0.0
         else:
-            difference = float((got - expected).abs().max()) if got.numel() else 0.0
-            scale = max(float(expected.abs().max()) if got.numel() else 0.0, 1e-30)
+            meant = ~original.isfinite() & ((got == expected) | (got.isnan() & expected.isnan()))
+            difference = float((got - expected).masked_fill(meant, 0.0).abs().max()) if got.numel() else 0.0
+            scale = max(float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) if got.numel() else 0.0, 1e-30)
             tolerance = TOLERANCE[got.dtype]
         if not difference <= tolerance * scale:
             raise VerificationError(
@@ -106,7 +119,7 @@ def copied(model: nn.Module, example: Call) -> nn.Module:
             This happens when functions stored on the model close over it.
     """
     try:
-        copy_ = copy.deepcopy(model)
+        copy_ = deep_copy(model)
     except Exception as error:  # deepcopy raises whatever the model's attributes raise
         raise GraphError(
             f"{type(model).__name__} cannot be deep-copied ({error}); prune it with into='model'"

@@ -4,7 +4,7 @@ import copy
 import functools
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -194,19 +194,49 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Puts every submodule into training or evaluation mode, and back into its own mode afterwards.
 
-    Whatever forwards store in the submodules' attributes is removed again: such caches depend on the weights, sizes
-    and dtypes that they were computed with.
+    What forwards change in the model meanwhile is put back, see `remembered`: caches and counters.
     """
-    attributes = [vars(module) for module in model.modules()]
-    holders: list[Any] = [value for each in attributes for value in each.values() if type(value) in (dict, list)]
-    saved = [(holder, copy.copy(holder)) for holder in (*attributes, *holders)]
+    put_back = remembered(model)
     for module in model.modules():
         module.training = training
     try:
         yield
     finally:
+        put_back()
+
+
+def remembered(model: nn.Module) -> Callable[[], None]:
+    """Remembers what forwards may change in a model; the returned function puts it back, and may be called again.
+
+    That is the submodules' classes and attributes, dicts and lists in them, and the values of buffers and of other
+    tensors that are not parameters. Caches depend on the weights, sizes and dtypes that they were computed with.
+    """
+    classes = [(module, type(module)) for module in model.modules()]
+    attributes = [vars(module) for module in model.modules()]
+    holders: list[Any] = [value for each in attributes for value in each.values() if type(value) in (dict, list)]
+    saved = [(holder, copy.copy(holder)) for holder in (*attributes, *holders)]
+    entries = (entry for _, held in saved for entry in (held.values() if isinstance(held, dict) else held))
+    tensors = {id(entry): entry for entry in entries if type(entry) is Tensor and _can_be_written(entry)}
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+
+    def put_back() -> None:
+        for module, kind in classes:
+            if type(module) is not kind:
+                module.__class__ = kind
         for holder, before in saved:
             _put_back(holder, before)
+        for tensor, value in values:  # compared, as a version does not count what is written through .data
+            if tensor.shape != value.shape:
+                tensor.data = value.clone()
+            elif not torch.equal(tensor, value):
+                with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(value)
+
+    return put_back
+
+
+def _can_be_written(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _put_back(holder: Any, before: Any) -> None:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lnr_prune.errors import GraphError, ran_out_of_memory
 from lnr_prune.graph.constants import RealNumbers, real_values
+from lnr_prune.graph.guard import uninterrupted, users_device
 from lnr_prune.graph.module import failing_layer, in_mode, named_tensors, unfused_attention, without_caches
 from lnr_prune.graph.nodes import TORCH
 from lnr_prune.runtime import noise
@@ -76,7 +77,8 @@ def export(
     """
     try:
         with (
-            in_mode(model, training), unfused_attention(), _exportable(model), _silent(), noise.seeded(args),
+            uninterrupted(), in_mode(model, training), unfused_attention(), _exportable(model), users_device(),
+            _silent(), noise.seeded(args),
         ):  # fmt: skip
             program = torch.export.export(model, args, dict(kwargs), strict=False, dynamic_shapes=dynamic_shapes)
             if any(_hides_something(node) for node in program.graph.nodes):

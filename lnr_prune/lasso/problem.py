@@ -1,5 +1,6 @@
 """The group-lasso problem of linear neural reconstruction, stated in second moments alone."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +38,7 @@ class Block:
             raise ValueError(f"R must be (d, d) and B (h, d), got {tuple(self.R.shape)} and {tuple(self.B.shape)}")
         if self.R.dtype != self.B.dtype or not self.R.is_floating_point():
             raise ValueError(f"R and B must share a floating-point dtype, got {self.R.dtype}, {self.B.dtype}")
-        if not all(bool(torch.isfinite(a).all()) for a in (self.R, self.B, torch.as_tensor(self.t))):
+        if not (math.isfinite(self.t) and bool(self.R.isfinite().all()) and bool(self.B.isfinite().all())):
             raise ValueError("R, B and t must be finite: look for NaN or Inf in the calibration data")
         if self.t < 0:
             raise ValueError(f"t = E||y||^2 must be >= 0, got {self.t}")

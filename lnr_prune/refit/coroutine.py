@@ -18,9 +18,9 @@ _DONE, _STOP = object(), object()
 def suspended(function: Callable[[Callable[[Question], Answer]], None]) -> Generator[Question, Answer, None]:
     """Runs ``function(ask)``; yields every question that it asks, and ``ask`` returns what is sent back.
 
-    The function runs in its own thread, with its caller's autocast and default device, but never at the same time as
-    the caller. While it waits, torch's generators of random numbers are as the caller left them. An exception in the
-    function is raised here. When the generator is closed, the function ends with GeneratorExit where it waits.
+    The function runs in its own thread, with its caller's autocast, but never at the same time as the caller. While it
+    waits, torch's generators of random numbers are as the caller left them. An exception in the function is raised
+    here. When the generator is closed, the function ends with GeneratorExit where it waits.
 
     Example:
         >>> answers = []
@@ -50,6 +50,8 @@ def suspended(function: Callable[[Callable[[Question], Answer]], None]) -> Gener
 
     def target() -> None:
         try:
+            if not answers.empty():  # stopped before it has begun
+                return
             with ExitStack() as stack:
                 for setting in settings:
                     stack.enter_context(setting)
@@ -61,26 +63,26 @@ def suspended(function: Callable[[Callable[[Question], Answer]], None]) -> Gener
         questions.put(end)
 
     thread = Thread(target=target, daemon=True)
-    thread.start()
     try:
+        thread.start()
         while (question := questions.get()) is not _DONE:
             if isinstance(question, _Raised):
                 raise question.error
             answers.put((yield question))
     finally:
-        answers.put(_STOP)
-        thread.join()
+        answers.put(_STOP)  # first: a thread that is not waited for, after an interrupt, ends all the same
+        if thread.is_alive():
+            thread.join()
 
 
 def _settings() -> list[AbstractContextManager[Any]]:
-    """What torch keeps for each thread: autocast and the default device."""
-    accelerator, default = torch.accelerator.current_accelerator(), torch.get_default_device()
-    autocasts: list[AbstractContextManager[Any]] = [
+    """What torch keeps for each thread: autocast; for the default device, see `users_device`."""
+    accelerator = torch.accelerator.current_accelerator()
+    return [
         torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=torch.is_autocast_cache_enabled())
         for device in ("cpu", *([accelerator.type] if accelerator else []))
         if torch.is_autocast_enabled(device)
     ]
-    return autocasts if default.type == "cpu" else [*autocasts, default]
 
 
 class _Raised:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from lnr_prune.calibration.calls import Call, run
+from lnr_prune.calibration.calls import Call, forward, fresh
 from lnr_prune.calibration.visible.attention import visible_attention
 from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
-from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
 from lnr_prune.refit.downstream import Downstream, Shortcut, Step, Steps, Wiring
 from lnr_prune.refit.recording import Recorded, Recording
 
@@ -48,9 +48,9 @@ def wiring_of(model: nn.Module, names: Iterable[str], example: Call) -> Wiring:
         names: Names of the layers' weights.
         example: Arguments of a forward pass.
     """
-    record = Recording()
-    with visible_attention(model), record, VisibleRecurrence():
-        outputs = run(model, example)
+    record, call = Recording(), fresh(example)
+    with evaluating(model), unfused_attention(), visible_attention(model), record, VisibleRecurrence():
+        outputs = forward(model, call)
     names = list(names)
     trail = _Trail(record.calls, named_tensors(model), names)
     given = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

@@ -136,10 +136,16 @@ def both_networks(model: nn.Module, call: Call, wiring: Wiring) -> TwinRun:
     modes = [Replay(wiring) for _ in range(2)]
 
     def original(ask: Callable[[tuple[str, LayerCall]], None]) -> None:
-        watch(model, call, wiring.layers, see=lambda name, layer: ask((name, layer)), within=modes[0])
+        def see(name: str, layer: LayerCall) -> None:
+            ask((name, layer))
+
+        watch(model, call, wiring.layers, see=see, within=modes[0], among_others=True)
 
     def pruned(ask: Callable[[tuple[str, Tensor]], Arguments]) -> None:
-        watch(model, call, wiring.layers, swap=lambda name, x: ask((name, x)), within=modes[1])
+        def swap(name: str, x: Tensor) -> Arguments:
+            return ask((name, x))
+
+        watch(model, call, wiring.layers, swap=swap, within=modes[1], among_others=True)
 
     with closing(suspended(original)) as first, closing(suspended(pruned)) as second:
         seen, swapped = next(first, None), next(second, None)

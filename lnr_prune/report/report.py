@@ -29,6 +29,7 @@ from lnr_prune.report.html import (
 )
 from lnr_prune.report.plots import new_figure
 from lnr_prune.report.rows import GroupReport, LayerReport
+from lnr_prune.runtime.disk import put
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,10 +111,13 @@ class Report:
 
         Returns:
             The page.
+
+        Raises:
+            OSError: If the file cannot be written; one that was there stays as it was.
         """
         text = document(title, self.section(title), *(other.section() for other in also))
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            put(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
         return text
 
     def plot(self) -> "Figure":

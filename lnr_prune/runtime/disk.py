@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lnr_prune.errors import LnrPruneError, PlanError
 
@@ -53,12 +54,18 @@ def opened(path: StrPath) -> Iterator[Any]:
 
 
 def put(path: StrPath, write: Callable[[str], object]) -> None:
-    """Writes a temporary file next to the path, then renames it: no file is ever half-written."""
+    """Writes a temporary file next to the path, then renames it: no file is ever half-written.
+
+    Raises:
+        OSError: If it cannot be written, or if a folder, a device or a pipe is there, which a file must not replace.
+    """
     target = os.path.realpath(path)
     if not os.path.basename(os.fspath(path)) or os.path.isdir(target):
         raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file in it", os.fspath(path))
     if not os.path.isdir(os.path.dirname(target)):
         raise FileNotFoundError(errno.ENOENT, "its folder does not exist; make it first", os.fspath(path))
+    if os.path.exists(target) and not stat.S_ISREG(os.stat(target).st_mode):
+        raise OSError(errno.EINVAL, "it is a device, a pipe or a socket; give the name of a file", os.fspath(path))
     part = os.path.join(os.path.dirname(target), PART.format(secrets.token_hex(8)))
     try:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -68,6 +75,11 @@ def put(path: StrPath, write: Callable[[str], object]) -> None:
         with open(part, "rb") as written:
             os.fsync(written.fileno())
         os.replace(part, target)
+    except SafetensorError as error:  # hides the system's error in its text
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(errno.EIO, f"it cannot be written: {error}", os.fspath(path)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
     finally:
         with suppress(FileNotFoundError):
             os.unlink(part)

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 
 from lnr_prune.errors import PlanError, ran_out_of_memory
 from lnr_prune.runtime.digest import sha256
@@ -238,8 +237,7 @@ def _claim(place: Path, run: Identity) -> None:
 def _writing(place: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None) or errno.EIO
-        what = getattr(error, "strerror", None) or error
+    except OSError as error:
+        number, what = error.errno or errno.EIO, error.strerror or error
         advice = "free some space, or allow writing, and run the same again: it continues from what is there"
         raise OSError(number, f"the work folder cannot be written: {what}; {advice}", str(place)) from error

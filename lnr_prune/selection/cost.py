@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from statistics import median
 
 import torch
@@ -10,8 +11,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as now
 from torch.utils.flop_counter import FlopCounterMode
 
-from lnr_prune.calibration.calls import Call, run, samples_in
+from lnr_prune.calibration.calls import Call, forward, fresh, run, samples_in
 from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
+from lnr_prune.graph.module import evaluating, unfused_attention
 
 
 def parameters(model: nn.Module) -> int:
@@ -43,11 +45,12 @@ def _attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: o
 def latency(model: nn.Module, example: Call, seconds: float = 0.5) -> float:
     """Median time of a forward pass in evaluation mode, in seconds, on the model's device and threads."""
     timer = Timer(
-        "run(model, example)",
-        globals={"run": run, "model": model, "example": example},
+        "forward(model, fresh(example))",
+        globals={"forward": forward, "fresh": fresh, "model": model, "example": example},
         num_threads=torch.get_num_threads(),
     )
-    return float(timer.blocked_autorange(min_run_time=seconds).median)
+    with evaluating(model), unfused_attention():
+        return float(timer.blocked_autorange(min_run_time=seconds).median)
 
 
 def side_by_side(models: Sequence[nn.Module], example: Call, rounds: int = 5) -> list[float]:
@@ -55,12 +58,15 @@ def side_by_side(models: Sequence[nn.Module], example: Call, rounds: int = 5) ->
 
     The models take turns in every round, so that whatever else the machine does slows down all of them alike.
     """
-    for model in models:
-        run(model, example)
     times: list[list[float]] = [[] for _ in models]
-    for _ in range(rounds):
-        for model, taken in zip(models, times, strict=True):
-            begin = now()
-            run(model, example)
-            taken.append(now() - begin)
+    with ExitStack() as stack:
+        stack.enter_context(unfused_attention())
+        for model in models:
+            stack.enter_context(evaluating(model))
+            forward(model, fresh(example))
+        for _ in range(rounds):
+            for model, taken in zip(models, times, strict=True):
+                call, begin = fresh(example), now()
+                forward(model, call)
+                taken.append(now() - begin)
     return [median(taken) for taken in times]

@@ -180,3 +180,76 @@ def test_attention_weights_that_nobody_uses_freeze_nothing() -> None:
     assert not refused
     _, reference = prune_first_channels(model, groups, call)
     reference.check(model)
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm written by hand, with ints that no operation needs, and one that is equal by coincidence."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.num_features, self.normalized_shape, self.period = channels, (channels,), channels
+        self.weight: Tensor
+        self.bias: Tensor
+        self.register_buffer("weight", torch.rand(channels) + 0.5)
+        self.register_buffer("bias", torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class Projection(nn.Module):
+    """A square linear layer written by hand."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.in_features = self.out_features = self.features = size
+        self.weight = nn.Parameter(torch.randn(size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+class Scaled(nn.Module):
+    """Its outputs depend on the int that counts its channels."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.dim, self.scale = size, nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale / self.dim**0.5
+
+
+def test_ints_that_only_count_channels_follow_them(tmp_path: Any) -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 24, 3), FrozenNorm(24), nn.ReLU(), nn.Conv2d(24, 16, 3)).eval()
+    images = torch.randn(8, 3, 8, 8)
+    pruned = lnr.prune(model, [images], lnr.Keep(0.5))
+    pruned.save(tmp_path / "m.safetensors")
+    for made in (pruned.model, lnr.load(tmp_path / "m.safetensors", model), lnr.apply_plan(pruned.plan, model)):
+        norm: Any = made.get_submodule("1")
+        assert (norm.num_features, norm.normalized_shape, norm.period, len(norm.weight)) == (12, (12,), 24, 12)
+    assert (model[1].num_features, model[1].normalized_shape) == (24, (24,))
+
+
+def test_what_is_read_and_what_is_made_are_counted_apart() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), Projection(16), nn.ReLU(), nn.Linear(16, 2))
+    layer: Any = lnr.prune(model, [torch.randn(64, 4)], lnr.Keep({"0": 10, "2": 6})).model.get_submodule("2")
+    assert (layer.in_features, layer.out_features, tuple(layer.weight.shape)) == (10, 6, (6, 10))
+    assert layer.features == 16  # of what?
+
+
+def test_an_int_that_the_outputs_depend_on_stays() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), Scaled(16), FrozenLast(16), nn.Linear(16, 2))
+    pruned: Any = lnr.prune(model, [torch.randn(64, 4)], lnr.Keep(0.5)).model
+    assert (pruned[2].dim, len(pruned[2].scale)) == (16, 8)
+
+
+class FrozenLast(nn.Module):
+    """A scale with an int that only counts."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.weight = size, nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight

@@ -4,6 +4,7 @@ import copy
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,3 +210,53 @@ def test_two_plans_in_one_take_out_what_both_do(tmp_path: Path) -> None:
         first.plan.then(first.plan)
     with pytest.raises(PlanError, match=r"first\.plan\.then\(second\.plan\)"):
         lnr.apply_plan(second.plan, model)
+
+
+def test_memory_format_and_attributes_of_parameters_stay() -> None:
+    layers = [nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)]
+    model: Any = nn.Sequential(*layers)
+    model.to(memory_format=torch.channels_last)
+    model[0].weight.lr_mult = 0.1
+    model[4].bias.lr_mult = 0.2
+    model[2].weight.requires_grad_(False)
+    handle = model[2].register_forward_hook(lambda *_: None)
+    images = torch.randn(8, 3, 8, 8).to(memory_format=torch.channels_last)
+    pruned: Any = lnr.prune(model, [images] * 2, lnr.Keep(0.5)).model
+    for layer in (0, 2, 4):
+        assert pruned[layer].weight.is_contiguous(memory_format=torch.channels_last)
+        assert not pruned[layer].weight.is_contiguous() or layer == 4
+    assert (pruned[0].weight.lr_mult, pruned[4].bias.lr_mult) == (0.1, 0.2)
+    assert [parameter.requires_grad for parameter in pruned.parameters()] == [True, True, False, True, True, True]
+    assert len(pruned[2]._forward_hooks) == 1
+    handle.remove()
+
+
+class Bad(nn.Module):
+    """Outputs where some values are NaN or Inf: in every model, or in those whose scale is too large."""
+
+    def __init__(self, value: float, scale: float = 1.0, everywhere: bool = False) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.value, self.everywhere = value, everywhere
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.scale
+        y = torch.where(y.abs() > 1e6, float("inf"), y)
+        y = torch.full_like(y, self.value) if self.everywhere else y
+        return torch.cat([y, torch.full_like(y[:, :1], self.value)], 1)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_values_that_are_meant_to_be_infinite_are_equal_to_themselves_only(value: float) -> None:
+    call: Call = ((torch.ones(2, 3),), {})
+    reference = Reference(Bad(value), {"scale": torch.tensor(2.0)}, call)
+    reference.check(Bad(value, 2.0))
+    for other in (Bad(0.0, 2.0), Bad(-value if value == value else float("inf"), 2.0), Bad(value, 2.1)):
+        with pytest.raises(VerificationError):
+            reference.check(other)
+    overflow = Reference(Bad(value), {"scale": torch.tensor(1e9)}, call)  # infinite, which the model itself is not
+    with pytest.raises(VerificationError):
+        overflow.check(Bad(value, 1e9))
+    nothing = Reference(Bad(value, everywhere=True), {}, call)
+    with pytest.raises(VerificationError, match="all NaN or Inf"):
+        nothing.check(Bad(value, everywhere=True))

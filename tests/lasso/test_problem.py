@@ -324,3 +324,11 @@ def test_weights_of_another_dtype(weights: Tensor) -> None:
 def test_bad_debias_arguments(support: Tensor, ridge: float, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         debias(GroupLasso((GOOD,)), support, ridge)
+
+
+def test_numbers_beyond_the_range_of_float32_are_finite() -> None:
+    R, B = torch.eye(3, dtype=torch.float64) * 1e40, torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64) * 1e40
+    problem = GroupLasso((Block(R, B, t=14e40),))
+    assert solve(problem, lam=1.5e40).support.tolist() == [True, True, False]
+    with pytest.raises(ValueError, match="finite"):
+        Block(R, B, t=float("inf"))
