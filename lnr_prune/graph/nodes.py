@@ -65,3 +65,19 @@ def spatial_axes(node: fx.Node) -> int:
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a node, by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def named_argument(node: fx.Node, name: str) -> Any:
+    """An argument of an ATen operation by its schema's name; its default if it is not given; None if there is none."""
+    for position, each in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if each.name == name:
+            return argument(node, position, name, each.default_value)
+    return None
+
+
+def axes_argument(node: fx.Node, rank: int) -> list[int]:
+    """The axes that an operation on a value of this rank is told to work along; all of them if it is not told."""
+    dims = named_argument(node, "dim")
+    if dims is None or dims == []:
+        return list(range(rank))
+    return sorted({dim % rank for dim in ([dims] if isinstance(dims, int) else dims)})

@@ -20,15 +20,23 @@ Ids = Tensor | list[Tensor]
 """The ids of a value; one tensor for each output of an operation that has several."""
 
 # Their result has the shape of their first operand, channel by channel.
-SAME = {"dropout", "feature_dropout", "alpha_dropout", "fill", "to", "_to_copy", "type_as", "lift_fresh_copy", "zero"}
+SAME = {
+    "alias", "alpha_dropout", "clone", "contiguous", "detach", "dropout", "feature_alpha_dropout", "feature_dropout",
+    "fill", "lift", "lift_fresh", "lift_fresh_copy", "resolve_conj", "resolve_neg", "to", "_to_copy", "type_as", "zero",
+}  # fmt: skip
 # Pointwise operations that lack PyTorch's tag for it.
 POINTWISE = {
-    "absolute", "celu", "clip", "copy", "copysign", "divide", "elu", "floor_divide", "gelu", "greater", "greater_equal",
-    "hardsigmoid", "hardswish", "less", "less_equal", "log_sigmoid", "masked_fill", "multiply", "negative",
-    "not_equal", "relu6", "rsub", "selu", "softplus", "special_expit", "subtract", "true_divide", "where",
+    "__and__", "__or__", "absolute", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "celu",
+    "clip", "complex", "conj", "copy", "copysign", "divide", "elu", "fix", "floor_divide", "gelu", "greater",
+    "greater_equal", "hardsigmoid", "hardswish", "imag", "isclose", "isreal", "less", "less_equal", "log_sigmoid",
+    "masked_fill", "multiply", "negative", "not_equal", "polar", "real", "relu6", "rsub", "selu", "softplus",
+    "special_digamma", "special_erf", "special_erfc", "special_erfinv", "special_exp2", "special_expit",
+    "special_expm1", "special_gammainc", "special_gammaincc", "special_gammaln", "special_i0", "special_log1p",
+    "special_logit", "special_ndtr", "special_polygamma", "special_psi", "special_round", "special_sinc",
+    "special_xlogy", "subtract", "true_divide", "where",
 }  # fmt: skip
-# Their result has the same value everywhere.
-UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like")}
+# Their result has the same value everywhere, or values that no model can depend on.
+UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full", "empty") for form in ("{}", "new_{}", "{}_like")}
 # Position of the weight among the arguments of a layer's operation.
 WEIGHTS = {"linear": 1, **{f"conv{n}d": 1 for n in (1, 2, 3)}}
 
@@ -91,9 +99,10 @@ class Propagation:
         shape = shape_of(node)
         if op_name(node) in UNIFORM:
             return (1,) * len(shape)
-        if op_name(node) in ("expand", "expand_as"):
-            source = argument(node, 0, "self")
-            return (1,) * (len(shape) - len(shape_of(source))) + self.extent(source)
+        if op_name(node) in ("expand", "expand_as", "broadcast_to", "repeat"):
+            source = self.extent(argument(node, 0, "self"))
+            varying = (1,) * (len(shape) - len(source)) + source
+            return tuple(1 if part == 1 else size for part, size in zip(varying, shape, strict=True))
         if is_pointwise(node):
             return tuple(torch.broadcast_shapes(*(self.extent(value) for value in node.all_input_nodes)))
         return shape if node in self.moving else tuple(collapse_axes(self.constant(node)).shape)
@@ -176,9 +185,8 @@ def _computed_weights(state: Propagation) -> set[str]:
 
 def _visit(state: Propagation, node: fx.Node) -> Ids:
     value = node.meta.get("val")
-    untouched: Ids = nobody(shape_of(node))
-    if isinstance(value, list | tuple):
-        untouched = [nobody(getattr(part, "shape", ())) for part in value]
+    shapes = [getattr(part, "shape", ()) for part in value] if isinstance(value, list | tuple) else None
+    untouched: Ids = nobody(shape_of(node)) if shapes is None else [nobody(shape) for shape in shapes]
     touches_parameter = any(value in state.trace.names for value in node.all_input_nodes)
     if not touches_parameter and not any(bool(_all_ids(state, value).any()) for value in node.all_input_nodes):
         return untouched
@@ -191,8 +199,9 @@ def _visit(state: Propagation, node: fx.Node) -> Ids:
         if not op_name(node).startswith(("_assert", "sym_")):
             _freeze_inputs(state, node)
         return untouched
-    if isinstance(untouched, list) and isinstance(ids, Tensor):
-        return [ids, *untouched[1:]]  # statistics and indices come after the result
+    if shapes is not None and isinstance(ids, Tensor):
+        # indices that come with the result belong to the same channels; statistics, of another shape, to nobody
+        return [ids if shape == shapes[0] else nobody(shape) for shape in shapes]
     return ids
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of, spatial_axes
-from lnr_prune.graph.owners import along
+from lnr_prune.graph.owners import along, collapse_axes
 from lnr_prune.graph.rules import Propagation, Site, meet, rule
 
 
@@ -103,6 +103,8 @@ def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int) -> 
     """A grouped convolution loses whole groups of inputs and outputs; if depthwise, a group is one channel."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     names, owners, reason = state.trace.names, state.owners, describe(node)
+    if weight not in names and state.of(weight).shape[0] == 1:
+        return _same_filters(state, node, groups, axis)
     found = (names[weight], owners.slot(names[weight], 0)) if weight in names else _computed_rows(state, weight, 0)
     if found is None:
         return None
@@ -111,6 +113,28 @@ def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int) -> 
     inputs, outputs = (first.expand(groups, shape_of(side)[axis] // groups).reshape(-1) for side in (x, node))
     owners.couple_axis(state.of(x), axis, inputs, f"input of {reason}")
     return _produce(state, node, (x, weight, bias), axis, found[0], outputs)
+
+
+def _same_filters(state: Propagation, node: fx.Node, groups: int, axis: int) -> Tensor | None:
+    """A grouped convolution of which all groups have the same filters, such as a blur: these are repeated as needed."""
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    same = state.extent(weight)[0] == 1
+    if not same and weight not in state.moving:
+        same = len(collapse_axes(state.constant(weight).unflatten(0, (groups, -1)))) == 1
+    if not same:
+        return None
+    owners, reason, shape = state.owners, describe(node), shape_of(node)
+    owners.freeze(state.of(weight), f"a filter for all channels in {reason}")
+    ids = owners.mix(state.of(x), range(axis + 1, len(shape)), reason)
+    if ids.shape[axis] > 1:
+        ids = owners.mix(ids.unflatten(axis, (groups, -1)), [axis + 1], reason).squeeze(axis + 1)
+        ids = ids.repeat_interleave(shape[axis] // groups, axis)
+    if bias is None:
+        return ids
+    added = [1] * (len(shape) - 1 - axis)
+    return meet(
+        state, node, [(ids, shape), (state.of(bias).reshape([-1, *added]), (*state.extent(bias), *added))], shape
+    )
 
 
 @rule("embedding")
