@@ -99,7 +99,8 @@ class Propagation:
         shape = shape_of(node)
         if op_name(node) in UNIFORM:
             return (1,) * len(shape)
-        if op_name(node) in ("expand", "expand_as", "broadcast_to", "repeat"):
+        spread = ("expand", "expand_as", "broadcast_to", *(["repeat"] if node in self.moving else []))
+        if op_name(node) in spread:
             source = self.extent(argument(node, 0, "self"))
             varying = (1,) * (len(shape) - len(source)) + source
             return tuple(1 if part == 1 else size for part, size in zip(varying, shape, strict=True))

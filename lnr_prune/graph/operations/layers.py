@@ -68,12 +68,14 @@ def _produce(
 
 @rule("linear")
 def _linear(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Reads the channels of the last axis, as columns of its weight; makes new ones, its rows."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     return apply_weight(state, node, (x, weight, bias), len(shape_of(node)) - 1)
 
 
 @rule("addmm")
 def _addmm(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Reads the channels of the last axis; the weight is stored the other way round."""
     bias, x, weight = (argument(node, i, name) for i, name in enumerate(("self", "mat1", "mat2")))
     if node.kwargs:  # beta, alpha
         return None
@@ -82,6 +84,7 @@ def _addmm(state: Propagation, node: fx.Node) -> Tensor | None:
 
 @rule("conv1d", "conv2d", "conv3d")
 def _convolution(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Reads axis 1, and makes new channels; in groups, whole groups leave, and one filter for all may be constant."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     groups, axis = argument(node, 6, "groups", 1), len(shape_of(node)) - 1 - spatial_axes(node)
     if groups == 1:
@@ -91,6 +94,7 @@ def _convolution(state: Propagation, node: fx.Node) -> Tensor | None:
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _transposed_convolution(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Reads axis 1, and makes new channels; in groups, whole groups leave, and one filter for all may be constant."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     axis = len(shape_of(node)) - 1 - spatial_axes(node)
     groups = argument(node, 6, "groups", 1)
@@ -139,6 +143,7 @@ def _same_filters(state: Propagation, node: fx.Node, groups: int, axis: int) -> 
 
 @rule("embedding")
 def _embedding(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Makes channels along the last axis; the vocabulary stays."""
     weight = argument(node, 0, "weight")
     if weight not in state.trace.names:
         return None
@@ -149,6 +154,7 @@ def _embedding(state: Propagation, node: fx.Node) -> Tensor | None:
 
 @rule("_weight_norm", "_weight_norm_interface")
 def _weight_norm(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Rows of the weight leave; its other axes are mixed."""
     direction, magnitude = argument(node, 0, "v"), argument(node, 1, "g")
     if argument(node, 2, "dim", 0) != 0:
         return None

@@ -66,6 +66,7 @@ def _rearrange(state: Propagation, node: fx.Node) -> Ids | None:
 
 @rule("reshape_as", "view_as")
 def _reshape_as(state: Propagation, node: fx.Node) -> Tensor:
+    """Moves every channel's elements along."""
     source = argument(node, 0, "self")
     return collapse_axes(state.of(source).expand(shape_of(source)).reshape(shape_of(node)))
 
