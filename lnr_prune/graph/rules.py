@@ -26,14 +26,14 @@ SAME = {
 }  # fmt: skip
 # Pointwise operations that lack PyTorch's tag for it.
 POINTWISE = {
-    "__and__", "__or__", "absolute", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "celu",
-    "clip", "complex", "conj", "copy", "copysign", "divide", "elu", "fix", "floor_divide", "gelu", "greater",
-    "greater_equal", "hardsigmoid", "hardswish", "imag", "isclose", "isreal", "less", "less_equal", "log_sigmoid",
-    "masked_fill", "multiply", "negative", "not_equal", "polar", "real", "relu6", "rsub", "selu", "softplus",
-    "special_digamma", "special_erf", "special_erfc", "special_erfinv", "special_exp2", "special_expit",
-    "special_expm1", "special_gammainc", "special_gammaincc", "special_gammaln", "special_i0", "special_log1p",
-    "special_logit", "special_ndtr", "special_polygamma", "special_psi", "special_round", "special_sinc",
-    "special_xlogy", "subtract", "true_divide", "where",
+    "__and__", "__or__", "_conj", "_neg_view", "absolute", "arccos", "arccosh", "arcsin", "arcsinh", "arctan",
+    "arctan2", "arctanh", "celu", "clip", "complex", "conj", "copy", "copysign", "divide", "elu", "fix",
+    "floor_divide", "gelu", "greater", "greater_equal", "hardsigmoid", "hardswish", "imag", "isclose", "isreal",
+    "less", "less_equal", "log_sigmoid", "masked_fill", "multiply", "negative", "not_equal", "polar", "real", "relu6",
+    "rsub", "selu", "softplus", "special_digamma", "special_erf", "special_erfc", "special_erfinv", "special_exp2",
+    "special_expit", "special_expm1", "special_gammainc", "special_gammaincc", "special_gammaln", "special_i0",
+    "special_log1p", "special_logit", "special_ndtr", "special_polygamma", "special_psi", "special_round",
+    "special_sinc", "special_xlogy", "subtract", "true_divide", "where",
 }  # fmt: skip
 # Their result has the same value everywhere, or values that no model can depend on.
 UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full", "empty") for form in ("{}", "new_{}", "{}_like")}

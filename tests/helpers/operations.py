@@ -300,6 +300,7 @@ OPERATIONS: dict[str, Operation] = {
     "index by given": _plain(lambda y, a: y.movedim(a, 0)[_given(y)]),
     "index of two axes": _plain(lambda y, a: y.movedim(a, 0)[_given(y), :, _given(y)], 3, 4),
     "index by its own": _plain(lambda y, a: y.movedim(a, 0)[y.flatten()[:2].argsort()]),
+    "index by channels": _plain(lambda y, a: y.movedim(a, 0)[y.argmax(a)], 3),
     "gather its own": _plain(lambda y, a: y.gather(a, y.argsort(a))),
     "gather some": _plain(lambda y, a: y.gather(a, torch.zeros([2] * y.dim(), dtype=torch.long))),
     "gather anywhere": _plain(lambda y, a: y.gather(a, torch.arange(y.numel()).view(y.shape) % 2)),
