@@ -2,11 +2,14 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 import lnr_prune
+from lnr_prune.graph.rules import RULES
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -34,6 +37,19 @@ def test_tutorials_use_names_that_exist(path: Path) -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lnr"
     }
     assert used <= set(lnr_prune.__all__)
+
+
+def test_the_table_of_operations_is_that_of_the_rules() -> None:
+    script = runpy.run_path(str(DOCS / "operations.py"))
+    made, stored = script["page"](), (DOCS / "operations.md").read_text(encoding="utf-8")
+    version = torch.__version__.split("+")[0]
+    if f"of torch {version}," not in stored:  # the list of what has no rule is that of another version
+        made, stored = (text.partition(script["REST"])[0] for text in (made, stored))
+    assert made == stored, "write it again: python docs/operations.py"
+
+
+def test_every_rule_says_what_it_does_to_channels() -> None:
+    assert not [name for name, function in RULES.items() if not function.__doc__]
 
 
 def code_of(page: Path) -> list[str]:

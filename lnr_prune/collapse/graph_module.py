@@ -18,9 +18,9 @@ from lnr_prune.collapse.verify import Reference
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph.closure import close
 from lnr_prune.graph.module import named_tensors
-from lnr_prune.graph.nodes import argument, is_pointwise, op_name, shape_of
+from lnr_prune.graph.nodes import argument, shape_of
 from lnr_prune.graph.rules import Propagation, propagate
-from lnr_prune.graph.sizes import along_axis, counts
+from lnr_prune.graph.sizes import along_axis, counts, shared_axes
 from lnr_prune.graph.trace import export, read
 
 logger = logging.getLogger("lnr_prune")
@@ -204,13 +204,8 @@ def _uniform_operands(
     state: Propagation, label: Tensor, gone: Tensor, node: fx.Node
 ) -> Iterator[tuple[fx.Node, int, int]]:
     """Operands without channels that are as long as an axis that shrinks, such as a bias of zeros for every head."""
-    attends = op_name(node) == "scaled_dot_product_attention"
-    if not (attends or is_pointwise(node)):
-        return
     for value in node.all_input_nodes:
-        if not bool(state.of(value).any()):
-            lead = len(shape_of(node)) - len(shape_of(value))
-            for axis, size in enumerate(shape_of(value)[:-2] if attends else shape_of(value)):
-                left = gone[along_axis(state, label, node, lead + axis)]
-                if size > 1 and bool(left.any()):
-                    yield value, axis, int((~left).sum())
+        for axis, along in shared_axes(node, value):
+            left = gone[along_axis(state, label, node, along)]
+            if shape_of(value)[axis] > 1 and state.of(value).shape[axis] == 1 and bool(left.any()):
+                yield value, axis, int((~left).sum())

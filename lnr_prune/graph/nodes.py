@@ -12,25 +12,22 @@ TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # ends in a separator, so torc
 DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 # Their result has the shape of their first operand, channel by channel.
 SAME = {
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
-    "feature_alpha_dropout",
-    "fill",
-    "to",
-    "_to_copy",
-    "type_as",
-    "lift_fresh_copy",
-    "zero",
-}
+    "alias", "alpha_dropout", "clone", "contiguous", "detach", "dropout", "feature_alpha_dropout", "feature_dropout",
+    "fill", "lift", "lift_fresh", "lift_fresh_copy", "resolve_conj", "resolve_neg", "to", "_to_copy", "type_as", "zero",
+}  # fmt: skip
 # Pointwise operations that lack PyTorch's tag for it.
 POINTWISE = {
-    "absolute", "celu", "clip", "copy", "copysign", "divide", "elu", "floor_divide", "gelu", "greater", "greater_equal",
-    "hardsigmoid", "hardswish", "less", "less_equal", "log_sigmoid", "masked_fill", "multiply", "negative",
-    "not_equal", "relu6", "rsub", "selu", "softplus", "special_expit", "subtract", "true_divide", "where",
+    "__and__", "__or__", "_conj", "_neg_view", "absolute", "arccos", "arccosh", "arcsin", "arcsinh", "arctan",
+    "arctan2", "arctanh", "celu", "clip", "complex", "conj", "copy", "copysign", "divide", "elu", "fix",
+    "floor_divide", "gelu", "greater", "greater_equal", "hardsigmoid", "hardswish", "imag", "isclose", "isreal",
+    "less", "less_equal", "log_sigmoid", "masked_fill", "multiply", "negative", "not_equal", "polar", "real", "relu6",
+    "rsub", "selu", "softplus", "special_digamma", "special_erf", "special_erfc", "special_erfinv", "special_exp2",
+    "special_expit", "special_expm1", "special_gammainc", "special_gammaincc", "special_gammaln", "special_i0",
+    "special_log1p", "special_logit", "special_ndtr", "special_polygamma", "special_psi", "special_round",
+    "special_sinc", "special_xlogy", "subtract", "true_divide", "where",
 }  # fmt: skip
-# Their result has the same value everywhere.
-UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like")}
+# Their result has the same value everywhere, or values that no model can depend on.
+UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full", "empty") for form in ("{}", "new_{}", "{}_like")}
 
 
 def describe(node: fx.Node) -> str:
@@ -97,3 +94,19 @@ def is_pointwise(node: fx.Node) -> bool:
 def draws(node: fx.Node) -> bool:
     """Whether an operation makes a value of random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and op_name(node) not in DROPOUTS
+
+
+def named_argument(node: fx.Node, name: str) -> Any:
+    """An argument of an ATen operation by its schema's name; its default if it is not given; None if there is none."""
+    for position, each in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if each.name == name:
+            return argument(node, position, name, each.default_value)
+    return None
+
+
+def axes_argument(node: fx.Node, rank: int) -> list[int]:
+    """The axes that an operation on a value of this rank is told to work along; all of them if it is not told."""
+    dims = named_argument(node, "dim")
+    if dims is None or dims == []:
+        return list(range(rank))
+    return sorted({dim % rank for dim in ([dims] if isinstance(dims, int) else dims)})

@@ -84,9 +84,11 @@ class Propagation:
         shape = shape_of(node)
         if op_name(node) in UNIFORM:
             return (1,) * len(shape)
-        if op_name(node) in ("expand", "expand_as"):
-            source = argument(node, 0, "self")
-            return (1,) * (len(shape) - len(shape_of(source))) + self.extent(source)
+        spread = ("expand", "expand_as", "broadcast_to", *(["repeat"] if node in self.moving else []))
+        if op_name(node) in spread:
+            source = self.extent(argument(node, 0, "self"))
+            varying = (1,) * (len(shape) - len(source)) + source
+            return tuple(1 if part == 1 else size for part, size in zip(varying, shape, strict=True))
         if is_pointwise(node):
             return tuple(torch.broadcast_shapes(*(self.extent(value) for value in node.all_input_nodes)))
         return shape if node in self.moving else tuple(collapse_axes(self.constant(node)).shape)
@@ -174,9 +176,8 @@ def _computed_weights(state: Propagation) -> set[str]:
 
 def _visit(state: Propagation, node: fx.Node) -> Ids:
     value = node.meta.get("val")
-    untouched: Ids = nobody(shape_of(node))
-    if isinstance(value, list | tuple):
-        untouched = [nobody(getattr(part, "shape", ())) for part in value]
+    shapes = [getattr(part, "shape", ()) for part in value] if isinstance(value, list | tuple) else None
+    untouched: Ids = nobody(shape_of(node)) if shapes is None else [nobody(shape) for shape in shapes]
     touches_parameter = any(value in state.trace.names for value in node.all_input_nodes)
     if not touches_parameter and not any(bool(all_ids(state, value).any()) for value in node.all_input_nodes):
         return untouched
@@ -192,8 +193,9 @@ def _visit(state: Propagation, node: fx.Node) -> Ids:
     for axis in node.meta.get("unknown", ()):
         if isinstance(ids, Tensor) and ids.shape[axis] > 1:
             state.owners.freeze(ids, f"their number depends on the data in {describe(node)}")
-    if isinstance(untouched, list) and isinstance(ids, Tensor):
-        return [ids, *untouched[1:]]  # statistics and indices come after the result
+    if shapes is not None and isinstance(ids, Tensor):
+        # indices that come with the result belong to the same channels; statistics, of another shape, to nobody
+        return [ids if shape == shapes[0] else nobody(shape) for shape in shapes]
     return ids
 
 

@@ -12,12 +12,14 @@ from lnr_prune.graph.nodes import (
     UNIFORM,
     argument,
     code_line,
+    is_pointwise,
     module_kind,
     module_path,
     op_name,
     shape_of,
     spatial_axes,
 )  # fmt: skip
+from lnr_prune.graph.operations.moves import JOINS, joined_axis
 from lnr_prune.graph.owners import Slot
 from lnr_prune.graph.rules import Propagation
 
@@ -124,6 +126,26 @@ def _counts(state: Propagation, label: Tensor, node: fx.Node) -> Iterator[Count]
     elif name == "group_norm":
         rows = along_axis(state, label, argument(node, 0, "input"), 1)
         yield Count((1,), rows.view(argument(node, 1, "num_groups"), -1)[:, 0])
+
+
+def shared_axes(node: fx.Node, value: fx.Node) -> Iterator[tuple[int, int]]:
+    """Axes of an operand that are as long as axes of the result, where an operation needs that: pairs of the two."""
+    name, rank, result = op_name(node), len(shape_of(value)), len(shape_of(node))
+    lead = result - rank
+    if is_pointwise(node) or name == "masked_scatter":
+        yield from ((axis, lead + axis) for axis in range(rank) if lead + axis >= 0)
+    elif name == "scaled_dot_product_attention":
+        yield from ((axis, lead + axis) for axis in range(rank - 2))
+    elif name in JOINS:
+        joined = joined_axis(node)
+        stack = name == "stack"
+        yield from ((axis, axis + (stack and axis >= joined)) for axis in range(rank) if stack or axis != joined)
+    elif name.startswith("conv") and value is not argument(node, 0, "input"):  # weight and bias
+        yield 0, result - 1 - spatial_axes(node)
+    elif name in ("gather", "scatter", "scatter_add", "scatter_reduce"):
+        yield from ((axis, axis) for axis in range(rank) if axis != argument(node, 1, "dim") % rank)
+    elif name.startswith("index_") and rank == result:
+        yield from ((axis, axis) for axis in range(rank))
 
 
 def channels_of(owners_slots: Mapping[Slot, Tensor], label: Tensor, slots: Mapping[Slot, Tensor]) -> Tensor:

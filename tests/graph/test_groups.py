@@ -115,6 +115,8 @@ class Lambda(nn.Module):
             "uniform": lambda: x * torch.full((6,), 2.0) + torch.zeros(1, 1).expand(-1, 6),
             "normalise": lambda: F.normalize(x, dim=-1),
             "sort": lambda: x.sort(-1).values,
+            "renorm": lambda: x.renorm(2, 0, 1.0),
+            "take": lambda: x.take(torch.arange(18)).view(3, 6),
             "matmul": lambda: x @ x.T @ x,
             "slice": lambda: torch.cat([x[:, 1:], x[:, :1]], 1),
             "halves": lambda: torch.cat([x[:, 3:], -x[:, : x.shape[1] // 2]], 1),
@@ -131,13 +133,18 @@ class Lambda(nn.Module):
 
 
 def test_unknown_operations_are_listed_with_the_line_that_calls_them() -> None:
-    graph = groups_of(Applies(Lambda("sort")), 3, 4)
-    assert "no rule for sort (operation" in graph.frozen["first"]
+    graph = groups_of(Applies(Lambda("renorm")), 3, 4)
+    assert "no rule for renorm (operation" in graph.frozen["first"]
     assert "test_groups.py" in graph.frozen["first"]
 
 
 def test_a_value_that_is_the_same_for_all_channels_holds_none() -> None:
     (group,) = groups_of(Applies(Lambda("uniform")), 3, 4).groups
+    assert group.size == 6
+
+
+def test_complex_values_belong_to_the_channels_of_their_parts() -> None:
+    (group,) = groups_of(Applies(Lambda("complex")), 3, 4).groups
     assert group.size == 6
 
 
@@ -174,7 +181,7 @@ def test_units_that_own_as_much_of_every_part_stay_apart(units: Tensor, size: in
 
 @pytest.mark.parametrize(
     "name",
-    ["complex", "positions", "constant", "sort", "write", "where"],
+    ["renorm", "take", "positions", "constant", "where"],
 )
 def test_operations_without_a_rule_freeze_what_they_touch(name: str) -> None:
     graph = groups_of(Applies(Lambda(name)), 3, 4)
@@ -190,7 +197,11 @@ def test_data_movement_is_followed_exactly() -> None:
 
 @pytest.mark.parametrize(
     "mixing",
-    [nn.LayerNorm(6), nn.Softmax(-1), Lambda("cumsum"), Lambda("normalise"), Lambda("matmul"), Lambda("slice")],
+    [
+        nn.LayerNorm(6),
+        nn.Softmax(-1),
+        *map(Lambda, ("cumsum", "sort", "write", "normalise", "matmul", "slice")),
+    ],
 )
 def test_channels_that_are_mixed_can_only_leave_together(mixing: nn.Module) -> None:
     graph = groups_of(Applies(mixing), 3, 4)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import lnr_prune as lnr
 from lnr_prune.calibration.visible.attention import FewerHeads, visible_attention
@@ -17,7 +18,7 @@ from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.collapse.verify import Reference
 from lnr_prune.graph.groups import ChannelGroup, find_groups
 from lnr_prune.graph.module import named_tensors
-from tests.helpers import patterns
+from tests.helpers import families, patterns
 from tests.helpers.models import randomised
 
 Sizes = dict[str, int]
@@ -25,6 +26,24 @@ IMAGE, SEQUENCE = torch.randn(4, 3, 8, 8), torch.randn(4, 5, 12)
 
 DECODER = {"self_attn.in_proj_weight": 3, "multihead_attn.in_proj_weight": 3, "linear1": 24}
 
+FAMILIES: list[tuple[Callable[[], nn.Module], Tensor, Sizes, tuple[int, ...]]] = [  # the last: another image size
+    (families.Yolo, torch.randn(4, 3, 16, 16), {}, (24, 16)),
+    (
+        families.UNet,
+        torch.randn(4, 3, 12, 12),
+        {"down.0.0": 6, "down.1.0": 12, "middle.0": 16, "up.0.0": 12, "up.1.0": 6},
+        (15, 9),
+    ),
+    (families.VaeDecoder, torch.randn(4, 3, 4, 4), {}, (3, 6)),
+    (families.Vocoder, torch.randn(4, 3, 6), {}, (11,)),
+    (families.DiffusionUNet, IMAGE, {}, (12, 4)),
+    (
+        families.DiT,
+        IMAGE,
+        {"time.0": 20, "time.2": 12, "blocks.0.qkv": 3, "blocks.0.up": 48, "blocks.1.qkv": 3, "blocks.1.up": 48},
+        (4, 12),
+    ),
+]
 CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.ChannelShuffle, IMAGE, {"a": 4}),
     (patterns.PaddedShortcut, IMAGE, {"stem": 4, "conv1": 8}),
@@ -52,6 +71,7 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor, Sizes]] = [
     (patterns.Recurrent, torch.randn(3, 2, 4), {"a": 6, "lstm.weight_ih_l0": 5, "b": 7}),
     (patterns.ReadsText, IMAGE, {"conv": 6, "lstm.weight_ih_l0": 7}),
     (patterns.Language, torch.randint(11, (4, 5)), {"embed": 8, "lstm.weight_ih_l0": 9}),
+    *((make, x, sizes) for make, x, sizes, _ in FAMILIES),
 ]
 IDS = [getattr(make, "__name__", "sequence-first") for make, _, _ in CASES]
 
@@ -90,6 +110,18 @@ def test_the_front_door(make: Callable[[], nn.Module], x: Tensor, sizes: Sizes) 
     assert all(group.kept < group.size for group in pruned.report.groups)
     again = copy.deepcopy(pruned.model)
     torch.testing.assert_close(again(x), pruned.model(x))
+
+
+@pytest.mark.parametrize(("make", "x", "sizes", "other"), FAMILIES, ids=[case[0].__name__ for case in FAMILIES])
+def test_other_batch_and_image_sizes(
+    make: Callable[[], nn.Module], x: Tensor, sizes: Sizes, other: tuple[int, ...]
+) -> None:
+    model = randomised(make()).eval()
+    pruned = lnr.prune(model, [x], lnr.Keep(0.5))
+    assert len(pruned.report.groups) > 4
+    for shape in ((3, *x.shape[1:]), (2, 3, *other)):
+        y = torch.randn(shape)
+        torch.testing.assert_close(pruned.model(y), functional_call(model, dict(pruned.masked), (y,)))
 
 
 @pytest.mark.parametrize(

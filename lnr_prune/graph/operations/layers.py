@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of, spatial_axes
-from lnr_prune.graph.owners import along
+from lnr_prune.graph.owners import along, collapse_axes
 from lnr_prune.graph.rules import Propagation, Site, meet, rule
 
 
@@ -68,12 +68,14 @@ def _produce(
 
 @rule("linear")
 def _linear(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Reads the channels of the last axis, as columns of its weight; makes new ones, its rows."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     return apply_weight(state, node, (x, weight, bias), len(shape_of(node)) - 1)
 
 
 @rule("addmm")
 def _addmm(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Reads the channels of the last axis; the weight is stored the other way round."""
     bias, x, weight = (argument(node, i, name) for i, name in enumerate(("self", "mat1", "mat2")))
     if node.kwargs:  # beta, alpha
         return None
@@ -82,6 +84,7 @@ def _addmm(state: Propagation, node: fx.Node) -> Tensor | None:
 
 @rule("conv1d", "conv2d", "conv3d")
 def _convolution(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Reads axis 1, and makes new channels; in groups, whole groups leave, and one filter for all may be constant."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     groups, axis = argument(node, 6, "groups", 1), len(shape_of(node)) - 1 - spatial_axes(node)
     if groups == 1:
@@ -91,6 +94,7 @@ def _convolution(state: Propagation, node: fx.Node) -> Tensor | None:
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _transposed_convolution(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Reads axis 1, and makes new channels; in groups, whole groups leave, and one filter for all may be constant."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     axis = len(shape_of(node)) - 1 - spatial_axes(node)
     groups = argument(node, 6, "groups", 1)
@@ -103,6 +107,8 @@ def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int) -> 
     """A grouped convolution loses whole groups of inputs and outputs; if depthwise, a group is one channel."""
     x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
     names, owners, reason = state.trace.names, state.owners, describe(node)
+    if weight not in names and state.of(weight).shape[0] == 1:
+        return _same_filters(state, node, groups, axis)
     found = (names[weight], owners.slot(names[weight], 0)) if weight in names else _computed_rows(state, weight, 0)
     if found is None:
         return None
@@ -113,8 +119,31 @@ def _whole_groups(state: Propagation, node: fx.Node, groups: int, axis: int) -> 
     return _produce(state, node, (x, weight, bias), axis, found[0], outputs)
 
 
+def _same_filters(state: Propagation, node: fx.Node, groups: int, axis: int) -> Tensor | None:
+    """A grouped convolution of which all groups have the same filters, such as a blur: these are repeated as needed."""
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    same = state.extent(weight)[0] == 1
+    if not same and weight not in state.moving:
+        same = len(collapse_axes(state.constant(weight).unflatten(0, (groups, -1)))) == 1
+    if not same:
+        return None
+    owners, reason, shape = state.owners, describe(node), shape_of(node)
+    owners.freeze(state.of(weight), f"a filter for all channels in {reason}")
+    ids = owners.mix(state.of(x), range(axis + 1, len(shape)), reason)
+    if ids.shape[axis] > 1:
+        ids = owners.mix(ids.unflatten(axis, (groups, -1)), [axis + 1], reason).squeeze(axis + 1)
+        ids = ids.repeat_interleave(shape[axis] // groups, axis)
+    if bias is None:
+        return ids
+    added = [1] * (len(shape) - 1 - axis)
+    return meet(
+        state, node, [(ids, shape), (state.of(bias).reshape([-1, *added]), (*state.extent(bias), *added))], shape
+    )
+
+
 @rule("embedding")
 def _embedding(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Makes channels along the last axis; the vocabulary stays."""
     weight = argument(node, 0, "weight")
     if weight not in state.trace.names:
         return None
@@ -125,6 +154,7 @@ def _embedding(state: Propagation, node: fx.Node) -> Tensor | None:
 
 @rule("_weight_norm", "_weight_norm_interface")
 def _weight_norm(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Rows of the weight leave; its other axes are mixed."""
     direction, magnitude = argument(node, 0, "v"), argument(node, 1, "g")
     if argument(node, 2, "dim", 0) != 0:
         return None

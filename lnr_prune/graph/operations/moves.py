@@ -1,7 +1,6 @@
 """Rules for the operations that only move data: they are run on the ids themselves."""
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,20 +9,24 @@ from torch import Tensor, fx
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
 from lnr_prune.graph.owners import Cut, collapse_axes, nobody
 from lnr_prune.graph.rules import Ids, Propagation, meet, rule
-from lnr_prune.graph.trace import SOME
 
 MOVES = {
-    "adjoint", "alias", "chunk", "clone", "contiguous", "detach", "diagonal", "flatten",
-    "flip", "gather", "im2col", "index", "index_select", "mT", "matrix_H", "moveaxis", "movedim", "narrow",
-    "numpy_T", "permute", "repeat", "reshape", "roll",
-    "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "take_along_dim",
-    "tensor_split", "tile", "transpose", "tril", "triu", "unbind", "unflatten", "unfold", "unsqueeze", "view",
+    "adjoint", "atleast_1d", "atleast_2d", "atleast_3d", "chunk", "diagonal", "flatten", "flip", "fliplr", "flipud",
+    "im2col", "mH", "mT", "matrix_H", "moveaxis", "movedim", "narrow", "numpy_T", "permute", "ravel", "repeat",
+    "reshape", "roll", "rot90", "select", "slice", "split", "split_with_sizes", "squeeze",
+    "swapaxes", "swapdims", "t", "tensor_split", "tile", "transpose", "tril", "triu", "unbind", "unflatten", "unfold",
+    "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "unsqueeze", "view",
 }  # fmt: skip
-JOINS = {"cat": torch.cat, "concat": torch.cat, "concatenate": torch.cat, "stack": torch.stack}
+JOINS: dict[str, int | None] = {
+    "cat": None, "concat": None, "concatenate": None, "stack": None,
+    "hstack": 1, "column_stack": 1, "vstack": 0, "row_stack": 0, "dstack": 2,
+}  # fmt: skip
+"""The axis along which an operation joins values, if it is always the same."""
 
 
 @rule(*MOVES)
-def _move(state: Propagation, node: fx.Node) -> Ids:
+def move(state: Propagation, node: fx.Node) -> Ids:
+    """Moves every channel's elements along; of an axis that is cut, parts shrink alike; picked positions stay."""
     source = argument(node, 0, "self")
     name, ids, shape = op_name(node), state.of(source), shape_of(source)
     if 0 in shape_of(node):
@@ -39,45 +42,12 @@ def _move(state: Propagation, node: fx.Node) -> Ids:
     if name == "im2col":
         channels = state.owners.mix(ids, [2, 3], describe(node)).reshape(-1)
         return channels.expand(shape[1]).repeat_interleave(shape_of(node)[1] // shape[1]).view(1, -1, 1)
-    picks = name in ("index", "index_select")
-    args = _picked(state, node) if picks else fx.node.map_arg(node.args[1:], state.constant)
+    args = fx.node.map_arg(node.args[1:], state.constant)
     kwargs = {key: fx.node.map_arg(value, state.constant) for key, value in node.kwargs.items()}
     kwargs.pop("memory_format", None)
     target: Any = torch.reshape if name == "view" else node.target  # expanded ids cannot be viewed
     moved = target(ids.expand(shape), *args, **kwargs)
     return [collapse_axes(part) for part in moved] if isinstance(moved, list | tuple) else collapse_axes(moved)
-
-
-def _picked(state: Propagation, node: fx.Node) -> tuple[Any, ...]:
-    """The positions that an operation picks; for those that depend on the inputs 0 stands, as all have one owner."""
-
-    def positions(index: Any) -> list[Any]:
-        if not isinstance(index, fx.Node):
-            return [index]
-        if index not in state.moving:
-            return [state.constant(index)]
-        state.owners.freeze(state.of(index), f"decides what is picked in {describe(node)}")
-        size = SOME if _is_mask(index) else shape_of(index)
-        return [torch.zeros(size, dtype=torch.long)] * len(_by_axis([index]))
-
-    if op_name(node) == "index_select":
-        return argument(node, 1, "dim"), *positions(argument(node, 2, "index"))
-    return ([each for index in argument(node, 1, "indices") for each in positions(index)],)
-
-
-def _by_axis(indices: Sequence[Any]) -> list[Any]:
-    """The index of every axis; a mask is that of as many axes as it has."""
-    found: list[Any] = []
-    for index in indices:
-        axes = len(shape_of(index)) if _is_mask(index) else 1
-        if not axes:
-            raise ValueError("a mask without axes adds one")
-        found += [index] * axes
-    return found
-
-
-def _is_mask(index: Any) -> bool:
-    return isinstance(index, fx.Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 @rule("repeat_interleave")
@@ -86,7 +56,7 @@ def _repeat_interleave(state: Propagation, node: fx.Node) -> Ids | None:
     source, counts = argument(node, 0, "self"), argument(node, 1, "repeats")
     axis = argument(node, 2, "dim")
     if counts not in state.moving:
-        return _move(state, node)
+        return move(state, node)
     if axis is None:
         return None
     reason = describe(node)
@@ -105,11 +75,12 @@ def _rearrange(state: Propagation, node: fx.Node) -> Ids | None:
     elif ids.shape[axis] > 1:
         sizes = (factor, -1) if name == "channel_shuffle" else (-1, factor**2)
         state.owners.mix(ids.unflatten(axis, sizes), [axis if name == "channel_shuffle" else axis + 1], reason)
-    return _move(state, node)
+    return move(state, node)
 
 
 @rule("reshape_as", "view_as")
 def _reshape_as(state: Propagation, node: fx.Node) -> Tensor:
+    """Moves every channel's elements along."""
     source = argument(node, 0, "self")
     return collapse_axes(state.of(source).expand(shape_of(source)).reshape(shape_of(node)))
 
@@ -119,15 +90,10 @@ def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
 
     After channels have left, the forward will use the same positions, or the same fractions of the axis.
     """
-    name = op_name(node)
+    name = op_name(node).removeprefix("unsafe_")
     unknown = "unknown" in node.meta  # cuts at positions that depend on the data
-    if name == "index":
-        indices = _by_axis(argument(node, 1, "indices"))
-        return [(axis, None) for axis, index in enumerate(indices) if index is not None]
-    if name in ("index_select", "gather", "select"):
+    if name == "select":
         return [(argument(node, 1, "dim"), None)]
-    if name == "take_along_dim":
-        return [(argument(node, 2, "dim"), None)]
     if name == "unfold":
         return [(argument(node, 1, "dimension"), None)]
     if name == "unbind":
@@ -166,6 +132,15 @@ def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
     return []
 
 
+@rule("view_as_real", "view_as_complex")
+def _complex(state: Propagation, node: fx.Node) -> Tensor:
+    """Adds a last axis for real and imaginary parts, or mixes the one that there is and removes it."""
+    ids = state.of(argument(node, 0, "self"))
+    if op_name(node) == "view_as_real":
+        return ids.unsqueeze(-1)
+    return state.owners.mix(ids, [ids.dim() - 1], describe(node)).squeeze(-1)
+
+
 @rule("slice_scatter")
 def _slice_scatter(state: Propagation, node: fx.Node) -> Tensor | None:
     """A part of a value is replaced by another value, so the two leave together."""
@@ -190,7 +165,7 @@ def _side_by_side(parts: list[Tensor], sizes: list[int], axis: int) -> Tensor:
     return collapse_axes(torch.cat(full, axis))
 
 
-@rule("expand", "expand_as")
+@rule("expand", "expand_as", "broadcast_to")
 def _expand(state: Propagation, node: fx.Node) -> Tensor:
     """Only axes of size 1 grow."""
     ids = state.of(argument(node, 0, "self"))
@@ -198,17 +173,27 @@ def _expand(state: Propagation, node: fx.Node) -> Tensor:
 
 
 @rule(*JOINS)
-def _join(state: Propagation, node: fx.Node) -> Tensor:
-    """Concatenation: puts ids side by side; they are expanded only where they must be."""
-    values, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-    values = [value for value in values if 0 not in shape_of(value)]
-    stack = op_name(node) == "stack"
-    rank = len(shape_of(values[0]))
-    axis = dim % (rank + stack)
+def _join(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Puts values side by side; zeros and the like that are joined along another axis belong to the channels there."""
+    values = [value for value in argument(node, 0, "tensors") if 0 not in shape_of(value)]
+    rank, stack = len(shape_of(values[0])), op_name(node) == "stack"
+    axis = joined_axis(node)
+    if axis >= rank + stack:
+        return None
     ids = [state.of(value) for value in values]
     common = [max(each.shape[k] for each in ids) for k in range(rank)]
+    elsewhere = [k for k in range(rank) if common[k] > 1 and (stack or k != axis)]
+    neighbours = [each for each in ids if bool(each.any()) and (stack or each.shape[axis] == 1)]
     full = []
     for value, each in zip(values, ids, strict=True):
+        if elsewhere and neighbours and not bool(each.any()) and all(state.extent(value)[k] == 1 for k in elsewhere):
+            each = neighbours[0]
         sizes = [shape_of(value)[k] if k == axis and not stack else common[k] for k in range(rank)]
         full.append(each.expand(sizes))
-    return collapse_axes(JOINS[op_name(node)](full, axis))
+    return collapse_axes((torch.stack if stack else torch.cat)(full, axis))
+
+
+def joined_axis(node: fx.Node) -> int:
+    """The axis of the result along which values are put side by side."""
+    fixed = JOINS[op_name(node)]
+    return int(argument(node, 1, "dim", 0)) % len(shape_of(node)) if fixed is None else fixed

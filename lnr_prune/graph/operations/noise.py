@@ -15,6 +15,7 @@ DRAWN = {"bernoulli", "cauchy", "exponential", "geometric", "log_normal", "multi
 
 @rule(*LIKE, *DRAWN, "rrelu", "rrelu_with_noise")
 def _draw(state: Propagation, node: fx.Node) -> Tensor:
+    """Channels for each of which a number is drawn stay."""
     reason = f"random numbers are drawn for each of its channels in {describe(node)}"
     for value in node.all_input_nodes:
         state.owners.freeze(all_ids(state, value), reason)

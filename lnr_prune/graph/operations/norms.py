@@ -1,20 +1,57 @@
-"""Rules for operations that mix along some axes: softmax, norms, reductions."""
+"""Rules for operations that mix along some axes, and keep them: softmax, sorting, Fourier transforms, norms."""
 
 from torch import Tensor, fx
 
-from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
+from lnr_prune.graph.nodes import argument, axes_argument, describe, named_argument, op_name, shape_of
 from lnr_prune.graph.owners import collapse_axes
 from lnr_prune.graph.rules import Propagation, meet, rule
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp")
+@rule(
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax", "special_log_softmax",
+    "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk",
+)  # fmt: skip
 def _along_one_axis(state: Propagation, node: fx.Node) -> Tensor:
+    """Mixes one axis."""
     ids = state.of(argument(node, 0, "self"))
-    return state.owners.mix(ids, [argument(node, 1, "dim") % ids.dim()], describe(node))
+    return state.owners.mix(ids, axes_argument(node, ids.dim()), describe(node))
+
+
+@rule("diff")
+def _difference(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Mixes one axis."""
+    if len(node.all_input_nodes) > 1:  # something is put before or behind
+        return None
+    ids = state.of(argument(node, 0, "self"))
+    return state.owners.mix(ids, axes_argument(node, ids.dim()), describe(node))
+
+
+@rule(
+    *(f"fft_{kind}{n}" for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft") for n in ("", "2", "n")),
+    "fft_fftshift", "fft_ifftshift",
+)  # fmt: skip
+def _fourier(state: Propagation, node: fx.Node) -> Tensor:
+    """Mixes the axes that it transforms or shifts."""
+    ids, sizes = state.of(argument(node, 0, "self")), named_argument(node, "s")
+    axes = axes_argument(node, ids.dim())
+    if named_argument(node, "dim") is None and sizes is not None:
+        axes = axes[-len(sizes) :]
+    return state.owners.mix(ids, axes, describe(node))
+
+
+@rule(
+    "cholesky", "inverse", "linalg_cholesky", "linalg_inv", "linalg_matrix_exp", "linalg_matrix_power", "linalg_pinv",
+    "matrix_exp", "matrix_power", "pinverse",
+)  # fmt: skip
+def _matrices(state: Propagation, node: fx.Node) -> Tensor:
+    """Mixes the last two axes."""
+    ids = state.of(argument(node, 0, "self"))
+    return state.owners.mix(ids, [ids.dim() - 2, ids.dim() - 1], describe(node))
 
 
 @rule("glu")
 def _glu(state: Propagation, node: fx.Node) -> Tensor:
+    """Couples the halves of one axis."""
     x, axis = argument(node, 0, "self"), argument(node, 1, "dim", -1)
     shape = shape_of(x)
     halves = state.of(x).expand(shape).chunk(2, axis)
@@ -24,6 +61,7 @@ def _glu(state: Propagation, node: fx.Node) -> Tensor:
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "prelu", "_prelu_kernel", "instance_norm")
 def _per_channel(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Parameters belong to axis 1, and leave with it; statistics of the batch mix the other axes."""
     x = argument(node, 0, "self")
     ids, reason = state.of(x), describe(node)
     for entry in node.args[1:5]:
@@ -40,6 +78,7 @@ def _per_channel(state: Propagation, node: fx.Node) -> Tensor | None:
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
 def _layer_norm(state: Propagation, node: fx.Node) -> Tensor:
+    """Mixes the last axes, as many as it normalizes."""
     x, normalized = argument(node, 0, "input"), argument(node, 1, "normalized_shape")
     parameters = [entry for entry in node.args[2:4] if isinstance(entry, fx.Node)]
     ids = meet(
@@ -50,6 +89,7 @@ def _layer_norm(state: Propagation, node: fx.Node) -> Tensor:
 
 @rule("group_norm", "native_group_norm")
 def _group_norm(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Whole groups of axis 1 leave; the axes behind are mixed."""
     if op_name(node) != "group_norm":
         return None
     x, groups = argument(node, 0, "input"), argument(node, 1, "num_groups")
@@ -61,21 +101,3 @@ def _group_norm(state: Propagation, node: fx.Node) -> Tensor | None:
         grid = ids.unflatten(1, (groups, -1))
         state.owners.mix(grid, [2], reason)
     return state.owners.mix(ids, range(2, ids.dim()), reason)
-
-
-@rule(
-    "mean", "sum", "prod", "amax", "amin", "max", "min", "logsumexp", "var", "std", "any", "all", "linalg_vector_norm"
-)
-def _reduction(state: Propagation, node: fx.Node) -> Tensor:
-    ids = state.of(argument(node, 0, "self"))
-    names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]
-    dims = argument(node, names.index("dim"), "dim") if "dim" in names else None
-    if dims is None or dims == []:
-        dims = list(range(ids.dim()))
-    dims = {dim % ids.dim() for dim in ([dims] if isinstance(dims, int) else dims)}
-    ids = state.owners.mix(ids, dims, describe(node))
-    value = node.meta["val"]
-    rank = (value[0] if isinstance(value, list | tuple) else value).dim()
-    if rank == ids.dim():
-        return ids
-    return ids.reshape([size for axis, size in enumerate(ids.shape) if axis not in dims])

@@ -12,6 +12,7 @@ from lnr_prune.graph.rules import Propagation, meet, rule
 
 @rule("matmul", "mm", "bmm")
 def _product(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Mixes the axis that is summed, which is the same in both; reads it, if the second one is a weight."""
     a, b = argument(node, 0, "self"), argument(node, 1, "other")
     left, right = shape_of(a), shape_of(b)
     if len(right) == 2 and b in state.trace.names:
@@ -39,7 +40,7 @@ def _couple_contracted(state: Propagation, a: Tensor, b: Tensor, reason: str) ->
 
 @rule("einsum")
 def _einsum(state: Propagation, node: fx.Node) -> Tensor | None:
-    """A sum of products, of one or two operands."""
+    """A sum of products, of one or two operands: mixes the axes that are summed, which are the same in both."""
     equation, values = str(node.args[0]).replace(" ", ""), argument(node, 1, "tensors")
     sources, arrow, target = equation.partition("->")
     labels = sources.split(",")
@@ -67,6 +68,7 @@ def _einsum(state: Propagation, node: fx.Node) -> Tensor | None:
 
 @rule("scaled_dot_product_attention")
 def _attention(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Heads leave as a whole, from queries, keys and values; the axis of the values' features is free."""
     q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     mask, reason, owners = argument(node, 3, "attn_mask"), describe(node), state.owners
     rank, heads = len(shape_of(q)), shape_of(q)[:-2]
