@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from lnr_prune.graph import operations
-from lnr_prune.graph.rules import POINTWISE, RULES, SAME, UNIFORM
+from lnr_prune.graph.nodes import POINTWISE, SAME, UNIFORM
+from lnr_prune.graph.rules import RULES
 
 PAGE = Path(__file__).with_suffix(".md")
 REST = "## Without a rule"
