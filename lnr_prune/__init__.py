@@ -29,8 +29,8 @@ from lnr_prune.errors import (
     RankError,
     VerificationError,
 )
-from lnr_prune.graph.folding import fold
 from lnr_prune.graph.groups import Consumer
+from lnr_prune.graph.modules.folding import fold
 from lnr_prune.inspection import Inspection, inspect
 from lnr_prune.lasso.alternate_minimization import AlternateMinimization
 from lnr_prune.lasso.backward import Elimination, backward

@@ -17,10 +17,10 @@ from lnr_prune.calibration.data import Batches, calibrate
 from lnr_prune.calibration.examples import examples_of, further, kinds
 from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.graph import drawing
-from lnr_prune.graph.folding import folded
 from lnr_prune.graph.groups import ChannelGroup, find_groups, layer_name
-from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import named_tensors, plain
+from lnr_prune.graph.modules.folding import folded
+from lnr_prune.graph.modules.guard import guarded
 from lnr_prune.report.html import embedded, left_whole, table, weights_made_plain, who
 
 

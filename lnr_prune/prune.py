@@ -17,10 +17,10 @@ from lnr_prune.collapse.masks import masked_weights
 from lnr_prune.collapse.plan import plan_for
 from lnr_prune.collapse.remove import remove, warn_of_unused
 from lnr_prune.collapse.trial import prunable
-from lnr_prune.graph.folding import folded
 from lnr_prune.graph.groups import ChannelGroup, Graph
-from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import Example, check_values, named_tensors, plain
+from lnr_prune.graph.modules.folding import folded
+from lnr_prune.graph.modules.guard import guarded
 from lnr_prune.pruned import Costs, Pruned, latencies, reported
 from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lnr_prune.calibration.data import Batches, calibrate, first_samples
 from lnr_prune.calibration.divergence import check_logits, divergence, outputs
-from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import plain
+from lnr_prune.graph.modules.guard import guarded
 from lnr_prune.prune import prune
 from lnr_prune.report.chart import LABELS
 from lnr_prune.report.frontier import Sweep, SweepPoint

@@ -10,8 +10,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lnr_prune.errors import CalibrationError, LnrPruneError, ran_out_of_memory
-from lnr_prune.graph.guard import users_device
 from lnr_prune.graph.module import evaluating, failing_layer, unfused_attention, without_caches
+from lnr_prune.graph.modules.guard import users_device
 from lnr_prune.runtime import noise
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -13,8 +13,8 @@ from lnr_prune.calibration.calls import Call, forward, fresh, run
 from lnr_prune.calibration.visible.attention import visible_attention
 from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
 from lnr_prune.errors import CalibrationError
-from lnr_prune.graph.guard import users_device
 from lnr_prune.graph.module import evaluating, in_mode, unfused_attention
+from lnr_prune.graph.modules.guard import users_device
 from lnr_prune.runtime import noise
 
 TOGETHER = 2**30  # bytes that float64 copies of all tensors may take; larger models get their copies one by one

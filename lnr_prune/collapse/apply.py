@@ -17,11 +17,11 @@ from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.record import original_of
 from lnr_prune.collapse.verify import Reference, copied
 from lnr_prune.errors import GraphError, PlanError
-from lnr_prune.graph.folding import folded
-from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import named_tensors, plain, reaches
+from lnr_prune.graph.modules.folding import folded
+from lnr_prune.graph.modules.guard import guarded
+from lnr_prune.graph.modules.twins import deep_copy, replace_tensors, twin
 from lnr_prune.graph.owners import along
-from lnr_prune.graph.twins import deep_copy, replace_tensors, twin
 
 INTO = ("copy", "model")
 NOTHING = 1e-30  # times a weight: too small to change outputs even in float64; a norm of exact zeros would be nan

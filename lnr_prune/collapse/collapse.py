@@ -10,7 +10,7 @@ from lnr_prune.calibration.visible.attention import shrink_attention
 from lnr_prune.collapse.attributes import assign
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.graph.module import named_tensors
-from lnr_prune.graph.twins import replace_tensors, twin
+from lnr_prune.graph.modules.twins import replace_tensors, twin
 
 
 def collapse(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor] | None = None) -> None:

@@ -16,8 +16,8 @@ from lnr_prune.collapse.graph_module import PrunedGraph
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.record import FORMAT, Record, check_shapes, check_values, original_of, read_record, write_record
 from lnr_prune.errors import PlanError
-from lnr_prune.graph.guard import guarded
 from lnr_prune.graph.module import check_model, named_tensors, plain
+from lnr_prune.graph.modules.guard import guarded
 from lnr_prune.report.report import Report
 from lnr_prune.runtime.codec import LARGEST
 from lnr_prune.runtime.digest import digest_of

@@ -7,8 +7,8 @@ from torch import nn
 
 from lnr_prune.collapse.attributes import ints
 from lnr_prune.errors import PlanError
-from lnr_prune.graph.folding import computed_tensors
 from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.modules.folding import computed_tensors
 
 SHOWN = 3  # differences that an error names
 

@@ -12,7 +12,7 @@ from lnr_prune.calibration.calls import Call, run
 from lnr_prune.calibration.outputs import outputs_of
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph.module import Example, calling, named_tensors
-from lnr_prune.graph.twins import deep_copy
+from lnr_prune.graph.modules.twins import deep_copy
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Largest difference allowed, relative to the largest output; rounding grows with depth."""

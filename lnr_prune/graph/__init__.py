@@ -6,6 +6,6 @@ operations, and ``operations`` through all others. ``closure`` finds what can on
 ``sizes`` finds the ints in the forward that count channels. What goes out: a `Graph` of `ChannelGroup` objects
 (``groups``), each with its producers and consumers, the reasons why other layers stay whole, and which layer feeds
 which (``flow``, drawn by ``drawing``). An operation that is not understood freezes the channels that it touches. All
-rooms use ``module`` to look at a module's tensors, and ``twins`` to replace them. The verbs run one at a time, and
-everything is put back after an error (``guard``).
+rooms use ``module`` to look at a module's tensors, and ``modules`` for what is done to it and undone again: one verb
+runs at a time, computed weights become plain ones, tensors are replaced.
 """

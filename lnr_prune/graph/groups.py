@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lnr_prune.graph import operations  # noqa: F401  (they register their rules)
 from lnr_prune.graph.closure import close
 from lnr_prune.graph.flow import data_flow
-from lnr_prune.graph.folding import frozen_reasons
 from lnr_prune.graph.module import Example
+from lnr_prune.graph.modules.folding import frozen_reasons
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph.paths import Paths, follow, unused_weights
 from lnr_prune.graph.rules import Propagation, Site

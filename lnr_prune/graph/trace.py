@@ -16,9 +16,9 @@ from torch.export import ExportedProgram
 from torch.nn.utils.rnn import PackedSequence
 
 from lnr_prune.errors import GraphError, ran_out_of_memory
-from lnr_prune.graph.constants import RealNumbers, real_values
-from lnr_prune.graph.guard import uninterrupted, users_device
 from lnr_prune.graph.module import failing_layer, in_mode, named_tensors, unfused_attention, without_caches
+from lnr_prune.graph.modules.constants import RealNumbers, real_values
+from lnr_prune.graph.modules.guard import uninterrupted, users_device
 from lnr_prune.graph.nodes import TORCH
 from lnr_prune.runtime import noise
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.graph.module import in_mode
-from lnr_prune.graph.twins import deep_copy, twin
+from lnr_prune.graph.modules.twins import deep_copy, twin
 
 
 class Marked(nn.Parameter):

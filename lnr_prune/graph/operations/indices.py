@@ -25,7 +25,7 @@ def _read(state: Propagation, value: fx.Node, axes: set[int], reason: str) -> Op
 def _keep(state: Propagation, node: fx.Node, *indices: fx.Node) -> None:
     """Indices that channels compute would change if these left."""
     for index in indices:
-        state.owners.freeze(state.of(index), f"indices of {describe(node)}")
+        state.owners.freeze(state.of(index), f"decides what is picked in {describe(node)}")
 
 
 @rule("index_select")

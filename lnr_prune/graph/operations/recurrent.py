@@ -22,6 +22,7 @@ AS_WIDE = SAME | {"alias", "clone", "contiguous", "detach", "zeros_like", "ones_
 
 @rule(*GATES)
 def _layers(state: Propagation, node: fx.Node) -> Ids | None:
+    """Units leave with their rows of all gates, and with their column of the recurrent weight."""
     x, initial, weights, biases = _arguments(node)[:4]
     if not isinstance(biases, bool) or any(weight not in state.trace.names for weight in weights):
         return None  # a packed sequence, or computed weights
@@ -39,6 +40,7 @@ def _layers(state: Propagation, node: fx.Node) -> Ids | None:
 
 @rule(*(f"{kind}_cell" for kind in GATES))
 def _cell(state: Propagation, node: fx.Node) -> Ids | None:
+    """The same for one step."""
     x, initial, *weights = _arguments(node)
     if any(weight is not None and weight not in state.trace.names for weight in weights):
         return None

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
 from lnr_prune.graph.module import remembered
-from lnr_prune.graph.twins import ordinary
+from lnr_prune.graph.modules.twins import ordinary
 
 _alone = threading.RLock()
 _default: list[torch.device] = []  # the user's default device, for forwards; it belongs to whoever holds the lock
