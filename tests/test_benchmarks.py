@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from torch import distributed, nn
 
 import lnr_prune as lnr
-from benchmarks import accelerator
+from benchmarks import accelerator, promises
 from benchmarks.accuracy import levels_of, table
 from benchmarks.library import peers
 from benchmarks.library.accuracy_plots import plot
@@ -177,6 +177,25 @@ def test_images_are_mirrored_by_chance_as_the_seed_says() -> None:
     assert 15 < known[1].sum() < 45
     assert torch.equal(drawn, again)
     assert not torch.equal(drawn, other)
+
+
+def test_a_promise_is_the_reports_and_is_compared_with_images_that_nothing_has_seen(tmp_path: Path) -> None:
+    seen, new = torch.randn(50, 1, 8, 8), torch.randn(30, 1, 8, 8)
+    labels = torch.zeros(50, dtype=torch.long)
+    trained = Trained(small().model, seen, labels, new, labels[:30], ("0", "3"))
+    promise = promises.measure("net", trained, ("macs", 0.5), 40, refits=1, seed=0)
+    assert (promise.limited, promise.samples) == ("macs 50.0%", 40)
+    drawn = classifier(trained).calibration(40, 0)
+    pruned = lnr.prune(trained.model, drawn, lnr.Budget(macs=0.5, effort=lnr.Effort(refits=1)), selector="backward")
+    with torch.no_grad():
+        dense, left = trained.model(new), pruned.model(new)
+    assert promise.predicted == pruned.report.predicted
+    scale = (dense - dense.mean(0)).square().sum()
+    assert promise.shown == pytest.approx(float((dense - left).square().sum() / scale), rel=1e-4)
+    assert promises.table([promise]).row_count == 1
+    pytest.importorskip("matplotlib")
+    promises.plot([promise], tmp_path / "promises.svg")
+    assert (tmp_path / "promises.svg").exists()
 
 
 def test_ahead_is_the_paired_difference_from_the_best_peer() -> None:
