@@ -18,6 +18,7 @@ from lnr_prune.collapse.remove import remove
 from lnr_prune.collapse.trial import prunable
 from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.graph.module import check_values, named_tensors
+from lnr_prune.graph.weights import with_whole_stacks
 from lnr_prune.pruned import Costs, Pruned, latencies, reported
 from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit
@@ -145,7 +146,8 @@ def prune(
                     model, graph, supports, data,
                     settings=refit, bias=bias, logits=logits, repeated=repeated, work=work,
                 )  # fmt: skip
-        plan, masked = plan_for(model, supports), {**masked_weights(supports, tensors), **fitted.weights}
+        plan = plan_for(model, supports)
+        masked = with_whole_stacks({**masked_weights(supports, tensors), **fitted.weights}, tensors)
         error = output_error(model, first_samples(data, ranks=work.ranks), logits)(masked)
         before = Costs.of(model, example)
         small = remove(model, target, plan, masked, example, training=any(group.training for group in graph.groups))

@@ -13,6 +13,7 @@ from lnr_prune.calibration.gather import gather
 from lnr_prune.calibration.moments import Halves, SecondMoments
 from lnr_prune.graph.groups import ChannelGroup, Consumer
 from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.weights import tensor_named
 from lnr_prune.lasso.problem import GroupLasso
 from lnr_prune.runtime.work import Work
 
@@ -73,13 +74,14 @@ class Reading:
     @staticmethod
     def ridged(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> Tensor:
         """Columns of a layer that a ridge applies to: all but the bias, (d,) bool."""
-        return layer.columns(torch.ones_like(tensors[layer.consumer.weight]), bias=0.0)
+        return layer.columns(torch.ones_like(tensor_named(tensors, layer.consumer.weight)), bias=0.0)
 
     def columns(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Per consumer, the columns that the masks leave, (d,) bool."""
 
         def mask(weight: str) -> Tensor:
-            return masks.get(weight, tensors[weight].new_ones(())).expand_as(tensors[weight])
+            whole = tensor_named(tensors, weight)
+            return masks.get(weight, whole.new_ones(())).expand_as(whole)
 
         return tuple(layer.columns(mask(layer.consumer.weight), bias=1.0) for layer in self.layers)
 

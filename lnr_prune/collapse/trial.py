@@ -14,6 +14,7 @@ from lnr_prune.collapse.plan import make_plan
 from lnr_prune.collapse.verify import Reference, copied
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph.groups import ChannelGroup, Graph, find_groups
+from lnr_prune.graph.weights import with_whole_stacks
 
 Groups = tuple[ChannelGroup, ...]
 
@@ -133,7 +134,7 @@ def _trial(model: nn.Module, groups: Groups, example: Call) -> Trial:
         support[[0, -1]], support[group.size // 2] = False, True
         supports[group.name] = support
     masked = random_weights(model)
-    masked |= masked_weights({group: supports[group.name] for group in groups}, masked)
+    masked |= with_whole_stacks(masked_weights({group: supports[group.name] for group in groups}, masked), masked)
     reference = Reference(model, masked, example, training=any(group.training for group in groups))
 
     def trial(candidates: Groups) -> str | None:

@@ -16,6 +16,7 @@ from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph.rules import Propagation, Site, logger, propagate
 from lnr_prune.graph.sizes import HeldInt, held_ints
 from lnr_prune.graph.trace import trace
+from lnr_prune.graph.weights import part_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,8 @@ class Graph:
             the share of them that is saved when one channel leaves.
         layers: Every layer ``y = W x`` whose weight is used nowhere else, in order of execution; each index of its
             inputs counts as a channel.
-        repeated: Names of weights that are applied more than once in a forward pass.
+        repeated: Names of weights that are applied more than once in a forward pass, or to rows that the forward
+            chooses: the experts of a mixture.
         flow: Pairs of layers: what the first computes goes into the second, see `data_flow`.
     """
 
@@ -131,7 +133,8 @@ def find_groups(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         group = _read_group(state, sites, {slot: channel[labelled[slot]] for slot in sorted(shared)}, len(units))
         groups += [group] if group else []
         channel[units] = -1
-    order = {site.weight: position for position, site in reversed(list(enumerate(sites)))}
+    of_sites = [weight for site in sites for weight, _ in _weights(site)]
+    order = {weight: position for position, weight in reversed(list(enumerate(of_sites)))}
     groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers or group.training))
     groups = _named(groups)
     traces = (state, training) if training else (state,)
@@ -164,19 +167,36 @@ def _with_own_bias(state: Propagation, site: Site) -> Site:
 
 def _linear_maps(state: Propagation) -> tuple[tuple[Consumer, ...], frozenset[str]]:
     """The layers whose weight is used nowhere else, and the names of weights that are applied more than once."""
-    sites = {site.weight: site for site in state.sites}
+    sites = {site.columns: site for site in state.sites}
     times = Counter(site.weight for site in state.sites)
-    layers = []
-    for name, site in sites.items():
-        if _uses(state, name) == times[name]:
-            dim = site.columns[1]
-            channels = torch.arange(state.trace.tensors[name].shape[dim])
-            layers.append(Consumer(layer_name(name), name, site.bias, site.op, channels, dim))
-    return tuple(layers), frozenset(name for name, count in times.items() if count > 1)
+    layers, repeated = dict[str, Consumer](), set[str]()
+    for site in state.sites:
+        if _uses(state, site.weight) == times[site.weight] and sites[site.columns].rows == site.rows:
+            channels = torch.arange(state.trace.tensors[site.weight].shape[site.columns[1]])
+            layers |= {layer.weight: layer for layer in _consumers(site, channels, blocks=False)}
+        if site.parts or times[site.weight] > 1:
+            repeated.update(weight for weight, _ in _weights(site))
+    return tuple(layers.values()), frozenset(repeated)
+
+
+def _weights(site: Site) -> list[tuple[str, int]]:
+    """Names of the weights of a site, and the dimension of their inputs: one for each part of a stack."""
+    dim = site.columns[1]
+    return [(part_name(site.weight, part), dim - 1) for part in site.parts] if site.parts else [(site.weight, dim)]
+
+
+def _consumers(site: Site, channels: Tensor, *, blocks: bool) -> list[Consumer]:
+    return [
+        Consumer(layer_name(weight), weight, site.bias, site.op, channels, dim, blocks)
+        for weight, dim in _weights(site)
+    ]
 
 
 def _uses(state: Propagation, name: str) -> int:
-    return sum(len(node.users) for node, other in state.trace.names.items() if other == name)
+    """How often a parameter is used, itself or a view of it."""
+    views = [node for node, view in state.views.items() if view.name == name]
+    views += [node for node, other in state.trace.names.items() if other == name and node not in state.views]
+    return sum(not state.is_view(user) for node in views for user in node.users)
 
 
 def _named(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
@@ -212,25 +232,23 @@ def _read_group(
     state: Propagation, sites: tuple[Site, ...], slots: dict[Slot, Tensor], size: int
 ) -> ChannelGroup | None:
     """The group whose units share these slots; None if it has no producer, no consumer, or only one channel."""
-    reading = {site.columns: site for site in sites if site.columns in slots}
-    evaluated = {site.columns for site in state.sites}
+    reading = [site for site in sites if site.columns in slots]
+    evaluated = {weight for site in state.sites for weight, _ in _weights(site)}
     rows = tuple(slot for slot in state.owners.produced if slot in slots)
     if not reading or not rows or size < 2:
         return None
     producers = tuple(layer_name(name) for name, _ in rows)
     blocks = any(int(torch.bincount(slots[row][slots[row] >= 0]).max()) > 1 for row in rows)
-    consumers = {
-        columns: Consumer(layer_name(site.weight), site.weight, site.bias, site.op, slots[columns], columns[1], blocks)
-        for columns, site in reading.items()
-    }
+    found = [each for site in reading for each in _consumers(site, slots[site.columns], blocks=blocks)]
+    consumers = {(consumer.weight, consumer.dim): consumer for consumer in found}.values()
     return ChannelGroup(
         producers[0],
         size,
         producers,
-        tuple(consumer for columns, consumer in consumers.items() if columns in evaluated),
+        tuple(consumer for consumer in consumers if consumer.weight in evaluated),
         slots,
         rows,
-        training=tuple(consumer for columns, consumer in consumers.items() if columns not in evaluated),
+        training=tuple(consumer for consumer in consumers if consumer.weight not in evaluated),
     )
 
 

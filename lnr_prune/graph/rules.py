@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, nobody, varying_axes
 from lnr_prune.graph.trace import Trace
+from lnr_prune.graph.weights import View, views_in
 
 logger = logging.getLogger("lnr_prune")
 
@@ -43,6 +44,7 @@ class Site:
         op: ATen name of the operation, such as "linear" or "conv2d".
         rows: The weight's output dimension.
         columns: The weight's input dimension.
+        parts: Numbers of the parts of a stack of weights that are applied; () if the weight is none.
     """
 
     weight: str
@@ -50,6 +52,7 @@ class Site:
     op: str
     rows: Slot
     columns: Slot
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -68,9 +71,16 @@ class Propagation:
     products: list[tuple[int, Tensor]] = field(default_factory=list)
     moving: set[fx.Node] = field(default_factory=set)  # values that depend on the model's inputs
     extents: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    views: dict[fx.Node, View] = field(default_factory=dict)  # parameters, transposed or in parts
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether a value is a view of a weight. It has owners only if it is used as a value."""
+        return node in self.views and node not in self.trace.names
 
     def of(self, node: fx.Node) -> Tensor:
         """The ids of a value; a parameter that is used as a value owns itself."""
+        if node not in self.ids and self.is_view(node):
+            visit(self, node)
         if node not in self.ids:
             name = self.trace.names.get(node)
             floating = name is not None and self.trace.tensors[name].is_floating_point()
@@ -142,18 +152,27 @@ def propagate(trace: Trace, owners: Owners | None = None) -> Propagation:
         given = node.op == "placeholder" and node not in trace.names and node not in trace.constants
         if given or not state.moving.isdisjoint(node.all_input_nodes):
             state.moving.add(node)
+    state.views.update(views_in(trace.nodes, trace.names, trace.tensors))
     state.owners.by_row.update(_computed_weights(state))
     for node in trace.nodes:
         if node.op == "output":
             for value in node.all_input_nodes:
                 state.owners.freeze(_all_ids(state, value), "output of the model")
-        elif node.op == "call_function":
-            state.ids[node] = _visit(state, node)
-            outputs = state.ids[node]
-            for ids in outputs if isinstance(outputs, list) else [outputs]:
-                if len(varying_axes(ids)) > 1:
-                    state.owners.grids.append(ids)
+        elif node.op == "call_function" and not state.is_view(node):
+            visit(state, node)
+    for node in state.views:
+        if state.is_view(node):
+            state.ids.setdefault(node, nobody(shape_of(node)))
     return state
+
+
+def visit(state: Propagation, node: fx.Node) -> None:
+    """Finds the owners of an operation's result."""
+    outputs = _ids_of(state, node)
+    state.ids[node] = outputs
+    for ids in outputs if isinstance(outputs, list) else [outputs]:
+        if len(varying_axes(ids)) > 1:
+            state.owners.grids.append(ids)
 
 
 def _computed_weights(state: Propagation) -> set[str]:
@@ -162,7 +181,7 @@ def _computed_weights(state: Propagation) -> set[str]:
     for node in state.trace.nodes:
         position = WEIGHTS.get(op_name(node))
         ahead = [node.args[position]] if position is not None and len(node.args) > position else []
-        if not ahead or ahead[0] in state.trace.names:
+        if not ahead or ahead[0] in state.trace.names or (op_name(node) == "linear" and ahead[0] in state.views):
             continue
         while ahead:
             value = ahead.pop()
@@ -174,12 +193,12 @@ def _computed_weights(state: Propagation) -> set[str]:
     return found
 
 
-def _visit(state: Propagation, node: fx.Node) -> Ids:
+def _ids_of(state: Propagation, node: fx.Node) -> Ids:
     value = node.meta.get("val")
     untouched: Ids = nobody(shape_of(node))
     if isinstance(value, list | tuple):
         untouched = [nobody(getattr(part, "shape", ())) for part in value]
-    touches_parameter = any(value in state.trace.names for value in node.all_input_nodes)
+    touches_parameter = any(value in state.trace.names or value in state.views for value in node.all_input_nodes)
     if not touches_parameter and not any(bool(_all_ids(state, value).any()) for value in node.all_input_nodes):
         return untouched
     try:
@@ -220,8 +239,9 @@ def is_pointwise(node: fx.Node) -> bool:
 def _freeze_inputs(state: Propagation, node: fx.Node) -> None:
     reason = f"no rule for {describe(node)}"
     for value in node.all_input_nodes:
-        if value in state.trace.names:
-            state.owners.freeze_parameter(state.trace.names[value], reason)
+        if value in state.trace.names or state.is_view(value):
+            name = state.trace.names.get(value) or state.views[value].name
+            state.owners.freeze_parameter(name, reason)
         else:
             state.owners.freeze(_all_ids(state, value), reason)
 

@@ -30,19 +30,30 @@ def _move(state: Propagation, node: fx.Node) -> Ids:
     for axis, ends in _named_positions(node):
         if ids.shape[axis] == 1:
             continue
-        if ends is None:
-            state.owners.mix(ids, [axis % len(shape)], reason)
+        if isinstance(ends, int):
+            state.owners.mix(ids.unflatten(axis, (-1, ends)), [axis % len(shape) + 1], reason)
+        elif ends is None:
+            ids = state.owners.mix(ids, [axis % len(shape)], reason)
         else:
             state.owners.cuts.append(Cut(ids, axis % len(shape), ends, reason))
     if name == "im2col":
         channels = state.owners.mix(ids, [2, 3], describe(node)).reshape(-1)
         return channels.expand(shape[1]).repeat_interleave(shape_of(node)[1] // shape[1]).view(1, -1, 1)
-    args = fx.node.map_arg(node.args[1:], state.constant)
+    args = fx.node.map_arg(node.args[1:], lambda value: _known(state, node, value))
     kwargs = {key: fx.node.map_arg(value, state.constant) for key, value in node.kwargs.items()}
     kwargs.pop("memory_format", None)
     target: Any = torch.reshape if name == "view" else node.target  # expanded ids cannot be viewed
     moved = target(ids.expand(shape), *args, **kwargs)
     return [collapse_axes(part) for part in moved] if isinstance(moved, list | tuple) else collapse_axes(moved)
+
+
+def _known(state: Propagation, node: fx.Node, value: fx.Node) -> Any:
+    """What an operation moves data by. Rows that the model's inputs pick all have the same owners, so any will do."""
+    if value in state.moving and op_name(node) in ("index", "index_select"):
+        if value.meta["val"].dtype in (torch.bool, torch.uint8):
+            raise ValueError(f"{value.name} picks as many rows as it finds")
+        return torch.zeros(shape_of(value), dtype=torch.long)
+    return state.constant(value)
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
@@ -65,8 +76,11 @@ def _reshape_as(state: Propagation, node: fx.Node) -> Tensor:
     return collapse_axes(state.of(source).expand(shape_of(source)).reshape(shape_of(node)))
 
 
-def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
+def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | int | None]]:
     """Axes that the operation cuts into parts, with the parts' ends; None if it picks single positions.
+
+    A step that picks one position of every so many is given by this number: they leave together, and the next step
+    then finds the same ones.
 
     After channels have left, the forward will use the same positions, or the same fractions of the axis.
     """
@@ -92,6 +106,8 @@ def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
         if name == "narrow":
             end = start + end
         cut = range(size[axis])[slice(start, end, argument(node, 4, "step", 1))]
+        if size[axis] % cut.step == 0 and cut.start < cut.step and len(cut) == size[axis] // cut.step > 1:
+            return [(axis, cut.step)] if cut.step > 1 else []
         if len(cut) == size[axis]:
             return []
         return [(axis, None if cut.step != 1 else tuple(sorted({cut.start, cut.stop, size[axis]} - {0})))]

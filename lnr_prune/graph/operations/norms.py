@@ -3,7 +3,7 @@
 from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
-from lnr_prune.graph.owners import collapse_axes
+from lnr_prune.graph.owners import collapse_axes, nobody
 from lnr_prune.graph.rules import Propagation, meet, rule
 
 
@@ -79,3 +79,13 @@ def _reduction(state: Propagation, node: fx.Node) -> Tensor:
     if rank == ids.dim():
         return ids
     return ids.reshape([size for axis, size in enumerate(ids.shape) if axis not in dims])
+
+
+@rule("topk", "sort", "argsort", "argmax", "argmin")
+def _choice(state: Propagation, node: fx.Node) -> list[Tensor] | Tensor:
+    """Whoever gets the choice counts on the numbers of the channels: the experts of a router stay."""
+    ids, value = state.of(argument(node, 0, "self")), node.meta["val"]
+    if argument(node, 2 if op_name(node) == "topk" else 1, "dim", -1) is None:
+        return nobody(())
+    state.owners.freeze(ids, f"chosen by number in {describe(node)}")
+    return [nobody(part.shape) for part in value] if isinstance(value, list | tuple) else nobody(value.shape)

@@ -1,4 +1,4 @@
-"""Rules for products of two activations: matrix products, einsum, attention."""
+"""Rules for products, of an activation and a weight or of two activations: matrix products, einsum, attention."""
 
 import math
 
@@ -7,15 +7,20 @@ from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, shape_of
 from lnr_prune.graph.operations.layers import apply_weight
+from lnr_prune.graph.owners import varying_axes
 from lnr_prune.graph.rules import Propagation, meet, rule
+from lnr_prune.graph.weights import View, contraction, spelled
 
 
 @rule("matmul", "mm", "bmm")
 def _product(state: Propagation, node: fx.Node) -> Tensor | None:
     a, b = argument(node, 0, "self"), argument(node, 1, "other")
     left, right = shape_of(a), shape_of(b)
-    if len(right) == 2 and b in state.trace.names:
-        return apply_weight(state, node, (a, b, None), len(shape_of(node)) - 1, rows=1, columns=0)
+    if b in state.views and a not in state.views and _is_weight(state.views[b], left):
+        return apply_weight(state, node, (a, b, None), -1, rows=-1, columns=-2)
+    reads = a in state.views and b not in state.views and len(right) > 1 and _is_weight(state.views[a], right)
+    if reads and not _owned_elsewhere(state.of(b), len(right) - 2):
+        return apply_weight(state, node, (b, a, None), -2, rows=-2, columns=-1)
     if len(left) < 2 or len(right) < 2:
         return None
     reason = describe(node)
@@ -24,6 +29,27 @@ def _product(state: Propagation, node: fx.Node) -> Tensor | None:
     columns = state.owners.mix(state.of(b), [len(right) - 2], reason)
     _couple_contracted(state, state.of(a), state.of(b), reason)
     return meet(state, node, [(rows, (*left[:-1], 1)), (columns, (*right[:-2], 1, right[-1]))])
+
+
+def _is_weight(view: View, x: tuple[int, ...]) -> bool:
+    """Whether a product applies a view to an activation of this shape as a weight: as a matrix, or part by part."""
+    return len(view.dims) == 2 or (view.stacked and len(x) > 2)
+
+
+def _owned_elsewhere(ids: Tensor, axis: int) -> bool:
+    """Whether channels lie along other axes than this one, such as those of every token of a product of tokens."""
+    return ids.shape[axis] == 1 and bool(varying_axes(ids))
+
+
+@rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+def _grouped_product(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Every part of a stack is applied to rows of its own, which lie one after the other."""
+    x, weight = node.args[:2]
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight not in state.views:
+        return None
+    if not state.views[weight].stacked or len(shape_of(x)) != 2 or argument(node, 3, "bias") is not None:
+        return None
+    return apply_weight(state, node, (x, weight, None), -1, rows=2, columns=1)
 
 
 def _count_product(state: Propagation, macs: int, *ids: Tensor) -> None:
@@ -40,10 +66,13 @@ def _couple_contracted(state: Propagation, a: Tensor, b: Tensor, reason: str) ->
 @rule("einsum")
 def _einsum(state: Propagation, node: fx.Node) -> Tensor | None:
     """A sum of products, of one or two operands."""
-    equation, values = str(node.args[0]).replace(" ", ""), argument(node, 1, "tensors")
-    sources, arrow, target = equation.partition("->")
-    labels = sources.split(",")
-    if not arrow or "." in equation or len(values) > 2 or any(len(set(part)) < len(part) for part in labels):
+    equation, values = str(node.args[0]), argument(node, 1, "tensors")
+    found = spelled(equation, [len(shape_of(value)) for value in values]) if len(values) < 3 else None
+    layer = _linear_einsum(state, node, equation, values) if len(values) == 2 else None
+    if found is None or layer is not None:
+        return layer
+    labels, target = found
+    if any(len(set(part)) < len(part) for part in labels):
         return None
     reason, operands = describe(node), []
     if len(values) > 1:
@@ -63,6 +92,21 @@ def _einsum(state: Propagation, node: fx.Node) -> Tensor | None:
         )
         state.owners.couple(left.reshape(len(left), -1)[:, :1], right.reshape(len(right), -1)[:, :1], reason)
     return meet(state, node, operands)
+
+
+def _linear_einsum(state: Propagation, node: fx.Node, equation: str, values: list[fx.Node]) -> Tensor | None:
+    """An einsum that applies a weight."""
+    weights = [index for index, value in enumerate(values) if value in state.views]
+    if len(weights) != 1:
+        return None
+    w, x = values[weights[0]], values[1 - weights[0]]
+    found = contraction(equation, (len(shape_of(values[0])), len(shape_of(values[1]))), weights[0])
+    if found is None or _owned_elsewhere(state.of(x), found.x[-1]):
+        return None
+    if len(found.weight) == 3 and not (state.views[w].stacked and found.weight[0] == 0):
+        return None
+    *_, rows, columns = found.weight
+    return apply_weight(state, node, (x, w, None), found.x[-1], rows, columns, output_axis=found.y[-1])
 
 
 @rule("scaled_dot_product_attention")
