@@ -14,8 +14,8 @@ from lnr_prune.calibration.rows import Reader, all_products, rows, rows_of_sampl
 from lnr_prune.calibration.watch import LayerCall, watch
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.module import named_tensors
-from lnr_prune.runtime.work import Work
 from lnr_prune.graph.weights import tensor_named
+from lnr_prune.runtime.work import Work
 
 
 def gather(

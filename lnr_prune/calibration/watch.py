@@ -41,8 +41,8 @@ class LayerCall:
 
     def again(self, **arguments: Tensor) -> Tensor:
         """The output for another "input", "weight" or "bias"; what is not given stays as it was."""
-        given = {"input": self.input, "weight": self.weight, "bias": self.bias, **arguments}
-        return self.function(given["input"], given["weight"], given["bias"])
+        x, weight = arguments.get("input", self.input), arguments.get("weight", self.weight)
+        return self.function(x, weight, arguments.get("bias", self.bias))
 
     def split(self, samples: int | list[int]) -> Iterator["LayerCall"]:
         """The call in pieces of ``samples`` samples each, as torch.split cuts them."""

@@ -278,9 +278,10 @@ def _explain(
     """Layer -> why its outputs, some of its outputs, or its whole weight are in no group."""
     owners = state.owners
     mixed: dict[int, str] = {}
-    for ids, reason in owners.mixed:
+    together = [(ids, f"its channels can only be removed together: mixed by {reason}") for ids, reason in owners.mixed]
+    for ids, reason in (*owners.numbered, *together):
         for unit in torch.unique(label[ids]).tolist():
-            mixed.setdefault(unit, f"its channels can only be removed together: mixed by {reason}")
+            mixed.setdefault(unit, reason)
 
     def stated(ids: Tensor, otherwise: str) -> str:
         units = torch.unique(label[ids]).tolist()

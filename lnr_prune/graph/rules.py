@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, nobody, varying_axes
 from lnr_prune.graph.trace import Trace
-from lnr_prune.graph.weights import View, views_in
+from lnr_prune.graph.weights import View, computed_weights, views_in
 
 logger = logging.getLogger("lnr_prune")
 
@@ -30,8 +30,6 @@ POINTWISE = {
 }  # fmt: skip
 # Their result has the same value everywhere.
 UNIFORM = {form.format(kind) for kind in ("zeros", "ones", "full") for form in ("{}", "new_{}", "{}_like")}
-# Position of the weight among the arguments of a layer's operation.
-WEIGHTS = {"linear": 1, **{f"conv{n}d": 1 for n in (1, 2, 3)}}
 
 
 @dataclass(frozen=True)
@@ -152,8 +150,8 @@ def propagate(trace: Trace, owners: Owners | None = None) -> Propagation:
         given = node.op == "placeholder" and node not in trace.names and node not in trace.constants
         if given or not state.moving.isdisjoint(node.all_input_nodes):
             state.moving.add(node)
-    state.views.update(views_in(trace.nodes, trace.names, trace.tensors))
-    state.owners.by_row.update(_computed_weights(state))
+    state.views.update(views_in(trace))
+    state.owners.by_row.update(computed_weights(trace, state.views, state.moving))
     for node in trace.nodes:
         if node.op == "output":
             for value in node.all_input_nodes:
@@ -173,24 +171,6 @@ def visit(state: Propagation, node: fx.Node) -> None:
     for ids in outputs if isinstance(outputs, list) else [outputs]:
         if len(varying_axes(ids)) > 1:
             state.owners.grids.append(ids)
-
-
-def _computed_weights(state: Propagation) -> set[str]:
-    """Parameters that a layer's weight is computed from, for example if weights are standardised."""
-    found: set[str] = set()
-    for node in state.trace.nodes:
-        position = WEIGHTS.get(op_name(node))
-        ahead = [node.args[position]] if position is not None and len(node.args) > position else []
-        if not ahead or ahead[0] in state.trace.names or (op_name(node) == "linear" and ahead[0] in state.views):
-            continue
-        while ahead:
-            value = ahead.pop()
-            if isinstance(value, fx.Node) and value not in state.moving:
-                name = state.trace.names.get(value)
-                if name is not None and state.trace.tensors[name].dim() > 1:
-                    found.add(name)
-                ahead.extend(value.all_input_nodes)
-    return found
 
 
 def _ids_of(state: Propagation, node: fx.Node) -> Ids:

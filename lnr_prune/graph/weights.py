@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, op_name, shape_of
+from lnr_prune.graph.trace import Trace
 
 REORDERED = {
     "t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "numpy_T", "matrix_H", "adjoint",
     "contiguous", "clone", "detach", "alias",
 }  # fmt: skip
 """Operations that keep all entries of a tensor, and whole axes."""
+# Position of the weight among the arguments of a layer's operation.
+WEIGHTS = {"linear": 1, **{f"conv{n}d": 1 for n in (1, 2, 3)}}
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,16 @@ class View:
         return len(self.dims) == 3 and self.dims[0] == 0
 
 
-def views_in(nodes: Iterable[fx.Node], names: Mapping[fx.Node, str], tensors: Mapping[str, Tensor]) -> dict[Any, View]:
+def views_in(trace: Trace) -> dict[Any, View]:
     """The views of the parameters that may be weights."""
     views: dict[Any, View] = {}
-    for node in nodes:
-        if node in names:
-            shape = tensors[names[node]].shape
+    for node in trace.nodes:
+        if node in trace.names:
+            name = trace.names[node]
+            shape = trace.tensors[name].shape
             parts = tuple(range(shape[0])) if len(shape) == 3 else ()
-            if len(shape) > 1 and tensors[names[node]].is_floating_point():
-                views[node] = View(names[node], tuple(range(len(shape))), parts)
+            if len(shape) > 1 and trace.tensors[name].is_floating_point():
+                views[node] = View(name, tuple(range(len(shape))), parts)
         elif node.op == "call_function" and node.args and node.args[0] in views:
             view = _onwards(views[node.args[0]], node)
             if view is not None:
@@ -80,6 +84,24 @@ def _onwards(view: View, node: fx.Node) -> View | None:
 
 def _counts(index: fx.Node) -> bool:
     return index.meta["val"].dtype not in (torch.bool, torch.uint8)
+
+
+def computed_weights(trace: Trace, views: Mapping[fx.Node, View], moving: set[fx.Node]) -> set[str]:
+    """Parameters that a layer's weight is computed from, for example if weights are standardised."""
+    found: set[str] = set()
+    for node in trace.nodes:
+        position = WEIGHTS.get(op_name(node))
+        ahead = [node.args[position]] if position is not None and len(node.args) > position else []
+        if not ahead or ahead[0] in trace.names or (op_name(node) == "linear" and ahead[0] in views):
+            continue
+        while ahead:
+            value = ahead.pop()
+            if isinstance(value, fx.Node) and value not in moving:
+                name = trace.names.get(value)
+                if name is not None and trace.tensors[name].dim() > 1:
+                    found.add(name)
+                ahead.extend(value.all_input_nodes)
+    return found
 
 
 def part_name(name: str, part: int) -> str:

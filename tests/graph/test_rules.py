@@ -12,7 +12,7 @@ UNITS: dict[str, tuple[int, int]] = {
     "softmax": (1, 8), "log_softmax": (1, 8), "cumsum": (1, 8), "cumprod": (1, 8), "sum": (1, 8), "prod": (1, 8),
     "mean": (1, 8), "amax": (1, 8), "max": (1, 8), "std": (1, 8), "logsumexp": (1, 8), "normalize": (1, 8),
     "sort": (0, 0), "layer_norm": (1, 8), "rms_norm": (1, 8), "glu": (4, 8), "swap halves": (4, 8), "split": (4, 8),
-    "half": (4, 8), "other half": (4, 8), "every other": (1, 8), "stack": (8, 8), "concatenate": (8, 8),
+    "half": (4, 8), "other half": (4, 8), "every other": (4, 8), "stack": (8, 8), "concatenate": (8, 8),
     "roll": (1, 8), "transpose": (8, 8), "flatten": (8, 8), "unflatten": (4, 8), "shuffle": (4, 8), "repeat": (8, 8),
     "repeat_interleave": (8, 8), "expand": (8, 8), "pad": (8, 8), "crop": (0, 8), "reflect": (8, 8),
     "circular": (8, 8), "select": (1, 8), "overwrite": (4, 8),

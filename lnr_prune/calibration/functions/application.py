@@ -121,7 +121,7 @@ def _product(func: Any, args: tuple[Any, ...], views: Views) -> Application | No
         return value.transpose(-1, -2) if left else value
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = func(weight, x) if left else func(x, weight)
+        y: Tensor = func(weight, x) if left else func(x, weight)
         return y if bias is None else y + (bias[:, None] if left else bias)
 
     return Application(used, x, None, {}, call, turned, back, turned)

@@ -81,11 +81,13 @@ def _reduction(state: Propagation, node: fx.Node) -> Tensor:
     return ids.reshape([size for axis, size in enumerate(ids.shape) if axis not in dims])
 
 
-@rule("topk", "sort", "argsort", "argmax", "argmin")
+@rule("topk", "argmax", "argmin")
 def _choice(state: Propagation, node: fx.Node) -> list[Tensor] | Tensor:
     """Whoever gets the choice counts on the numbers of the channels: the experts of a router stay."""
     ids, value = state.of(argument(node, 0, "self")), node.meta["val"]
+    reason = f"chosen by their number in {describe(node)}, as the experts of a router are"
     if argument(node, 2 if op_name(node) == "topk" else 1, "dim", -1) is None:
         return nobody(())
-    state.owners.freeze(ids, f"chosen by number in {describe(node)}")
+    state.owners.freeze(ids, reason)
+    state.owners.numbered.append((ids, reason))
     return [nobody(part.shape) for part in value] if isinstance(value, list | tuple) else nobody(value.shape)
