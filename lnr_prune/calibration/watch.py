@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lnr_prune.calibration.attention import visible_attention
@@ -98,13 +97,13 @@ class _Watch(TorchFunctionMode):
         if any(new.values()):
             changed = {part_name(found.used.name, part): of["weight"] for part, of in new.items() if "weight" in of}
             weight = with_whole_stacks(changed, self.tensors).get(found.used.name, stack)
-            result = found.call(found.x, found.used.make(weight), None)
+            result = found.call(found.x, found.used.make(weight), found.bias)
         else:
             result = call()
         if self.see:
             y = found.outward(result)
             for name, part, rows in parts:
-                self.see(name, LayerCall(x[rows], y[rows], stack[part], None, {}, F.linear))
+                self.see(name, LayerCall(x[rows], y[rows], stack[part], found.bias, {}, found.again_part))
         return result
 
 

@@ -26,6 +26,14 @@ def masked_weights(supports: Supports, tensors: Mapping[str, Tensor]) -> dict[st
     return masked
 
 
+def filled_up(support: Tensor, multiple: int, order: Tensor) -> Tensor:
+    """The support with as many more channels as make it a multiple: those that are greatest in ``order``, (size,)."""
+    lacking = min(-int(support.sum()) % multiple, int((~support).sum()))
+    dropped = (~support).nonzero()[:, 0]
+    more = dropped[order[dropped].topk(lacking).indices]
+    return support.index_fill(0, more, True)
+
+
 def random_weights(model: nn.Module) -> dict[str, Tensor]:
     """Random values that hide no error: gates and scales away from zero, variances positive."""
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from torch import nn
 from lnr_prune.calibration.calls import Call
 from lnr_prune.collapse.attributes import Role, choices, with_attributes
 from lnr_prune.collapse.collapse import collapse, restore_point
-from lnr_prune.collapse.masks import masked_weights, random_weights
+from lnr_prune.collapse.masks import filled_up, masked_weights, random_weights
 from lnr_prune.collapse.plan import make_plan
 from lnr_prune.collapse.verify import Reference, copied
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
@@ -132,6 +132,7 @@ def _trial(model: nn.Module, groups: Groups, example: Call) -> Trial:
     for group in groups:
         support = torch.rand(group.size, generator=generator) > 0.3
         support[[0, -1]], support[group.size // 2] = False, True
+        support = filled_up(support, group.multiple, torch.arange(group.size))
         supports[group.name] = support
     masked = random_weights(model)
     masked |= with_whole_stacks(masked_weights({group: supports[group.name] for group in groups}, masked), masked)

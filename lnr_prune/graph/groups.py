@@ -1,5 +1,6 @@
 """Channel groups: what can leave a model together, found from the owners of its activations."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ class ChannelGroup:
         training: Layers that read the channels in training mode only, such as those of an auxiliary head. If
             no other layer reads them, ``consumers`` is empty.
         held: The ints in the model's forward that count the channels.
+        multiple: How many channels are kept must be a multiple of this, unless all are.
         attributes: The submodules' attributes that change when channels leave: (submodule, attribute) -> value
             in the whole model, and what it loses with each channel, (size,). See `shrinkable`.
     """
@@ -68,6 +70,7 @@ class ChannelGroup:
     rows: tuple[Slot, ...]
     training: tuple[Consumer, ...] = ()
     held: tuple[HeldInt, ...] = ()
+    multiple: int = 1
     attributes: Mapping[tuple[str, str], tuple[int, Tensor]] = field(default_factory=dict)
 
 
@@ -249,6 +252,7 @@ def _read_group(
         slots,
         rows,
         training=tuple(consumer for consumer in consumers if consumer.weight not in evaluated),
+        multiple=math.lcm(*(site.multiple for site in sites if {site.rows, site.columns} & slots.keys())),
     )
 
 

@@ -43,6 +43,7 @@ class Site:
         rows: The weight's output dimension.
         columns: The weight's input dimension.
         parts: Numbers of the parts of a stack of weights that are applied; () if the weight is none.
+        multiple: What its numbers of rows and columns must be multiples of.
     """
 
     weight: str
@@ -51,6 +52,7 @@ class Site:
     rows: Slot
     columns: Slot
     parts: tuple[int, ...] = ()
+    multiple: int = 1
 
 
 @dataclass(eq=False)

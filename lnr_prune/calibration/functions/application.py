@@ -43,6 +43,7 @@ class Application:
         back: The way back.
         outward: The same for y.
         rows: Number of a part -> the rows of x and y, so turned, that it is applied to.
+        columns_first: Whether the weight as it was used is (columns, rows).
     """
 
     used: Used
@@ -54,10 +55,15 @@ class Application:
     back: Move = field(default=lambda x: x)
     outward: Move = field(default=lambda y: y)
     rows: Callable[[int], Any] = field(default=lambda part: part)
+    columns_first: bool = False
 
     def again(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Y for another x, weight or bias, as an adapter sees them."""
         return self.outward(self.call(self.back(x), self.used.make(weight), bias))
+
+    def again_part(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same for one part of a stack, as the model stores it."""
+        return F.linear(x, weight.T if self.columns_first != self.used.turned else weight, bias)
 
     def parts(self) -> Iterator[tuple[int, Any]]:
         """The parts of a stack that are applied, with the rows that they are applied to."""
@@ -124,7 +130,7 @@ def _product(func: Any, args: tuple[Any, ...], views: Views) -> Application | No
         y: Tensor = func(weight, x) if left else func(x, weight)
         return y if bias is None else y + (bias[:, None] if left else bias)
 
-    return Application(used, x, None, {}, call, turned, back, turned)
+    return Application(used, x, None, {}, call, turned, back, turned, columns_first=not left)
 
 
 def _grouped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], views: Views) -> Application | None:
@@ -137,7 +143,8 @@ def _grouped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], views:
         y: Tensor = func(x, weight, *args[2:], **kwargs)
         return y if bias is None else y + bias
 
-    return Application(used, args[0], None, {}, call, rows=lambda part: slice(ends[part], ends[part + 1]))
+    rows: Callable[[int], Any] = lambda part: slice(ends[part], ends[part + 1])  # noqa: E731
+    return Application(used, args[0], None, {}, call, rows=rows, columns_first=True)
 
 
 def _einsum(args: tuple[Any, ...], views: Views) -> Application | None:
@@ -157,6 +164,7 @@ def _einsum(args: tuple[Any, ...], views: Views) -> Application | None:
     return Application(
         used, values[1 - index], None, {}, call,
         lambda x: x.permute(axes.x), lambda x: x.permute(_inverse(axes.x)), lambda y: y.permute(axes.y),
+        columns_first=axes.weight[-1] < axes.weight[-2],
     )  # fmt: skip
 
 

@@ -24,12 +24,14 @@ class Used:
         make: Makes it of the parameter.
         parts: Number of parts, if it is a stack of weights, else 0.
         picked: The part, or the part of every row; None = it is the whole parameter.
+        turned: Whether its last two axes are exchanged.
     """
 
     name: str
     make: Move
     parts: int = 0
     picked: Tensor | int | None = None
+    turned: bool = False
 
 
 class Views:
@@ -52,9 +54,11 @@ class Views:
         used = self.of(args[0]) if args else None
         if used is None or not isinstance(result, Tensor) or result is args[0]:
             return
-        name, source = name_of(func), used
+        name, source, picked, turned = name_of(func), used, used.picked, used.turned
         if name in _VIEWS:
-            picked = used.picked
+            sizes = range(2, 2 + args[0].dim())  # sizes that tell the axes apart
+            *_, first, last = func(torch.empty(*sizes), *args[1:], **kwargs).shape
+            turned = turned != (first > last)
         elif used.parts and used.picked is None and name in ("__getitem__", "select", "index_select"):
             index = args[-1] if len(args) > 1 else None
             if name != "__getitem__" and (len(args) != 3 or args[1] not in (0, -3)):
@@ -69,7 +73,7 @@ class Views:
             made: Tensor = func(source.make(weight), *args[1:], **kwargs)
             return made
 
-        self._known[id(result)] = weakref.ref(result), replace(used, make=make, picked=picked)
+        self._known[id(result)] = weakref.ref(result), replace(used, make=make, picked=picked, turned=turned)
 
 
 def _same(weight: Tensor) -> Tensor:
@@ -83,4 +87,4 @@ def _counts(index: Tensor) -> bool:
 def name_of(func: Any) -> str:
     """Name of a torch function; of a property, its own."""
     name = getattr(func, "__name__", "")
-    return str(func.__self__.__name__ if name == "__get__" else name)
+    return str(func.__self__.__name__ if name == "__get__" else name).removesuffix(".default")

@@ -20,6 +20,7 @@ def apply_weight(
     columns: int = 1,
     *,
     output_axis: int | None = None,
+    multiple: int = 1,
 ) -> Tensor | None:
     """``y = W x``: x's channels along the axis are the weight's columns, y's its rows, perhaps along another axis."""
     x, weight, bias = operands
@@ -38,7 +39,7 @@ def apply_weight(
     row_ids = owners.rows(name, rows)
     owners.couple_axis(state.of(x), axis, owners.slot(name, columns), f"input of {reason}")
     own = None if bias is None or view.parts else names.get(bias)
-    state.sites.append(Site(name, own, op, (name, rows), (name, columns), view.parts))
+    state.sites.append(Site(name, own, op, (name, rows), (name, columns), view.parts, multiple))
     return _produce(state, node, operands, output_axis, name, row_ids)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, shape_of
 from lnr_prune.graph.operations.layers import apply_weight
-from lnr_prune.graph.owners import varying_axes
+from lnr_prune.graph.owners import nobody, varying_axes
 from lnr_prune.graph.rules import Propagation, meet, rule
 from lnr_prune.graph.weights import View, contraction, spelled
 
@@ -49,7 +49,8 @@ def _grouped_product(state: Propagation, node: fx.Node) -> Tensor | None:
         return None
     if not state.views[weight].stacked or len(shape_of(x)) != 2 or argument(node, 3, "bias") is not None:
         return None
-    return apply_weight(state, node, (x, weight, None), -1, rows=2, columns=1)
+    multiple = max(1, 16 // x.meta["val"].element_size())  # torch's kernel reads 16 bytes at a time
+    return apply_weight(state, node, (x, weight, None), -1, rows=2, columns=1, multiple=multiple)
 
 
 def _count_product(state: Propagation, macs: int, *ids: Tensor) -> None:
@@ -60,7 +61,9 @@ def _count_product(state: Propagation, macs: int, *ids: Tensor) -> None:
 def _couple_contracted(state: Propagation, a: Tensor, b: Tensor, reason: str) -> None:
     """The contracted axis shrinks on both sides or on neither."""
     left, right = a.movedim(-1, 0), b.movedim(-2, 0)
-    state.owners.couple(left.reshape(len(left), -1)[:, :1], right.reshape(len(right), -1)[:, :1], reason)
+    if len(left) > 1 or len(right) > 1:
+        sides = (of.reshape(len(of), -1)[:, :1] if len(of) > 1 else nobody((1, 1)) for of in (left, right))
+        state.owners.couple(*sides, reason)
 
 
 @rule("einsum")
