@@ -23,8 +23,10 @@ UNITS: dict[str, tuple[int, int]] = {
     "im2col": (8, 8), "pixel_shuffle": (2, 2), "pixel_unshuffle": (8, 8), "channel_shuffle": (4, 4),
     "max_pool": (8, 8), "avg_pool": (8, 8), "adaptive": (8, 8), "interpolate": (8, 8), "group_norm": (4, 4),
     "instance_norm": (8, 8), "batch_norm": (8, 8), "batch_norm in training": (8, 8), "prelu": (8, 8),
-    "scale": (8, 8), "scale a row": (8, 8), "scale of one": (8, 8), "table": (8, 8), "linear": (1, 1),
-    "product with a weight": (1, 1), "computed weight": (0, 0), "conv1d": (8, 8), "conv2d": (8, 8),
+    "scale": (8, 8), "scale a row": (8, 8), "scale of one": (8, 8), "table": (8, 8), "linear": (8, 8),
+    "product with a weight": (8, 8), "transposed weight": (8, 8), "weight on the left": (8, 8),
+    "einsum with a weight": (8, 8), "part of a stack": (8, 8), "stack of weights": (0, 0),
+    "computed weight": (0, 0), "conv1d": (8, 8), "conv2d": (8, 8),
     "grouped": (4, 4), "depthwise": (8, 8), "transposed": (8, 8),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of, spatial_axes
-from lnr_prune.graph.owners import along
+from lnr_prune.graph.owners import along, varying_axes
 from lnr_prune.graph.rules import Propagation, Site, meet, rule
 from lnr_prune.graph.weights import View
 
@@ -36,10 +36,16 @@ def apply_weight(
     if view.parts:
         owners.freeze(owners.slot(name, 0), f"{reason} picks among its parts by their number")
     op = op_name(node) if op_name(node).startswith("conv") else "linear"
-    row_ids = owners.rows(name, rows)
-    owners.couple_axis(state.of(x), axis, owners.slot(name, columns), f"input of {reason}")
+    row_ids, ids = owners.rows(name, rows), state.of(x)
     own = None if bias is None or view.parts else names.get(bias)
     state.sites.append(Site(name, own, op, (name, rows), (name, columns), view.parts, multiple))
+    if ids.shape[axis] == 1 and varying_axes(ids) and op == "linear" and output_axis == axis:
+        stays = [ids] if view.stacked else []  # they may lie along the parts, which stay
+        for slot in (row_ids, owners.slot(name, columns), *stays):
+            owners.freeze(slot, f"positions, not channels, are mixed by {reason}")
+        _produce(state, node, operands, output_axis, name, row_ids)
+        return ids.reshape([1] * (len(shape_of(node)) - ids.dim()) + list(ids.shape))
+    owners.couple_axis(ids, axis, owners.slot(name, columns), f"input of {reason}")
     return _produce(state, node, operands, output_axis, name, row_ids)
 
 

@@ -18,8 +18,7 @@ def _product(state: Propagation, node: fx.Node) -> Tensor | None:
     left, right = shape_of(a), shape_of(b)
     if b in state.views and a not in state.views and _is_weight(state.views[b], left):
         return apply_weight(state, node, (a, b, None), -1, rows=-1, columns=-2)
-    reads = a in state.views and b not in state.views and len(right) > 1 and _is_weight(state.views[a], right)
-    if reads and not _owned_elsewhere(state.of(b), len(right) - 2):
+    if a in state.views and b not in state.views and len(right) > 1 and _is_weight(state.views[a], right):
         return apply_weight(state, node, (b, a, None), -2, rows=-2, columns=-1)
     if len(left) < 2 or len(right) < 2:
         return None
@@ -27,18 +26,13 @@ def _product(state: Propagation, node: fx.Node) -> Tensor | None:
     _count_product(state, math.prod(shape_of(node)) * left[-1], state.of(a), state.of(b))
     rows = state.owners.mix(state.of(a), [len(left) - 1], reason)
     columns = state.owners.mix(state.of(b), [len(right) - 2], reason)
-    _couple_contracted(state, state.of(a), state.of(b), reason)
+    _couple_contracted(state, state.of(a).movedim(-1, 0), state.of(b).movedim(-2, 0), reason)
     return meet(state, node, [(rows, (*left[:-1], 1)), (columns, (*right[:-2], 1, right[-1]))])
 
 
 def _is_weight(view: View, x: tuple[int, ...]) -> bool:
     """Whether a product applies a view to an activation of this shape as a weight: as a matrix, or part by part."""
     return len(view.dims) == 2 or (view.stacked and len(x) > 2)
-
-
-def _owned_elsewhere(ids: Tensor, axis: int) -> bool:
-    """Whether channels lie along other axes than this one, such as those of every token of a product of tokens."""
-    return ids.shape[axis] == 1 and bool(varying_axes(ids))
 
 
 @rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
@@ -59,11 +53,10 @@ def _count_product(state: Propagation, macs: int, *ids: Tensor) -> None:
 
 
 def _couple_contracted(state: Propagation, a: Tensor, b: Tensor, reason: str) -> None:
-    """The contracted axis shrinks on both sides or on neither."""
-    left, right = a.movedim(-1, 0), b.movedim(-2, 0)
-    if len(left) > 1 or len(right) > 1:
-        sides = (of.reshape(len(of), -1)[:, :1] if len(of) > 1 else nobody((1, 1)) for of in (left, right))
-        state.owners.couple(*sides, reason)
+    """The contracted axis, here the first, shrinks on both sides or on neither."""
+    if len(a) > 1 or len(b) > 1:
+        one, other = (of.reshape(len(of), -1)[:, :1] if len(of) > 1 else nobody((1, 1)) for of in (a, b))
+        state.owners.couple(one, other, reason)
 
 
 @rule("einsum")
@@ -93,7 +86,7 @@ def _einsum(state: Propagation, node: fx.Node) -> Tensor | None:
         left, right = (
             state.of(value).movedim(part.index(label), 0) for value, part in zip(values, labels, strict=True)
         )
-        state.owners.couple(left.reshape(len(left), -1)[:, :1], right.reshape(len(right), -1)[:, :1], reason)
+        _couple_contracted(state, left, right, reason)
     return meet(state, node, operands)
 
 
@@ -104,7 +97,8 @@ def _linear_einsum(state: Propagation, node: fx.Node, equation: str, values: lis
         return None
     w, x = values[weights[0]], values[1 - weights[0]]
     found = contraction(equation, (len(shape_of(values[0])), len(shape_of(values[1]))), weights[0])
-    if found is None or _owned_elsewhere(state.of(x), found.x[-1]):
+    ids = state.of(x)
+    if found is None or (ids.shape[found.x[-1]] == 1 and varying_axes(ids)):  # it mixes positions, not channels
         return None
     if len(found.weight) == 3 and not (state.views[w].stacked and found.weight[0] == 0):
         return None
