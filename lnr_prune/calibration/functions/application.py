@@ -7,6 +7,7 @@ and products with a stack of weights, of which every row of x picks one, are tol
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def applied(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], views: 
         return _with_signature(func, args, kwargs, views)
     name = name_of(func)
     if name in _PRODUCTS and len(args) == 2:
-        return _product(func, args, views)
+        return _product(partial(func, **kwargs), args, views)
     if name in _GROUPED:
         return _grouped(func, args, kwargs, views)
     return _einsum(args, views) if func is torch.einsum else None
