@@ -21,6 +21,7 @@ from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.graph.module import Example, check_values, named_tensors, plain
 from lnr_prune.graph.modules.folding import folded
 from lnr_prune.graph.modules.guard import guarded
+from lnr_prune.graph.weights import with_whole_stacks
 from lnr_prune.pruned import Costs, Pruned, latencies, reported
 from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit
@@ -160,7 +161,8 @@ def prune(
                     model, graph, supports, data,
                     settings=refit, bias=bias, logits=logits, repeated=repeated, work=work,
                 )  # fmt: skip
-        plan, masked = plan_for(model, supports), {**masked_weights(supports, tensors), **fitted.weights}
+        plan = plan_for(model, supports)
+        masked = with_whole_stacks({**masked_weights(supports, tensors), **fitted.weights}, tensors)
         error = output_error(model, first_samples(data, ranks=work.ranks), logits)(masked)
         before = Costs.of(model, example)
         training = any(group.training for group in graph.groups)

@@ -90,6 +90,18 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "llama": partial(
         of_huggingface, "LlamaConfig", "LlamaForCausalLM", **SIZES, num_key_value_heads=2, use_cache=False
     ),
+    "falcon": partial(
+        of_huggingface, "FalconConfig", "FalconForCausalLM", hidden_size=48, num_hidden_layers=2,
+        num_attention_heads=4, use_cache=False,
+    ),
+    "mixtral": partial(
+        of_huggingface, "MixtralConfig", "MixtralForCausalLM", **SIZES, num_key_value_heads=2, num_local_experts=4,
+        use_cache=False,
+    ),
+    "gpt_oss": partial(
+        of_huggingface, "GptOssConfig", "GptOssForCausalLM", **SIZES, num_key_value_heads=2, head_dim=12,
+        num_local_experts=4, num_experts_per_tok=2, use_cache=False,
+    ),
     "t5": partial(
         of_huggingface, "T5Config", "T5ForConditionalGeneration", decoder=True, d_model=48, d_kv=12, d_ff=96,
         num_layers=2, num_heads=4, use_cache=False,
@@ -101,6 +113,16 @@ def outputs(model: nn.Module, inputs: Any) -> Tensor:
     with torch.no_grad():
         out = model.eval()(**inputs) if isinstance(inputs, Mapping) else model.eval()(inputs)
     return out if isinstance(out, Tensor) else out.logits
+
+
+@pytest.mark.parametrize("name", ["falcon", "mixtral", "gpt_oss"])
+def test_most_of_a_mixture_is_in_groups(name: str) -> None:
+    model, inputs = ZOO[name]()
+    found = lnr.inspect(model, inputs)
+    assert found.reachable > 0.5
+    router = [reason for layer, reason in found.frozen.items() if layer.endswith(("mlp.gate", "mlp.router"))]
+    assert all("chosen by their number" in reason for reason in router)
+    assert bool(router) == (name != "falcon")
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lnr_prune.calibration.watch import LayerCall
 from lnr_prune.errors import AdapterError
 from lnr_prune.graph.groups import Consumer
+from lnr_prune.graph.weights import tensor_named
 
 ENTRY_POINTS = "lnr_prune.adapters"
 
@@ -146,22 +147,22 @@ class AdaptedLayer:
 
     def groups(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Channel of every column, (d,), on the weight's device."""
-        weight = tensors[self.consumer.weight]
+        weight = tensor_named(tensors, self.consumer.weight)
         return self.adapter.groups(self.consumer, weight).to(weight.device)
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The layer's matrix under these parameters, (h, d), float64."""
         bias = tensors[self.consumer.bias] if self.consumer.bias else None
-        return self.adapter.matrix(self.consumer, tensors[self.consumer.weight], bias).detach().double()
+        return self.adapter.matrix(self.consumer, tensor_named(tensors, self.consumer.weight), bias).detach().double()
 
     def write(self, M: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters that make M the layer's matrix, with the shapes, dtypes and devices of the current ones."""
-        weight, bias = self.adapter.write(self.consumer, M, tensors[self.consumer.weight])
+        weight, bias = self.adapter.write(self.consumer, M, tensor_named(tensors, self.consumer.weight))
         new = {self.consumer.weight: weight}
         if self.consumer.bias and bias is not None:
             new[self.consumer.bias] = bias
         dense = torch.contiguous_format  # otherwise a view of one entry would keep its stride, and with it all of M
-        return {name: value.to(tensors[name]).clone(memory_format=dense) for name, value in new.items()}
+        return {name: value.to(tensor_named(tensors, name)).clone(memory_format=dense) for name, value in new.items()}
 
 
 @cache

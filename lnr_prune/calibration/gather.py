@@ -14,6 +14,7 @@ from lnr_prune.calibration.rows import Reader, all_products, rows, rows_of_sampl
 from lnr_prune.calibration.watch import LayerCall, watch
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.weights import tensor_named
 from lnr_prune.runtime.work import Work
 
 
@@ -69,6 +70,9 @@ def _gathered(
     place = Place(first, 0, samples or 0)
 
     def add(name: str, layer: LayerCall) -> None:
+        if len(layer.input) == 0:  # an expert that no row has reached
+            _both(sums, name, readers[name].inputs(layer).shape[1], layer.input.device)
+            return
         parts = list(place.parts(len(layer.input), HALF))
         pieces = list(zip(parts, layer.split([size for _, size in parts]), strict=True))
         for part in (False, True):
@@ -110,7 +114,7 @@ def _gathered(
             "this data than on the example that was traced"
         )
     tensors = named_tensors(model)
-    both = {name: _both(sums, name, columns[name], tensors[name].device) for name in readers}
+    both = {name: _both(sums, name, columns[name], tensor_named(tensors, name).device) for name in readers}
     return {name: Halves(*(part.over_ranks(work.ranks) for part in both[name])) for name in readers}
 
 

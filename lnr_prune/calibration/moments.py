@@ -136,11 +136,11 @@ class SecondMoments:
     def error(self, M: Tensor) -> float:
         """``E||y - M x||^2``."""
         total = self.yy + torch.addmm(self.yx, M, self.xx, beta=-2).mul_(M).sum()
-        return max(0.0, float(total) / self.count)
+        return max(0.0, float(total) / max(1, self.count))
 
-    def block(self, groups: Tensor) -> Block:
-        """``R = E[x x^T]``, ``B = E[y x^T]``, ``t = E||y||^2``, as a block of a `GroupLasso`."""
-        n = self.count
+    def block(self, groups: Tensor, rows: float | None = None) -> Block:
+        """``R = E[x x^T]``, ``B = E[y x^T]``, ``t = E||y||^2``, as a block of a `GroupLasso`, per row or ``rows``."""
+        n = max(1, self.count if rows is None else rows)
         return Block(self.xx / n, self.yx / n, float(self.yy) / n, groups.to(self.xx.device))
 
 

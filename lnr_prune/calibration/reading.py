@@ -13,6 +13,7 @@ from lnr_prune.calibration.gather import gather
 from lnr_prune.calibration.moments import Halves, SecondMoments
 from lnr_prune.graph.groups import ChannelGroup, Consumer
 from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.weights import tensor_named, whole_name
 from lnr_prune.lasso.problem import GroupLasso
 from lnr_prune.runtime.work import Work
 
@@ -60,26 +61,34 @@ class Reading:
             part: Picks the samples.
             ridges: Per consumer, a ridge towards its own matrix, see `SecondMoments.towards`.
         """
-        kept = self.columns(tensors, masks or {})
+        kept, chosen = self.columns(tensors, masks or {}), [part(halves) for halves in self.moments]
         blocks = []
-        for index, (layer, halves, columns) in enumerate(zip(self.layers, self.moments, kept, strict=True)):
+        for index, (layer, moments, columns) in enumerate(zip(self.layers, chosen, kept, strict=True)):
             W = layer.matrix(tensors)
-            moments = part(halves).through(W).restricted(columns)
+            moments = moments.through(W).restricted(columns)
             if ridges is not None:
                 moments = moments.towards(W, ridges[index], columns & self.ridged(layer, tensors))
-            blocks.append(moments.block(layer.groups(tensors)))
+            blocks.append(moments.block(layer.groups(tensors), self._rows(layer, chosen)))
         return GroupLasso(tuple(blocks), blocks[0].R.new_ones(self.group.size))
+
+    def _rows(self, layer: AdaptedLayer, moments: Sequence[SecondMoments]) -> float:
+        """Rows of a layer. Of parts of a stack, the mean: an expert counts as much as the rows that reach it."""
+        stack = whole_name(layer.consumer.weight)[0]
+        pairs = zip(self.layers, moments, strict=True)
+        counts = [of.count for each, of in pairs if whole_name(each.consumer.weight)[0] == stack]
+        return sum(counts) / len(counts)
 
     @staticmethod
     def ridged(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> Tensor:
         """Columns of a layer that a ridge applies to: all but the bias, (d,) bool."""
-        return layer.columns(torch.ones_like(tensors[layer.consumer.weight]), bias=0.0)
+        return layer.columns(torch.ones_like(tensor_named(tensors, layer.consumer.weight)), bias=0.0)
 
     def columns(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Per consumer, the columns that the masks leave, (d,) bool."""
 
         def mask(weight: str) -> Tensor:
-            return masks.get(weight, tensors[weight].new_ones(())).expand_as(tensors[weight])
+            whole = tensor_named(tensors, weight)
+            return masks.get(weight, whole.new_ones(())).expand_as(whole)
 
         return tuple(layer.columns(mask(layer.consumer.weight), bias=1.0) for layer in self.layers)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,21 +12,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lnr_prune.calibration.calls import Call, forward, fresh
+from lnr_prune.calibration.functions.application import Application, applied
+from lnr_prune.calibration.functions.views import Views
 from lnr_prune.calibration.visible.attention import visible_attention
-from lnr_prune.calibration.visible.recurrent import VisibleRecurrence, recurrence
+from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
 from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
-
-_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_PRODUCT = ("input", "weight")
-_SIGNATURES: dict[Any, tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
-    torch.addmm: ("bias", "input", "weight"),
-    **dict.fromkeys((torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__), _PRODUCT),
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONV),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED),
-    recurrence: ("input", "weight", "bias", "state", "step", "projection", "reverse"),
-}
+from lnr_prune.graph.weights import part_name, with_whole_stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +25,12 @@ class LayerCall:
     """One application of a layer's weight: what an adapter reads x and y from.
 
     Attributes:
-        input: The layer's input, batched.
-        output: Its output.
-        weight: The weight it used.
+        input: The layer's input, batched, with its channels on the last axis (of a convolution: on the second).
+        output: Its output, likewise.
+        weight: The weight it used, as the model stores it; if it is a part of a stack, this part.
         bias: The bias it used, or None.
         options: The call's other arguments (stride, padding, dilation, groups).
-        function: What was called.
+        function: Input, weight and bias -> output.
     """
 
     input: Tensor
@@ -46,12 +38,12 @@ class LayerCall:
     weight: Tensor
     bias: Tensor | None
     options: Mapping[str, Any]
-    function: Callable[..., Tensor]
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def again(self, **arguments: Tensor) -> Tensor:
         """The output for another "input", "weight" or "bias"; what is not given stays as it was."""
-        given = {"input": self.input, "weight": self.weight, "bias": self.bias, **arguments}
-        return self.function(*(given[key] for key in _SIGNATURES[self.function] if key in given), **self.options)
+        x, weight = arguments.get("input", self.input), arguments.get("weight", self.weight)
+        return self.function(x, weight, arguments.get("bias", self.bias))
 
     def split(self, samples: int | list[int]) -> Iterator["LayerCall"]:
         """The call in pieces of ``samples`` samples each, as torch.split cuts them."""
@@ -66,31 +58,57 @@ Swap = Callable[[str, Tensor], Mapping[str, Tensor]]
 class _Watch(TorchFunctionMode):
     """Sees every call that uses a watched weight, modules and functional calls alike."""
 
-    def __init__(self, watched: Mapping[int, str], see: See | None, swap: Swap | None) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], names: Iterable[str], see: See | None, swap: Swap | None) -> None:
         super().__init__()
-        self.watched, self.see, self.swap = watched, see, swap
+        self.tensors, self.names, self.see, self.swap = tensors, set(names), see, swap
+        self.views = Views(tensors, self.names)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        signature = _SIGNATURES.get(func, ())
-        named = {**dict(zip(signature, args, strict=False)), **kwargs}
-        name = self.watched.get(id(named["weight"])) if "weight" in named else None
-        if name is None:
-            return func(*args, **kwargs)
-        x, weight, bias = named.pop("input"), named.pop("weight"), named.pop("bias", None)
-        if self.swap:
-            new = self.swap(name, _batched(x, weight))
-            args = tuple(new.get(key, value) for key, value in zip(signature, args, strict=False))
-            late = {key: value for key, value in new.items() if key in signature[len(args) :]}
-            kwargs = {**kwargs, **late}
-        result = func(*args, **kwargs)
-        if self.see and func is recurrence:  # what the weight is applied to are the states
+        found = applied(func, args, kwargs or {}, self.views)
+        if found is None:
+            result = func(*args, **(kwargs or {}))
+            self.views.follow(func, args, kwargs or {}, result)
+            return result
+        if found.used.name in self.names:
+            return self._layer(found, partial(func, *args, **(kwargs or {})))
+        return self._stack(found, partial(func, *args, **(kwargs or {})))
+
+    def _layer(self, found: Application, call: Callable[[], Any]) -> Any:
+        """A call of a layer."""
+        name, weight = found.used.name, self.tensors[found.used.name]
+        x = _batched(found.inward(found.x), weight)
+        new = self.swap(name, x) if self.swap else {}
+        if new:
+            other = found.back(new["input"]) if "input" in new else found.x
+            result = found.call(other, found.used.make(new.get("weight", weight)), new.get("bias", found.bias))
+        else:
+            result = call()
+        if self.see and found.repeats:
             x = result[0]
-            self.see(name, LayerCall(x, F.linear(x, weight, bias), weight, bias, {}, F.linear))
+            self.see(name, LayerCall(x, F.linear(x, weight, found.bias), weight, found.bias, {}, F.linear))
         elif self.see:
-            self.see(name, LayerCall(_batched(x, weight), _batched(result, weight), weight, bias, named, func))
+            y = _batched(found.outward(result), weight)
+            self.see(name, LayerCall(x, y, weight, found.bias, found.options, found.again))
+        return result
+
+    def _stack(self, found: Application, call: Callable[[], Tensor]) -> Tensor:
+        """A call of several layers, whose weights are parts of a stack: each sees the rows that it is applied to."""
+        stack, x = self.tensors[found.used.name], found.inward(found.x)
+        parts = [(part_name(found.used.name, part), part, rows) for part, rows in found.parts()]
+        parts = [entry for entry in parts if entry[0] in self.names]
+        new = {part: self.swap(name, x[rows]) for name, part, rows in parts} if self.swap else {}
+        if any(new.values()):
+            changed = {part_name(found.used.name, part): of["weight"] for part, of in new.items() if "weight" in of}
+            weight = with_whole_stacks(changed, self.tensors).get(found.used.name, stack)
+            result = found.call(found.x, found.used.make(weight), found.bias)
+        else:
+            result = call()
+        if self.see:
+            y = found.outward(result)
+            for name, part, rows in parts:
+                self.see(name, LayerCall(x[rows], y[rows], stack[part], found.bias, {}, found.again_part))
         return result
 
 
@@ -123,7 +141,7 @@ def watch(
             evaluation mode, and puts it back once all have ended.
     """
     tensors = named_tensors(model)
-    watching = _Watch({id(tensors[name]): name for name in names}, see, swap)
+    watching = _Watch(tensors, names, see, swap)
     own = fresh(call)  # not seen by what watches
     with ExitStack() as stack:
         if not among_others:

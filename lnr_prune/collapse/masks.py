@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lnr_prune.calibration.outputs import own_tensors
 from lnr_prune.graph.groups import ChannelGroup
 from lnr_prune.graph.owners import along
+from lnr_prune.graph.weights import tensor_named
 
 Supports = Mapping[ChannelGroup, Tensor]
 """Group -> True for every channel that is kept, (size,) bool."""
@@ -19,10 +20,18 @@ def masked_weights(supports: Supports, tensors: Mapping[str, Tensor]) -> dict[st
     for group, support in supports.items():
         keep = torch.cat([support.cpu(), torch.ones(1, dtype=torch.bool)])
         for consumer in (*group.consumers, *group.training):
-            weight = masked.get(consumer.weight, tensors[consumer.weight])
+            weight = masked[consumer.weight] if consumer.weight in masked else tensor_named(tensors, consumer.weight)
             columns = along(keep[consumer.channels], consumer.dim, weight.shape).to(weight)
             masked[consumer.weight] = weight.detach() * columns
     return masked
+
+
+def filled_up(support: Tensor, multiple: int, order: Tensor) -> Tensor:
+    """The support with as many more channels as make it a multiple: those that are greatest in ``order``, (size,)."""
+    lacking = min(-int(support.sum()) % multiple, int((~support).sum()))
+    dropped = (~support).nonzero()[:, 0]
+    more = dropped[order[dropped].topk(lacking).indices]
+    return support.index_fill(0, more, True)
 
 
 def random_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -45,4 +54,5 @@ def random_weights(model: nn.Module) -> dict[str, Tensor]:
 def whole_masks(groups: Iterable[ChannelGroup], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks that keep everything, of one row each, for the groups' consumers, those in training included."""
     consumers = (consumer for group in groups for consumer in (*group.consumers, *group.training))
-    return {c.weight: tensors[c.weight].detach().narrow(1 - c.dim, 0, 1).clone().fill_(1) for c in consumers}
+    weights = {c: tensor_named(tensors, c.weight) for c in consumers}
+    return {c.weight: weight.detach().narrow(1 - c.dim, 0, 1).clone().fill_(1) for c, weight in weights.items()}

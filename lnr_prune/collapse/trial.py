@@ -9,12 +9,13 @@ from torch import nn
 from lnr_prune.calibration.calls import Call
 from lnr_prune.collapse.attributes import Role, choices, with_attributes, with_counts
 from lnr_prune.collapse.collapse import ATTRIBUTES, collapse, restore_point
-from lnr_prune.collapse.masks import masked_weights, random_weights
+from lnr_prune.collapse.masks import filled_up, masked_weights, random_weights
 from lnr_prune.collapse.plan import make_plan
 from lnr_prune.collapse.verify import Reference, copied
 from lnr_prune.errors import CalibrationError, GraphError, VerificationError
 from lnr_prune.graph.groups import ChannelGroup, Graph, find_groups
 from lnr_prune.graph.module import Example
+from lnr_prune.graph.weights import with_whole_stacks
 
 Groups = tuple[ChannelGroup, ...]
 
@@ -150,9 +151,10 @@ def _trial(model: nn.Module, groups: Groups, example: Call, also: Sequence[Examp
     for group in groups:
         support = torch.rand(group.size, generator=generator) > 0.3
         support[[0, -1]], support[group.size // 2] = False, True
+        support = filled_up(support, group.multiple, torch.arange(group.size))
         supports[group.name] = support
     masked = random_weights(model)
-    masked |= masked_weights({group: supports[group.name] for group in groups}, masked)
+    masked |= with_whole_stacks(masked_weights({group: supports[group.name] for group in groups}, masked), masked)
     training = any(group.training for group in groups)
     try:
         reference = Reference(model, masked, example, also=also, training=training)

@@ -10,6 +10,11 @@ from lnr_prune.graph.rules import Propagation
 INPUT, OUTPUT = "<input>", "<output>"
 
 
+def name_of(state: Propagation, value: fx.Node) -> str | None:
+    """Name of the parameter that a value is, or is a view of."""
+    return state.views[value].name if value in state.views else state.trace.names.get(value)
+
+
 def data_flow(traces: Iterable[Propagation]) -> tuple[tuple[str, str], ...]:
     """Pairs of names, each once, in order of execution: what the first computes goes into the second.
 
@@ -25,8 +30,10 @@ def data_flow(traces: Iterable[Propagation]) -> tuple[tuple[str, str], ...]:
         layers = {name for name, _ in state.owners.produced} | set(state.macs)
         source: dict[fx.Node, str] = {}
         for node in state.trace.nodes:
+            if state.is_view(node):
+                continue
             sources = dict.fromkeys(source[value] for value in node.all_input_nodes if value in source)
-            names = (state.trace.names.get(value) for value in node.all_input_nodes)
+            names = (name_of(state, value) for value in node.all_input_nodes)
             weight = next((name for name in names if name in layers), None)
             if node.op == "placeholder":
                 if node not in state.trace.names and node not in state.trace.constants:

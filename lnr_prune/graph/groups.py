@@ -1,5 +1,6 @@
 """Channel groups: what can leave a model together, found from the owners of its activations."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from lnr_prune.graph.owners import Owners, Slot, collapse_axes, varying_axes
 from lnr_prune.graph.paths import Paths, follow, unused_weights
 from lnr_prune.graph.rules import Propagation, Site
 from lnr_prune.graph.sizes import HeldInt, held_ints
+from lnr_prune.graph.weights import part_name
 
 UNUSED = "not used in the calls that were traced; if another method uses it, give that method in also="
 
@@ -58,6 +60,7 @@ class ChannelGroup:
         training: Layers that read the channels only where the calibration data does not come: in training mode, such
             as those of an auxiliary head, or in other methods. If no other layer reads them, ``consumers`` is empty.
         held: The ints in the model's forward that count the channels.
+        multiple: How many channels are kept must be a multiple of this, unless all are.
         attributes: The submodules' attributes that change when channels leave: (submodule, attribute) -> value
             in the whole model, and what it loses with each channel, (size,). See `shrinkable`.
     """
@@ -70,6 +73,7 @@ class ChannelGroup:
     rows: tuple[Slot, ...]
     training: tuple[Consumer, ...] = ()
     held: tuple[HeldInt, ...] = ()
+    multiple: int = 1
     attributes: Mapping[tuple[str, str], tuple[int, Tensor]] = field(default_factory=dict)
 
 
@@ -85,7 +89,8 @@ class Graph:
             the share of them that is saved when one channel leaves.
         layers: Every layer ``y = W x`` whose weight is used nowhere else, in order of execution; each index of its
             inputs counts as a channel.
-        repeated: Names of weights that are applied more than once in a forward pass.
+        repeated: Names of weights that are applied more than once in a forward pass, or to rows that the forward
+            chooses: the experts of a mixture.
         flow: Pairs of layers: what the first computes goes into the second, see `data_flow`.
         unused: Layers whose weight no traced path reads.
     """
@@ -137,7 +142,8 @@ def find_groups(
         group = _read_group(paths, {slot: channel[labelled[slot]] for slot in sorted(shared)}, len(units))
         groups += [group] if group else []
         channel[units] = -1
-    order = {site.weight: position for position, site in reversed(list(enumerate(sites)))}
+    of_sites = [weight for site in sites for weight, _ in _weights(site)]
+    order = {weight: position for position, weight in reversed(list(enumerate(of_sites)))}
     groups.sort(key=lambda group: min(order[consumer.weight] for consumer in group.consumers or group.training))
     groups = _named(groups)
     held = held_ints(paths.all, label, {group.name: group.slots for group in groups})
@@ -152,13 +158,28 @@ def find_groups(
 
 def _linear_maps(paths: Paths) -> tuple[tuple[Consumer, ...], frozenset[str]]:
     """The layers whose weight is used nowhere else, and the names of weights that are applied more than once."""
-    sites, layers = {site.weight: site for site in paths.calibrated_sites}, []
-    for name, site in sites.items():
-        if paths.applied_only(name):
-            dim = site.columns[1]
-            channels = torch.arange(paths.tensors[name].shape[dim])
-            layers.append(Consumer(layer_name(name), name, site.bias, site.op, channels, dim))
-    return tuple(layers), frozenset(name for name, site in sites.items() if site.repeats or paths.times(name) > 1)
+    first = {site.columns: site for site in reversed(paths.calibrated_sites)}
+    layers, repeated = dict[str, Consumer](), set[str]()
+    for site in paths.calibrated_sites:
+        if paths.applied_only(site.weight) and first[site.columns].rows == site.rows:
+            channels = torch.arange(paths.tensors[site.weight].shape[site.columns[1]])
+            layers |= {layer.weight: layer for layer in _consumers(site, channels, blocks=False)}
+        if site.repeats or site.parts or paths.times(site.weight) > 1:
+            repeated.update(weight for weight, _ in _weights(site))
+    return tuple(layers.values()), frozenset(repeated)
+
+
+def _weights(site: Site) -> list[tuple[str, int]]:
+    """Names of the weights of a site, and the dimension of their inputs: one for each part of a stack."""
+    dim = site.columns[1]
+    return [(part_name(site.weight, part), dim - 1) for part in site.parts] if site.parts else [(site.weight, dim)]
+
+
+def _consumers(site: Site, channels: Tensor, *, blocks: bool) -> list[Consumer]:
+    return [
+        Consumer(layer_name(weight), weight, site.bias, site.op, channels, dim, blocks)
+        for weight, dim in _weights(site)
+    ]
 
 
 def _named(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
@@ -192,28 +213,26 @@ def layer_name(parameter: str) -> str:
 
 def _read_group(paths: Paths, slots: dict[Slot, Tensor], size: int) -> ChannelGroup | None:
     """The group whose units share these slots; None if it has no producer, no consumer, or only one channel."""
-    reading: dict[Slot, Site] = {}
-    for site in paths.sites:
-        if site.columns in slots:
-            reading.setdefault(site.columns, site)
-    evaluated = {site.columns for site in paths.calibrated_sites}
+    reading = [site for site in paths.sites if site.columns in slots]
+    evaluated = {weight for site in paths.calibrated_sites for weight in _weights(site)}
     rows = tuple(slot for slot in paths.main.owners.produced if slot in slots)
     if not reading or not rows or size < 2:
         return None
     producers = tuple(layer_name(name) for name, _ in rows)
     blocks = any(int(torch.bincount(slots[row][slots[row] >= 0]).max()) > 1 for row in rows)
-    consumers = {
-        columns: Consumer(layer_name(site.weight), site.weight, site.bias, site.op, slots[columns], columns[1], blocks)
-        for columns, site in reading.items()
-    }
+    consumers: dict[tuple[str, int], Consumer] = {}
+    for site in reading:
+        for each in _consumers(site, slots[site.columns], blocks=blocks):
+            consumers.setdefault((each.weight, each.dim), each)
     return ChannelGroup(
         producers[0],
         size,
         producers,
-        tuple(consumer for columns, consumer in consumers.items() if columns in evaluated),
+        tuple(consumer for key, consumer in consumers.items() if key in evaluated),
         slots,
         rows,
-        training=tuple(consumer for columns, consumer in consumers.items() if columns not in evaluated),
+        training=tuple(consumer for key, consumer in consumers.items() if key not in evaluated),
+        multiple=math.lcm(*(site.multiple for site in paths.sites if {site.rows, site.columns} & slots.keys())),
     )
 
 
@@ -241,9 +260,10 @@ def _explain(paths: Paths, groups: list[ChannelGroup], label: Tensor, reasons: M
     """Layer -> why its outputs, some of its outputs, or its whole weight are in no group."""
     owners = paths.main.owners
     mixed: dict[int, str] = {}
-    for ids, reason in owners.mixed:
+    together = [(ids, f"its channels can only be removed together: mixed by {reason}") for ids, reason in owners.mixed]
+    for ids, reason in (*owners.numbered, *together):
         for unit in torch.unique(label[ids]).tolist():
-            mixed.setdefault(unit, f"its channels can only be removed together: mixed by {reason}")
+            mixed.setdefault(unit, reason)
 
     def stated(ids: Tensor, otherwise: str) -> str:
         units = torch.unique(label[ids]).tolist()

@@ -47,6 +47,7 @@ class Owners:
     couplings: list[Tensor] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
+    numbered: list[tuple[Tensor, str]] = field(default_factory=list)  # what is chosen by its number
     grids: list[Tensor] = field(default_factory=list)
     produced: dict[Slot, Tensor] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)

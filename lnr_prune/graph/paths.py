@@ -47,8 +47,8 @@ class Paths:
         return {name: tensor for state in self.all for name, tensor in state.trace.tensors.items()}
 
     def uses(self, name: str) -> int:
-        """How often a tensor is read, on all paths together."""
-        return sum(len(node.users) for state in self.all for node, other in state.trace.names.items() if other == name)
+        """How often a tensor is read, itself or a view of it, on all paths together; making a view is no use of it."""
+        return sum(_uses(state, name) for state in self.all)
 
     @cached_property
     def calibrated_sites(self) -> tuple[Site, ...]:
@@ -114,6 +114,12 @@ def _extended(
         return []
 
 
+def _uses(state: Propagation, name: str) -> int:
+    values = [node for node, other in state.trace.names.items() if other == name]
+    values += [node for node, view in state.views.items() if view.name == name and state.is_view(node)]
+    return sum(not state.is_view(user) for node in values for user in node.users)
+
+
 def _unused(states: Sequence[Propagation]) -> Iterator[str]:
     """Names of parameters that none of these paths reads."""
     used = {name for state in states for node, name in state.trace.names.items() if node.users}
@@ -131,10 +137,10 @@ def _merged(paths: Sequence[Sequence[Site]]) -> list[Site]:
     """All sites, each once, in an order in which every path's own order is kept where that is possible."""
     merged: list[Site] = []
     for sites in paths:
-        place = 0  # behind the site that this path passed last
+        place = 0  # behind the sites that this path has passed
         for site in sites:
             if site in merged:
-                place = merged.index(site) + 1
+                place = max(place, merged.index(site) + 1)
             else:
                 merged.insert(place, site)
                 place += 1

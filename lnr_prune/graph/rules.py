@@ -13,14 +13,12 @@ from torch import Tensor, fx
 from lnr_prune.graph.nodes import SAME, UNIFORM, argument, describe, draws, is_pointwise, op_name, shape_of
 from lnr_prune.graph.owners import Owners, Slot, collapse_axes, nobody, varying_axes
 from lnr_prune.graph.trace import Trace
+from lnr_prune.graph.weights import View, computed_weights, views_in
 
 logger = logging.getLogger("lnr_prune")
 
 Ids = Tensor | list[Tensor]
 """The ids of a value; one tensor for each output of an operation that has several."""
-
-# Position of the weight among the arguments of a layer's operation.
-WEIGHTS = {"linear": 1, **{f"conv{n}d": 1 for n in (1, 2, 3)}}
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,8 @@ class Site:
         rows: The weight's output dimension.
         columns: The weight's input dimension.
         repeats: Whether the operation applies it several times: a recurrence, once a step.
+        parts: Numbers of the parts of a stack of weights that are applied; () if the weight is none.
+        multiple: What its numbers of rows and columns must be multiples of.
     """
 
     weight: str
@@ -42,6 +42,8 @@ class Site:
     rows: Slot
     columns: Slot
     repeats: bool = False
+    parts: tuple[int, ...] = ()
+    multiple: int = 1
 
 
 @dataclass(eq=False)
@@ -61,9 +63,16 @@ class Propagation:
     moving: set[fx.Node] = field(default_factory=set)  # values that are not the same in every call
     drawn: set[fx.Node] = field(default_factory=set)  # values made of random numbers that belong to no channel
     extents: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    views: dict[fx.Node, View] = field(default_factory=dict)  # parameters, transposed or in parts
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether a value is a view of a weight. It has owners only if it is used as a value."""
+        return node in self.views and node not in self.trace.names
 
     def of(self, node: fx.Node) -> Tensor:
         """The ids of a value; a parameter that is used as a value owns itself."""
+        if node not in self.ids and self.is_view(node):
+            visit(self, node)
         if node not in self.ids:
             name = self.trace.names.get(node)
             floating = name is not None and self.trace.tensors[name].is_floating_point()
@@ -138,47 +147,39 @@ def propagate(trace: Trace, owners: Owners | None = None) -> Propagation:
         given = given or draws(node) or "unknown" in node.meta
         if given or not state.moving.isdisjoint(node.all_input_nodes):
             state.moving.add(node)
-    state.owners.by_row.update(_computed_weights(state))
+    state.views.update(views_in(trace))
+    state.owners.by_row.update(computed_weights(trace, state.views, state.moving))
     for node in trace.nodes:
         if node.op == "output":
             for value in node.all_input_nodes:
                 state.owners.freeze(all_ids(state, value), "output of the model")
+        elif state.is_view(node):
+            for index in (value for value in node.all_input_nodes if value not in state.views):
+                state.owners.freeze(all_ids(state, index), f"picks among parts by their number in {describe(node)}")
         elif node.op == "call_function":
-            state.ids[node] = _visit(state, node)
-            if (draws(node) or not state.drawn.isdisjoint(node.all_input_nodes)) and not bool(
-                all_ids(state, node).any()
-            ):
-                state.drawn.add(node)
-            outputs = state.ids[node]
-            for ids in outputs if isinstance(outputs, list) else [outputs]:
-                if len(varying_axes(ids)) > 1:
-                    state.owners.grids.append(ids)
+            visit(state, node)
+    for node in state.views:
+        if state.is_view(node):
+            state.ids.setdefault(node, nobody(shape_of(node)))
     return state
 
 
-def _computed_weights(state: Propagation) -> set[str]:
-    """Parameters that a layer's weight is computed from, for example if weights are standardised."""
-    found: set[str] = set()
-    for node in state.trace.nodes:
-        position = WEIGHTS.get(op_name(node))
-        ahead = [node.args[position]] if position is not None and len(node.args) > position else []
-        if not ahead or ahead[0] in state.trace.names:
-            continue
-        while ahead:
-            value = ahead.pop()
-            if isinstance(value, fx.Node) and value not in state.moving:
-                name = state.trace.names.get(value)
-                if name is not None and state.trace.tensors[name].dim() > 1:
-                    found.add(name)
-                ahead.extend(value.all_input_nodes)
-    return found
+def visit(state: Propagation, node: fx.Node) -> None:
+    """Finds the owners of an operation's result."""
+    outputs = state.ids[node] = _ids_of(state, node)
+    noisy = draws(node) or not state.drawn.isdisjoint(node.all_input_nodes)
+    if noisy and not bool(all_ids(state, node).any()):
+        state.drawn.add(node)
+    for ids in outputs if isinstance(outputs, list) else [outputs]:
+        if len(varying_axes(ids)) > 1:
+            state.owners.grids.append(ids)
 
 
-def _visit(state: Propagation, node: fx.Node) -> Ids:
+def _ids_of(state: Propagation, node: fx.Node) -> Ids:
     value = node.meta.get("val")
     shapes = [getattr(part, "shape", ()) for part in value] if isinstance(value, list | tuple) else None
     untouched: Ids = nobody(shape_of(node)) if shapes is None else [nobody(shape) for shape in shapes]
-    touches_parameter = any(value in state.trace.names for value in node.all_input_nodes)
+    touches_parameter = any(value in state.trace.names or value in state.views for value in node.all_input_nodes)
     if not touches_parameter and not any(bool(all_ids(state, value).any()) for value in node.all_input_nodes):
         return untouched
     try:
@@ -230,8 +231,9 @@ def _freeze_what_meets_noise(state: Propagation, node: fx.Node) -> None:
 def _freeze_inputs(state: Propagation, node: fx.Node) -> None:
     reason = f"no rule for {describe(node)}"
     for value in node.all_input_nodes:
-        if value in state.trace.names:
-            state.owners.freeze_parameter(state.trace.names[value], reason)
+        if value in state.trace.names or state.is_view(value):
+            name = state.trace.names.get(value) or state.views[value].name
+            state.owners.freeze_parameter(name, reason)
         else:
             state.owners.freeze(all_ids(state, value), reason)
 

@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from lnr_prune.calibration.calls import Call, forward, fresh
+from lnr_prune.calibration.functions.application import applied
+from lnr_prune.calibration.functions.views import Views
 from lnr_prune.calibration.visible.attention import visible_attention
 from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
 from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
@@ -63,16 +65,27 @@ class _Trail:
 
     def __init__(self, calls: Sequence[Recorded], tensors: Mapping[str, Tensor], layers: Iterable[str]) -> None:
         self.calls, self.names = calls, {id(tensor): name for name, tensor in tensors.items()}
-        self.weights = {id(tensors[name]) for name in layers}
+        self.layers: dict[int, str] = {}  # number of a call -> the weight that it applies
+        self.applied: dict[str, list[int]] = {name: [] for name in layers}
+        views = Views(tensors, layers)
         self.uses: dict[int, list[int]] = defaultdict(list)  # of a tensor, by id: the calls keep all of them alive
         self.makes: dict[int, list[int]] = defaultdict(list)
         for number, call in enumerate(calls):
+            found = applied(call.function, call.args, call.kwargs, views)
+            used = [each for each in map(views.of, call.inputs) if each is not None]
+            views.follow(call.function, call.args, call.kwargs, call.result)
+            made = views.of(call.result)
+            if made is not None:
+                self.names[id(call.result)] = made.name
+            for each in used if made is None else ():
+                self.applied.get(each.name, []).append(number)
+            if found is not None:
+                self.layers[number] = found.used.name
             results = [leaf for leaf in tree_leaves(call.result) if isinstance(leaf, Tensor)]
             for of in dict.fromkeys(map(id, call.inputs)) if results else ():
                 self.uses[of].append(number)
             for of in dict.fromkeys(map(id, results)):
                 self.makes[of].append(number)
-        self.applied = {name: self.uses[id(tensors[name])] for name in layers}
 
     def follow(self, name: str) -> Downstream:
         """What becomes of the output of the layer with this weight."""
@@ -104,11 +117,11 @@ class _Trail:
         way = Steps()
         for number, value in self._path(layer):
             call = self.calls[number]
-            weights = [self.names[id(leaf)] for leaf in call.inputs if id(leaf) in self.weights]
             others = {id(leaf) for leaf in call.inputs if leaf is not value and id(leaf) not in self.names}
-            if weights:
-                alone = len(weights) == 1 and not others and len(self.applied[weights[0]]) == 1
-                return Downstream(into=weights[0], way=way) if alone else Downstream()
+            if number in self.layers:
+                into = self.layers[number]
+                alone = not others and len(self.applied.get(into, ())) == 1
+                return Downstream(into=into, way=way) if alone else Downstream()
             other = next(iter(others), None)
             shortcut = None if other is None else self._shortcut(other, number, layer)
             if len(others) > 1 or call.draws or (other is not None and shortcut is None):
@@ -147,7 +160,7 @@ class _Trail:
                     return None
                 continue
             call = self.calls[made]
-            if len(replayed) >= LONGEST or call.draws or any(id(leaf) in self.weights for leaf in call.inputs):
+            if len(replayed) >= LONGEST or call.draws or made in self.layers:
                 return None
             replayed.add(made)
             wanted += [(id(leaf), made) for leaf in call.inputs if id(leaf) not in self.names]

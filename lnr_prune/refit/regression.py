@@ -73,7 +73,7 @@ def ridge_regression(
         ridge = DEFAULT_RIDGE if held is None else chosen_ridge(fit.at(kept), held.at(kept), ridged, W_kept)
     whole = (fit if held is None else fit + held).at(kept)
     M, ridge = _regressed(whole, ridged, W_kept, ridge)
-    fitted = LayerFit(whole.error(M), float(whole.yy) / whole.count, ridge, whole.count, len(ridged))
+    fitted = LayerFit(whole.error(M), float(whole.yy) / max(1, whole.count), ridge, whole.count, len(ridged))
     if W_kept is W:
         return M, fitted
     full = torch.zeros_like(W)

@@ -23,6 +23,7 @@ from lnr_prune.calibration.adapter import AdaptedLayer
 from lnr_prune.calibration.places import Place
 from lnr_prune.calibration.rows import rows
 from lnr_prune.calibration.watch import LayerCall
+from lnr_prune.graph.weights import tensor_named
 from lnr_prune.refit.downstream import Downstream
 from lnr_prune.refit.side_by_side import Arrival
 from lnr_prune.runtime.processes import ALONE, Ranks
@@ -128,7 +129,7 @@ class RefitLayer:
         return ridged if self.mean is None else torch.cat([ridged, ridged.new_zeros(1)])
 
     def _columns(self, bias: float) -> Tensor:
-        return self.adapted.columns(torch.ones_like(self.tensors[self.name]), bias=bias)
+        return self.adapted.columns(torch.ones_like(tensor_named(self.tensors, self.name)), bias=bias)
 
     def inputs(self, x: Tensor) -> Tensor:
         """X, (n, d), with a column of ones if there is an intercept."""
@@ -180,7 +181,12 @@ def _affine(adapted: AdaptedLayer, downstream: Downstream, call: LayerCall) -> A
     """How z is computed from y; None if that differs between positions, or z does not depend on y."""
     one = replace(next(call.split(1)), bias=None)
     zero, count = torch.zeros_like(one.output), len([shortcut for shortcut in downstream.affine.shortcuts if shortcut])
-    c = downstream.affine(zero, [zero] * count)
+    try:
+        c = downstream.affine(zero, [zero] * count)
+    except RuntimeError:  # a reshape on the way fixes the recorded batch's size
+        return None
+    if c.shape != zero.shape:
+        return None
 
     def everywhere(values: Tensor) -> Tensor | None:
         rows = adapted.outputs(replace(one, output=values)).double()

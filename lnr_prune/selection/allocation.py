@@ -1,7 +1,7 @@
 """How many channels every group keeps under a budget: the cheapest errors first."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -41,7 +41,7 @@ def check_reach(costs: Mapping[str, Cost[ChannelGroup]], groups: Iterable[Channe
     whole = {group: group.size for group in groups}
     if not whole:
         raise ValueError("leave names every channel group: nothing is left to prune; take one out")
-    smallest = {group: _levels(size, budget.grid)[0] for group, size in whole.items()}
+    smallest = {group: _levels(group, size, budget.grid)[0] for group, size in whole.items()}
     limits = {kind: getattr(budget, kind) * cost(whole) for kind, cost in costs.items() if getattr(budget, kind)}
     if any(costs[kind](smallest) > limit for kind, limit in limits.items()):
         raise _out_of_reach(costs, limits, smallest, whole)
@@ -78,7 +78,7 @@ def allocate(
     Raises:
         ValueError: If even the smallest sizes are over the budget; the message says by how much.
     """
-    levels = {group: _levels(len(curve) - 1, budget.grid) for group, curve in curves.items()}
+    levels = {group: _levels(group, len(curve) - 1, budget.grid) for group, curve in curves.items()}
     whole = {group: of_group[-1] for group, of_group in levels.items()}
     limits = {kind: getattr(budget, kind) * cost(whole) for kind, cost in costs.items() if getattr(budget, kind)}
     primary = next((kind for kind in ("macs", "params", "size") if kind in limits), "macs")
@@ -100,12 +100,13 @@ def allocate(
     return path[first] if budget.error is not None else _filled(path[first], curves, levels, fits)
 
 
-def _levels(size: int, grid: Grid) -> tuple[int, ...]:
+def _levels(group: Hashable, size: int, grid: Grid) -> tuple[int, ...]:
     """Sizes that a group of this size may take, ascending."""
-    levels, level = list[int](), _up(min(grid.minimum, size), grid.round_to)
+    step = math.lcm(grid.round_to, group.multiple if isinstance(group, ChannelGroup) else 1)
+    levels, level = list[int](), _up(min(grid.minimum, size), step)
     while level < size:
         levels.append(level)
-        level += _up(max(1, level // RESOLUTION), grid.round_to)
+        level += _up(max(1, level // RESOLUTION), step)
     return (*levels, size)
 
 

@@ -13,6 +13,7 @@ from lnr_prune.calibration.adapter import AdaptedLayer
 from lnr_prune.calibration.reading import adapted_layers
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.graph.groups import ChannelGroup, Graph
+from lnr_prune.graph.weights import tensor_named
 from lnr_prune.refit.network import refitted_layers
 from lnr_prune.refit.refit import Refit
 
@@ -158,7 +159,7 @@ def _bytes_jointly(layer: AdaptedLayer, tensors: Mapping[str, Tensor], iteration
 
 
 def _shape(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    return tensors[layer.consumer.weight].shape[1 - layer.consumer.dim], len(layer.groups(tensors))
+    return tensor_named(tensors, layer.consumer.weight).shape[1 - layer.consumer.dim], len(layer.groups(tensors))
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lnr_prune.calibration.reading import Part, Reading, whole
-from lnr_prune.collapse.masks import Supports, masked_weights, whole_masks
+from lnr_prune.collapse.masks import Supports, filled_up, masked_weights, whole_masks
 from lnr_prune.graph.groups import ChannelGroup
 from lnr_prune.refit.refit import Refitted
 from lnr_prune.runtime.work import Work
@@ -72,7 +72,8 @@ def select(
         work.step(f"selecting {reading.group.name}")
         problem = reading.problem(tensors, masks, part=part, ridges=ridges_of(reading, tensors))
         original = tuple(layer.matrix(tensors) for layer in reading.layers)
-        selection = choices[reading.group](Candidates(problem, original, _magnitude(reading.group, tensors), draws))
+        candidates = Candidates(problem, original, _magnitude(reading.group, tensors), draws)
+        selection = _in_multiples(choices[reading.group](candidates), reading.group, candidates.magnitude)
         if bool(selection.support.all()):  # it loses nothing, and its layers stay as they are
             return replace(selection, coefficients=original if coefficients else ()), 0.0
         error = reading.problem(tensors, masks, part=part).error(selection.coefficients)
@@ -92,6 +93,16 @@ def select(
                 kept = reading.columns(tensors, masks)
                 selected[group] = Selected(replace(reading, moments=()), selection, error, kept)
     return selected
+
+
+def _in_multiples(selection: Selection, group: ChannelGroup, magnitude: Tensor) -> Selection:
+    """The selection, with more channels if the forward takes certain numbers of them only."""
+    support = filled_up(selection.support, group.multiple, magnitude)
+    more = int(support.sum()) - int(selection.support.sum())
+    if more == 0:
+        return selection
+    note = f"{more} more, as the forward takes multiples of {group.multiple} only"
+    return replace(selection, support=support, note="; ".join(filter(None, (selection.note, note))))
 
 
 def supports_of(selected: Mapping[ChannelGroup, Selected]) -> Supports:

@@ -16,6 +16,7 @@ from lnr_prune.collapse.masks import Supports, masked_weights
 from lnr_prune.collapse.plan import make_plan
 from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.graph.module import named_tensors
+from lnr_prune.graph.weights import with_whole_stacks
 from lnr_prune.lasso.backward import Elimination
 from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit
@@ -186,7 +187,11 @@ def trials_of(
         work: The processes, the progress, and where measurements are kept.
     """
     fitted, judging = first_of_each_half(data, samples, work.ranks)  # all ranks have all
-    judge = output_error(model, judging or fitted, logits)
+    error, tensors = output_error(model, judging or fitted, logits), named_tensors(model)
+
+    def judge(weights: Mapping[str, Tensor]) -> float:
+        return error(with_whole_stacks(weights, tensors))
+
     refitted_to = Calibration(work.ranks.shard(fitted), lambda call: call)
     return Trials(model, target, graph, groups, passes, refitted_to, judge, data.example(), refit, bias, logits, work)
 

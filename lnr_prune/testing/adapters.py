@@ -14,6 +14,7 @@ from lnr_prune.errors import AdapterError
 from lnr_prune.graph.groups import ChannelGroup, find_groups
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.graph.owners import along
+from lnr_prune.graph.weights import tensor_named
 from lnr_prune.prune import prune
 from lnr_prune.selection.amount import Keep
 
@@ -78,16 +79,17 @@ def _check_pair(group: ChannelGroup, pair: AdaptedLayer, model: nn.Module, examp
         _require(torch.equal(pair.outputs(call, some), y[some]), pair, "outputs(rows) must be these rows of outputs()")
         moments = pair.second_moments(list(call.split(1)))
         _require(moments is None or torch.allclose(moments, x.T @ x), pair, "second_moments() is not sum x x^T")
-    groups = pair.adapter.groups(pair.consumer, tensors[name])
+    whole = tensor_named(tensors, name)
+    groups = pair.adapter.groups(pair.consumer, whole)
     every = torch.arange(group.size)
     legal = groups.shape == M.shape[1:] and bool((groups < group.size).all()) and bool(torch.isin(every, groups).all())
     _require(legal, pair, f"groups() must give each of the {M.shape[1]} columns a channel, and every channel a column")
     written = pair.write(M, tensors)
-    same = all(torch.allclose(value, tensors[key]) for key, value in written.items())
+    same = all(torch.allclose(value, tensor_named(tensors, key)) for key, value in written.items())
     _require(same, pair, "write(matrix()) does not give the layer back")
     for channel in (0, group.size - 1):
-        kept = along(pair.consumer.channels != channel, pair.consumer.dim, tensors[name].shape)
-        expected = {**tensors, name: tensors[name].detach() * kept}
+        kept = along(pair.consumer.channels != channel, pair.consumer.dim, whole.shape)
+        expected = {**tensors, name: whole.detach() * kept}
         written = pair.write(M * (groups != channel), tensors)
         zeroed = all(torch.allclose(value, expected[key]) for key, value in written.items())
         _require(zeroed, pair, "zeroing a channel's columns must zero its input weights, and nothing else")

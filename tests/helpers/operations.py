@@ -188,6 +188,15 @@ OPERATIONS: dict[str, Operation] = {
     "table": Operation(lambda y, a, p: y + p["w"], lambda shape: {"w": shape[-2:]}),
     "linear": Operation(lambda y, a, p: F.linear(y, p["w"], p["b"]), lambda shape: {"w": (6, shape[-1]), "b": (6,)}),
     "product with a weight": Operation(lambda y, a, p: y @ p["w"], lambda shape: {"w": (shape[-1], 6)}),
+    "transposed weight": Operation(lambda y, a, p: y @ p["w"].T, lambda shape: {"w": (6, shape[-1])}),
+    "weight on the left": Operation(lambda y, a, p: p["w"] @ y, lambda shape: {"w": (6, shape[-2])}),
+    "einsum with a weight": Operation(
+        lambda y, a, p: torch.einsum("...i,oi->...o", y, p["w"]), lambda shape: {"w": (6, shape[-1])}
+    ),
+    "part of a stack": Operation(lambda y, a, p: F.linear(y, p["w"][1]), lambda shape: {"w": (3, 6, shape[-1])}),
+    "stack of weights": Operation(
+        lambda y, a, p: y @ p["w"].mT, lambda shape: {"w": (shape[-3], 6, shape[-1])}, (3, 4)
+    ),
     "computed weight": Operation(
         lambda y, a, p: F.linear(y, F.layer_norm(p["w"], p["w"].shape[1:])), lambda shape: {"w": (6, shape[-1])}
     ),

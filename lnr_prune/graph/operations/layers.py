@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, op_name, shape_of, spatial_axes
-from lnr_prune.graph.owners import along, collapse_axes
+from lnr_prune.graph.owners import along, collapse_axes, varying_axes
 from lnr_prune.graph.rules import Propagation, Site, meet, rule
+from lnr_prune.graph.weights import View
 
 
 def apply_weight(
@@ -17,22 +18,43 @@ def apply_weight(
     axis: int,
     rows: int = 0,
     columns: int = 1,
+    *,
+    output_axis: int | None = None,
+    multiple: int = 1,
 ) -> Tensor | None:
-    """``y = W x``: x's channels along the axis are the weight's columns, y's its rows."""
+    """``y = W x``: x's channels along the axis are the weight's columns, y's its rows, perhaps along another axis."""
     x, weight, bias = operands
     names, owners, reason = state.trace.names, state.owners, describe(node)
-    if weight not in names:
+    output_axis, view = axis if output_axis is None else output_axis, _weight(state, node, weight)
+    if view is None:
         found = _computed_rows(state, weight, rows)
         if found is None:
             return None
         owners.freeze(state.of(x), f"read by a computed weight in {reason}")
-        return _produce(state, node, operands, axis, *found)
-    name = names[weight]
-    op = "linear" if op_name(node) in ("addmm", "matmul", "mm") else op_name(node)
-    row_ids = owners.rows(name, rows)
-    owners.couple_axis(state.of(x), axis, owners.slot(name, columns), f"input of {reason}")
-    state.sites.append(Site(name, names.get(bias) if bias is not None else None, op, (name, rows), (name, columns)))
-    return _produce(state, node, operands, axis, name, row_ids)
+        return _produce(state, node, operands, output_axis, *found)
+    name, rows, columns = view.name, view.dims[rows], view.dims[columns]
+    if view.parts:
+        owners.freeze(owners.slot(name, 0), f"{reason} picks among its parts by their number")
+    op = op_name(node) if op_name(node).startswith("conv") else "linear"
+    row_ids, ids = owners.rows(name, rows), state.of(x)
+    own = None if bias is None or view.parts else names.get(bias)
+    state.sites.append(Site(name, own, op, (name, rows), (name, columns), parts=view.parts, multiple=multiple))
+    if ids.shape[axis] == 1 and varying_axes(ids) and op == "linear" and output_axis == axis:
+        stays = [ids] if view.stacked else []  # they may lie along the parts, which stay
+        for slot in (row_ids, owners.slot(name, columns), *stays):
+            owners.freeze(slot, f"positions, not channels, are mixed by {reason}")
+        _produce(state, node, operands, output_axis, name, row_ids)
+        return ids.reshape([1] * (len(shape_of(node)) - ids.dim()) + list(ids.shape))
+    owners.couple_axis(ids, axis, owners.slot(name, columns), f"input of {reason}")
+    return _produce(state, node, operands, output_axis, name, row_ids)
+
+
+def _weight(state: Propagation, node: fx.Node, weight: fx.Node) -> View | None:
+    """The parameter that is a layer's weight, and how it is read; a convolution reads it as it is."""
+    if not op_name(node).startswith("conv"):
+        return state.views.get(weight)
+    name = state.trace.names.get(weight)
+    return None if name is None else View(name, tuple(range(len(shape_of(weight)))))
 
 
 def _computed_rows(state: Propagation, weight: fx.Node, rows: int) -> tuple[str, Tensor] | None:
@@ -58,11 +80,14 @@ def _produce(
 ) -> Tensor:
     """The ids of a contraction's output: its weight's rows, to which the bias is coupled."""
     x, _, bias = operands
-    if bias is not None:
+    if bias is not None and state.extent(bias) != (1,):
         state.owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), describe(node))
     applied = x if op_name(node).startswith("conv_transpose") else node  # where the weight is applied
     shape = shape_of(applied)
-    state.macs[name] += math.prod(shape) // shape[axis] * state.trace.tensors[name].numel()
+    view = _weight(state, node, operands[1])
+    size = state.trace.tensors[name].shape
+    matrix = size[1:] if view is not None and view.parts else size  # a row of the batch meets one part of a stack
+    state.macs[name] += math.prod(shape) // shape[axis] * math.prod(matrix)
     return along(row_ids, axis, shape_of(node))
 
 

@@ -35,8 +35,10 @@ def move(state: Propagation, node: fx.Node) -> Ids:
     for axis, ends in _named_positions(node):
         if ids.shape[axis] == 1:
             continue
-        if ends is None:
-            state.owners.mix(ids, [axis % len(shape)], reason)
+        if isinstance(ends, int):
+            state.owners.mix(ids.unflatten(axis, (-1, ends)), [axis % len(shape) + 1], reason)
+        elif ends is None:
+            ids = state.owners.mix(ids, [axis % len(shape)], reason)
         else:
             state.owners.cuts.append(Cut(ids, axis % len(shape), ends, reason))
     if name == "im2col":
@@ -85,8 +87,11 @@ def _reshape_as(state: Propagation, node: fx.Node) -> Tensor:
     return collapse_axes(state.of(source).expand(shape_of(source)).reshape(shape_of(node)))
 
 
-def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
+def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | int | None]]:
     """Axes that the operation cuts into parts, with the parts' ends; None if it picks single positions.
+
+    A step that picks one position of every so many is given by this number: they leave together, and the next step
+    then finds the same ones.
 
     After channels have left, the forward will use the same positions, or the same fractions of the axis.
     """
@@ -111,6 +116,8 @@ def _named_positions(node: fx.Node) -> list[tuple[int, tuple[int, ...] | None]]:
         if name == "narrow":
             end = start + end
         cut = range(size[axis])[slice(start, end, argument(node, 4, "step", 1))]
+        if size[axis] % cut.step == 0 and cut.start < cut.step and len(cut) == size[axis] // cut.step > 1:
+            return [(axis, cut.step)] if cut.step > 1 else []
         if len(cut) == size[axis]:
             return []
         return [(axis, None if cut.step != 1 else tuple(sorted({cut.start, cut.stop, size[axis]} - {0})))]

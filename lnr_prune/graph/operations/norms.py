@@ -9,7 +9,7 @@ from lnr_prune.graph.rules import Propagation, meet, rule
 
 @rule(
     "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax", "special_log_softmax",
-    "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk",
+    "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort",
 )  # fmt: skip
 def _along_one_axis(state: Propagation, node: fx.Node) -> Tensor:
     """Mixes one axis."""

@@ -1,4 +1,4 @@
-"""Rules for products of two activations: matrix products, einsum, attention."""
+"""Rules for products, of an activation and a weight or of two activations: matrix products, einsum, attention."""
 
 import math
 
@@ -7,7 +7,9 @@ from torch import Tensor, fx
 
 from lnr_prune.graph.nodes import argument, describe, shape_of
 from lnr_prune.graph.operations.layers import apply_weight
+from lnr_prune.graph.owners import nobody, varying_axes
 from lnr_prune.graph.rules import Propagation, meet, rule
+from lnr_prune.graph.weights import View, contraction, spelled
 
 
 @rule("matmul", "mm", "bmm")
@@ -15,16 +17,35 @@ def _product(state: Propagation, node: fx.Node) -> Tensor | None:
     """Mixes the axis that is summed, which is the same in both; reads it, if the second one is a weight."""
     a, b = argument(node, 0, "self"), argument(node, 1, "other")
     left, right = shape_of(a), shape_of(b)
-    if len(right) == 2 and b in state.trace.names:
-        return apply_weight(state, node, (a, b, None), len(shape_of(node)) - 1, rows=1, columns=0)
+    if b in state.views and a not in state.views and _is_weight(state.views[b], left):
+        return apply_weight(state, node, (a, b, None), -1, rows=-1, columns=-2)
+    if a in state.views and b not in state.views and len(right) > 1 and _is_weight(state.views[a], right):
+        return apply_weight(state, node, (b, a, None), -2, rows=-2, columns=-1)
     if len(left) < 2 or len(right) < 2:
         return None
     reason = describe(node)
     _count_product(state, math.prod(shape_of(node)) * left[-1], state.of(a), state.of(b))
     rows = state.owners.mix(state.of(a), [len(left) - 1], reason)
     columns = state.owners.mix(state.of(b), [len(right) - 2], reason)
-    _couple_contracted(state, state.of(a), state.of(b), reason)
+    _couple_contracted(state, state.of(a).movedim(-1, 0), state.of(b).movedim(-2, 0), reason)
     return meet(state, node, [(rows, (*left[:-1], 1)), (columns, (*right[:-2], 1, right[-1]))])
+
+
+def _is_weight(view: View, x: tuple[int, ...]) -> bool:
+    """Whether a product applies a view to an activation of this shape as a weight: as a matrix, or part by part."""
+    return len(view.dims) == 2 or (view.stacked and len(x) > 2)
+
+
+@rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+def _grouped_product(state: Propagation, node: fx.Node) -> Tensor | None:
+    """Every part of a stack is applied to rows of its own, which lie one after the other."""
+    x, weight = node.args[:2]
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight not in state.views:
+        return None
+    if not state.views[weight].stacked or len(shape_of(x)) != 2 or argument(node, 3, "bias") is not None:
+        return None
+    multiple = max(1, 16 // x.meta["val"].element_size())  # torch's kernel reads 16 bytes at a time
+    return apply_weight(state, node, (x, weight, None), -1, rows=2, columns=1, multiple=multiple)
 
 
 def _count_product(state: Propagation, macs: int, *ids: Tensor) -> None:
@@ -33,18 +54,22 @@ def _count_product(state: Propagation, macs: int, *ids: Tensor) -> None:
 
 
 def _couple_contracted(state: Propagation, a: Tensor, b: Tensor, reason: str) -> None:
-    """The contracted axis shrinks on both sides or on neither."""
-    left, right = a.movedim(-1, 0), b.movedim(-2, 0)
-    state.owners.couple(left.reshape(len(left), -1)[:, :1], right.reshape(len(right), -1)[:, :1], reason)
+    """The contracted axis, here the first, shrinks on both sides or on neither."""
+    if len(a) > 1 or len(b) > 1:
+        one, other = (of.reshape(len(of), -1)[:, :1] if len(of) > 1 else nobody((1, 1)) for of in (a, b))
+        state.owners.couple(one, other, reason)
 
 
 @rule("einsum")
 def _einsum(state: Propagation, node: fx.Node) -> Tensor | None:
     """A sum of products, of one or two operands: mixes the axes that are summed, which are the same in both."""
-    equation, values = str(node.args[0]).replace(" ", ""), argument(node, 1, "tensors")
-    sources, arrow, target = equation.partition("->")
-    labels = sources.split(",")
-    if not arrow or "." in equation or len(values) > 2 or any(len(set(part)) < len(part) for part in labels):
+    equation, values = str(node.args[0]), argument(node, 1, "tensors")
+    found = spelled(equation, [len(shape_of(value)) for value in values]) if len(values) < 3 else None
+    layer = _linear_einsum(state, node, equation, values) if len(values) == 2 else None
+    if found is None or layer is not None:
+        return layer
+    labels, target = found
+    if any(len(set(part)) < len(part) for part in labels):
         return None
     reason, operands = describe(node), []
     if len(values) > 1:
@@ -62,8 +87,24 @@ def _einsum(state: Propagation, node: fx.Node) -> Tensor | None:
         left, right = (
             state.of(value).movedim(part.index(label), 0) for value, part in zip(values, labels, strict=True)
         )
-        state.owners.couple(left.reshape(len(left), -1)[:, :1], right.reshape(len(right), -1)[:, :1], reason)
+        _couple_contracted(state, left, right, reason)
     return meet(state, node, operands)
+
+
+def _linear_einsum(state: Propagation, node: fx.Node, equation: str, values: list[fx.Node]) -> Tensor | None:
+    """An einsum that applies a weight."""
+    weights = [index for index, value in enumerate(values) if value in state.views]
+    if len(weights) != 1:
+        return None
+    w, x = values[weights[0]], values[1 - weights[0]]
+    found = contraction(equation, (len(shape_of(values[0])), len(shape_of(values[1]))), weights[0])
+    ids = state.of(x)
+    if found is None or (ids.shape[found.x[-1]] == 1 and varying_axes(ids)):  # it mixes positions, not channels
+        return None
+    if len(found.weight) == 3 and not (state.views[w].stacked and found.weight[0] == 0):
+        return None
+    *_, rows, columns = found.weight
+    return apply_weight(state, node, (x, w, None), found.x[-1], rows, columns, output_axis=found.y[-1])
 
 
 @rule("scaled_dot_product_attention")

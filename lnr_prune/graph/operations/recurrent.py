@@ -22,7 +22,7 @@ AS_WIDE = SAME | {"alias", "clone", "contiguous", "detach", "zeros_like", "ones_
 
 @rule(*GATES)
 def _layers(state: Propagation, node: fx.Node) -> Ids | None:
-    """Units leave with their rows of all gates, and with their column of the recurrent weight."""
+    """Reads the last axis; a hidden unit leaves with its rows of every gate, in all layers and directions at once."""
     x, initial, weights, biases = _arguments(node)[:4]
     if not isinstance(biases, bool) or any(weight not in state.trace.names for weight in weights):
         return None  # a packed sequence, or computed weights
@@ -40,7 +40,7 @@ def _layers(state: Propagation, node: fx.Node) -> Ids | None:
 
 @rule(*(f"{kind}_cell" for kind in GATES))
 def _cell(state: Propagation, node: fx.Node) -> Ids | None:
-    """The same for one step."""
+    """Reads the last axis; a hidden unit leaves with its rows of every gate."""
     x, initial, *weights = _arguments(node)
     if any(weight is not None and weight not in state.trace.names for weight in weights):
         return None
@@ -77,7 +77,7 @@ def _read(state: Propagation, node: fx.Node, x: Tensor, weight: fx.Node, bias: A
     rows = owners.rows(name, 0)
     if bias is not None:
         owners.couple(rows, state.of(bias).expand(len(rows)), reason)
-    state.sites.append(Site(name, state.trace.names.get(bias), "linear", (name, 0), (name, 1), repeats))
+    state.sites.append(Site(name, state.trace.names.get(bias), "linear", (name, 0), (name, 1), repeats=repeats))
     state.macs[name] += math.prod(shape_of(_arguments(node)[0])[:-1]) * state.trace.tensors[name].numel()
     return rows
 

@@ -1,4 +1,4 @@
-"""Rules for reductions: what they reduce can only leave as a whole."""
+"""Rules for reductions and choices: what they work along can only leave as a whole."""
 
 from collections.abc import Collection
 
@@ -20,9 +20,9 @@ def reduced(state: Propagation, node: fx.Node, ids: Tensor, axes: Collection[int
 
 
 @rule(
-    "mean", "nanmean", "sum", "nansum", "prod", "amax", "amin", "aminmax", "max", "min", "argmax", "argmin", "median",
-    "nanmedian", "mode", "kthvalue", "quantile", "nanquantile", "logsumexp", "special_logsumexp", "var", "std",
-    "var_mean", "std_mean", "any", "all", "count_nonzero", *NORMS,
+    "mean", "nanmean", "sum", "nansum", "prod", "amax", "amin", "aminmax", "max", "min", "median", "nanmedian", "mode",
+    "kthvalue", "quantile", "nanquantile", "logsumexp", "special_logsumexp", "var", "std", "var_mean", "std_mean",
+    "any", "all", "count_nonzero", *NORMS,
 )  # fmt: skip
 def _reduction(state: Propagation, node: fx.Node) -> Tensor | None:
     """Mixes the axes that it reduces."""
@@ -33,6 +33,16 @@ def _reduction(state: Propagation, node: fx.Node) -> Tensor | None:
     if isinstance(q, fx.Node) and shape_of(q):  # a new axis for the quantiles
         return None
     return reduced(state, node, ids, axes_argument(node, ids.dim()))
+
+
+@rule("topk", "argmax", "argmin")
+def _choice(state: Propagation, node: fx.Node) -> Tensor:
+    """Mixes the axis along which it chooses: what is chosen by its number, such as an expert by a router, stays."""
+    ids = state.of(argument(node, 0, "self"))
+    axes = axes_argument(node, ids.dim())
+    if ids.numel() == 1 or any(ids.shape[axis] > 1 for axis in axes):  # 1: mixed before, as by a softmax
+        state.owners.numbered.append((ids[ids != 0], f"chosen by their number in {describe(node)}"))
+    return state.owners.mix(ids, axes, describe(node)) if op_name(node) == "topk" else reduced(state, node, ids, axes)
 
 
 @rule("cosine_similarity", "pairwise_distance", "linalg_vecdot", "linalg_cross")
