@@ -177,18 +177,12 @@ def available(count: int | None, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sys.modules[lnr.prune.__module__], "available_memory", lambda _: count)
 
 
-def test_too_little_memory_is_refused_before_the_data_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_refused_before_the_data_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp(8, *[100] * 9, 4)
     monkeypatch.setattr(memory, "PASS", 0)
     plan, low = (plan_of(model, X, low_memory=low) for low in (False, True))
-    read_so_far = []
-
-    class Watched(list[torch.Tensor]):
-        def __iter__(self):  # type: ignore[no-untyped-def]
-            for batch in super().__iter__():
-                read_so_far.append(1)
-                yield batch
-
+    rows: list[int] = []
+    handle = model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     available(plan.total - 1, monkeypatch)
     needs, advice = (
         r"needs 0.0\d+ GB.*group '0'.*refit layer '2'.*are available",
@@ -196,8 +190,9 @@ def test_too_little_memory_is_refused_before_the_data_is_read(monkeypatch: pytes
     )
     message = rf"{needs}.*largest: '2'.*{advice}"
     with pytest.raises(lnr.LnrPruneError, match=message):
-        lnr.prune(model, Watched(X.split(10)), lnr.Keep(0.5))
-    assert len(read_so_far) == 1  # the example
+        lnr.prune(model, X.split(10), lnr.Keep(0.5), into="model")
+    handle.remove()
+    assert set(rows) == {2}  # the example
     lnr.prune(model, X, lnr.Keep(0.5), run=lnr.Run(low_memory=True))
     available(low.total - 1, monkeypatch)
     for low_memory in (False, True):
