@@ -139,7 +139,7 @@ def with_counts(model: nn.Module, group: ChannelGroup, known: tuple[type[nn.Modu
             per_channel = [channels[channels >= 0].bincount(minlength=group.size) for channels in lost]
             if all(torch.equal(each, per_channel[0]) for each in per_channel):
                 found[name, path] = value, per_channel[0]
-    return replace(group, attributes={**found, **group.attributes})
+    return replace(group, attributes={**found, **group.attributes}) if found else group
 
 
 def _holders(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Role, str, HeldInt, int]]:
