@@ -32,7 +32,6 @@ FIRST = int(os.environ.get("LNR_PRUNE_FUZZ_FROM", "0"))
 REFITS = (lnr.Refit(), lnr.Refit(window=2, iterations=1), lnr.Refit(window=2, iterations=2))
 FREEZES = {
     "slice": "fixed positions in slice",  # names single positions
-    "token mixing": "mixed by add",  # an element has a token's owner or a channel's, not both
     "standardised": "computed weight",
     "weight norm": "computed weight",
 }

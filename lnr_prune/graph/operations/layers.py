@@ -43,7 +43,9 @@ def apply_weight(
         stays = [ids] if view.stacked else []  # they may lie along the parts, which stay
         for slot in (row_ids, owners.slot(name, columns), *stays):
             owners.freeze(slot, f"positions, not channels, are mixed by {reason}")
-        _produce(state, node, operands, output_axis, name, row_ids)
+        _couple_bias(state, node, bias, row_ids)
+        summed = state.trace.tensors[name].shape[columns]
+        state.products.append((math.prod(shape_of(node)) * summed, ids))  # it falls with the channels that pass
         return ids.reshape([1] * (len(shape_of(node)) - ids.dim()) + list(ids.shape))
     owners.couple_axis(ids, axis, owners.slot(name, columns), f"input of {reason}")
     return _produce(state, node, operands, output_axis, name, row_ids)
@@ -80,8 +82,7 @@ def _produce(
 ) -> Tensor:
     """The ids of a contraction's output: its weight's rows, to which the bias is coupled."""
     x, _, bias = operands
-    if bias is not None and state.extent(bias) != (1,):
-        state.owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), describe(node))
+    _couple_bias(state, node, bias, row_ids)
     applied = x if op_name(node).startswith("conv_transpose") else node  # where the weight is applied
     shape = shape_of(applied)
     view = _weight(state, node, operands[1])
@@ -89,6 +90,11 @@ def _produce(
     matrix = size[1:] if view is not None and view.parts else size  # a row of the batch meets one part of a stack
     state.macs[name] += math.prod(shape) // shape[axis] * math.prod(matrix)
     return along(row_ids, axis, shape_of(node))
+
+
+def _couple_bias(state: Propagation, node: fx.Node, bias: fx.Node | None, row_ids: Tensor) -> None:
+    if bias is not None and state.extent(bias) != (1,):
+        state.owners.couple(row_ids, state.of(bias).expand(shape_of(bias)), describe(node))
 
 
 @rule("linear")
