@@ -12,8 +12,8 @@ TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # ends in a separator, so torc
 DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 # Their result has the shape of their first operand, channel by channel.
 SAME = {
-    "alias", "alpha_dropout", "clone", "contiguous", "detach", "dropout", "feature_alpha_dropout", "feature_dropout",
-    "fill", "lift", "lift_fresh", "lift_fresh_copy", "resolve_conj", "resolve_neg", "to", "_to_copy", "type_as", "zero",
+    *DROPOUTS, "alias", "clone", "contiguous", "detach", "fill", "lift", "lift_fresh", "lift_fresh_copy",
+    "resolve_conj", "resolve_neg", "to", "_to_copy", "type_as", "zero",
 }  # fmt: skip
 # Pointwise operations that lack PyTorch's tag for it.
 POINTWISE = {

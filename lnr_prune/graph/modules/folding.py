@@ -19,6 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from lnr_prune.errors import GraphError
 from lnr_prune.graph.module import evaluating, plain, reaches
+from lnr_prune.runtime import noise
 
 HOOKS: dict[Any, tuple[Callable[..., Any], str, str]] = {
     WeightNorm: (remove_weight_norm, "name", "torch.nn.utils.remove_weight_norm"),
@@ -81,7 +82,7 @@ def _computed_by(name: str, layer: nn.Module) -> Iterator[Computed]:
 def _is_constant(layer: nn.Module) -> bool:
     """Whether all parametrized tensors of a layer have the same values in every forward pass."""
     names = list(layer.parametrizations)  # type: ignore[arg-type]
-    with torch.no_grad(), evaluating(layer), torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.no_grad(), evaluating(layer), noise.seeded(()):
         values = [(getattr(layer, name), getattr(layer, name)) for name in names]
     return all(first.is_meta or bool(torch.equal(first, second)) for first, second in values)
 
