@@ -1,7 +1,6 @@
 """Watch the layers' calls in a forward pass, whoever makes them, and give them other weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -55,10 +54,21 @@ See = Callable[[str, LayerCall], None]
 Swap = Callable[[str, Tensor], Mapping[str, Tensor]]
 
 
-class _Watch(TorchFunctionMode):
-    """Sees every call that uses a watched weight, modules and functional calls alike."""
+class Watch(TorchFunctionMode):
+    """Sees every call that uses a watched weight, modules and functional calls alike; see `watch`.
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: Iterable[str], see: See | None, swap: Swap | None) -> None:
+    Attributes:
+        views: The tensors that the forward has made of the weights.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        names: Iterable[str],
+        see: See | None = None,
+        swap: Swap | None = None,
+    ) -> None:
+        """Takes the model's tensors, the names of the weights, and what is told of their calls."""
         super().__init__()
         self.tensors, self.names, self.see, self.swap = tensors, set(names), see, swap
         self.views = Views(tensors, self.names)
@@ -117,16 +127,7 @@ def _batched(value: Tensor, weight: Tensor) -> Tensor:
     return value[None] if value.dim() == 1 or value.dim() < weight.dim() else value
 
 
-def watch(
-    model: nn.Module,
-    call: Call,
-    names: Iterable[str],
-    see: See | None = None,
-    swap: Swap | None = None,
-    within: AbstractContextManager[Any] | None = None,
-    *,
-    among_others: bool = False,
-) -> None:
+def watch(model: nn.Module, call: Call, names: Iterable[str], see: See | None = None, swap: Swap | None = None) -> None:
     """Runs the model once and reports every application of the named weights.
 
     Args:
@@ -136,17 +137,7 @@ def watch(
         see: Called after each call of a layer, with the weight's name and the call.
         swap: Called before it, with the name and the layer's input; returns the "weight" and "bias" to use
             instead (what it leaves out stays).
-        within: A context that is entered around the forward pass, inside the one that watches it.
-        among_others: Whether other passes are on their way at the same time. The caller has then put the model into
-            evaluation mode, and puts it back once all have ended.
     """
-    tensors = named_tensors(model)
-    watching = _Watch(tensors, names, see, swap)
-    own = fresh(call)  # not seen by what watches
-    with ExitStack() as stack:
-        if not among_others:
-            stack.enter_context(evaluating(model))
-            stack.enter_context(unfused_attention())
-        for context in (visible_attention(model), watching, within or nullcontext(), VisibleRecurrence()):
-            stack.enter_context(context)
+    watching, own = Watch(named_tensors(model), names, see, swap), fresh(call)  # copied where nobody watches
+    with evaluating(model), unfused_attention(), visible_attention(model), watching, VisibleRecurrence():
         forward(model, own)

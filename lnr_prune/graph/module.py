@@ -205,8 +205,10 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         put_back()
 
 
-def remembered(model: nn.Module) -> Callable[[], None]:
+def remembered(model: nn.Module) -> Callable[[], bool]:
     """Remembers what forwards may change in a model; the returned function puts it back, and may be called again.
+
+    It returns whether anything had changed.
 
     That is the submodules' classes and attributes, dicts and lists in them, and the values of buffers and of other
     tensors that are not parameters. Caches depend on the weights, sizes and dtypes that they were computed with.
@@ -219,18 +221,21 @@ def remembered(model: nn.Module) -> Callable[[], None]:
     tensors = {id(entry): entry for entry in entries if type(entry) is Tensor and _can_be_written(entry)}
     values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
 
-    def put_back() -> None:
+    def put_back() -> bool:
+        changed = False
         for module, kind in classes:
             if type(module) is not kind:
-                module.__class__ = kind
+                module.__class__, changed = kind, True
         for holder, before in saved:
-            _put_back(holder, before)
+            changed |= _put_back(holder, before)
         for tensor, value in values:  # compared, as a version does not count what is written through .data
             if tensor.shape != value.shape:
-                tensor.data = value.clone()
+                tensor.data, changed = value.clone(), True
             elif not torch.equal(tensor, value):
                 with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
                     tensor.copy_(value)
+                changed = True
+        return changed
 
     return put_back
 
@@ -239,15 +244,19 @@ def _can_be_written(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta
 
 
-def _put_back(holder: Any, before: Any) -> None:
+def _put_back(holder: Any, before: Any) -> bool:
     """Restores a dict or list; if it has not changed, it is not touched, as someone may be iterating over it."""
     if isinstance(holder, list):
-        if len(holder) != len(before) or any(a is not b for a, b in zip(holder, before, strict=True)):
+        changed = len(holder) != len(before) or any(a is not b for a, b in zip(holder, before, strict=True))
+        if changed:
             holder[:] = before
-        return
-    for name in holder.keys() - before.keys():
+        return changed
+    more = holder.keys() - before.keys()
+    other = {name: value for name, value in before.items() if name not in holder or holder[name] is not value}
+    for name in more:
         del holder[name]
-    holder.update({name: value for name, value in before.items() if name not in holder or holder[name] is not value})
+    holder.update(other)
+    return bool(more or other)
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:

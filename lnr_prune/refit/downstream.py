@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from lnr_prune.calibration.functions.pause import GONE, Pause
 from lnr_prune.refit.recording import Recorded
 
 Step = Callable[[Tensor, Tensor | None], Tensor]
@@ -106,38 +106,22 @@ class Wiring:
     last: str | None = None
 
 
-class Replay(TorchFunctionMode):
-    """Keeps results for the shortcuts, as long as a forward pass calls the same functions as the recorded one."""
+def added_at(wiring: Wiring, name: str, pause: Pause, like: Tensor) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """The shortcuts that a layer's output meets: up to its activation, and on the path to the next layer.
 
-    def __init__(self, recorded: Wiring) -> None:
-        super().__init__()
-        self._results: dict[int, Any] = {}
-        self._recorded, self._number, self._alike = recorded, 0, True
-        self._needed_by = {  # number of a call -> the last layer that needs its result
-            number: name
-            for name, downstream in recorded.layers.items()
-            for shortcut in (*downstream.affine.shortcuts, *downstream.way.shortcuts)
-            for number in (shortcut.needed if shortcut else ())
-        }
+    Args:
+        wiring: What the network does with its layers' outputs.
+        name: Name of the layer's weight.
+        pause: A pass that waits at the layer.
+        like: A tensor of the output's shape.
 
-    def added(self, name: str, like: Tensor) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-        """The shortcuts that this layer's output meets: up to its activation, and on the path to the next layer.
-
-        Results that no later layer needs are freed.
-        """
-        downstream = self._recorded.layers[name]
-        values = downstream.affine.added(self._results, like), downstream.way.added(self._results, like)
-        for number in [number for number in self._results if self._needed_by[number] == name]:
-            del self._results[number]
-        return values
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        number, self._number = self._number, self._number + 1
-        functions = self._recorded.functions
-        self._alike = self._alike and number < len(functions) and functions[number] == func
-        result = func(*args, **(kwargs or {}))
-        if self._alike and number in self._needed_by:
-            self._results[number] = result
-        return result
+    Returns:
+        Their values; None if one is not known, as when the pass has called other functions than the recorded one.
+    """
+    downstream, done = wiring.layers[name], len(pause.functions)
+    if pause.functions != list(wiring.functions[:done]):
+        return (downstream.affine.added({}, like), downstream.way.added({}, like))
+    shortcuts = (each for each in (*downstream.affine.shortcuts, *downstream.way.shortcuts) if each is not None)
+    needed = {number for shortcut in shortcuts for number in shortcut.needed if number < done}
+    results = {number: pause.results[number] for number in needed if pause.results[number] is not GONE}
+    return downstream.affine.added(results, like), downstream.way.added(results, like)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lnr_prune.calibration.adapter import AdaptedLayer
 from lnr_prune.calibration.data import Calibration
 from lnr_prune.calibration.examples import short_example
+from lnr_prune.calibration.functions.pause import begin
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.calibration.places import Place, places_of
 from lnr_prune.calibration.visible.attention import visible_attention
@@ -19,7 +20,7 @@ from lnr_prune.refit.fit import divergence_fitted, fitted, fitted_to_all_calls
 from lnr_prune.refit.follow import wiring_of
 from lnr_prune.refit.joint import Maker, Passed, refit_jointly
 from lnr_prune.refit.regression import LayerFit
-from lnr_prune.refit.side_by_side import Arguments, Arrival, Lockstep
+from lnr_prune.refit.side_by_side import Arguments, Arrival, Lockstep, manner_of
 from lnr_prune.refit.target import RefitLayer, Target, target_of
 from lnr_prune.runtime.checks import check_count, check_size
 from lnr_prune.runtime.work import Work
@@ -152,38 +153,36 @@ def refit(
             mean = wiring.layers[name].mean if takes else None
             return RefitLayer(layers[name], tensors, kept.get(name), (alive or {}).get(name), mean)
 
-        with Lockstep(model, calls, wiring, list(layers), work.ranks) as walk:
-            for name, arrivals in walk:
-                work.step(f"refitting {layers[name].consumer.name}")
-                layer, maker = layer_of(name), makers.get(name, "")
-                through, inputs = passed.pop(maker, {}), dict[int, Tensor]()
-                lost = not layer.whole or not all(arrival.unchanged for arrival in arrivals.values())
-                changed = any(work.ranks.all_gather(lost))
-                joint = all(work.ranks.all_gather(arrivals.keys() <= through.keys())) and maker in called
-                called[name] = {}
-                if changed:
-                    before = None
-                    if joint:
-                        first = layer_of(maker)
-                        N = first.matrix(weights, called[maker].get("bias"))
-                        before = Maker(first, N, [through[batch] for batch in arrivals], settings.iterations)
-                    target = partial(_target, layer, wiring, arrivals, places, work)
-                    moments, softmax = (repeated or {}).get(name), logits if name == wiring.last else False
-                    solved = partial(solve_layer, layer, target, before, moments, settings.ridge, softmax, work)
-                    found = work.remembered(f"refit of {name}", Solved, solved)
-                    weights |= found.weights
-                    called |= found.arguments
-                    fits[name] = found.fit
-                    if maker in found.arguments:  # the layer now reads other inputs
-                        inputs = {batch: through[batch].onwards(called[maker]) for batch in arrivals}
-                if name in makers.values():
-                    way = wiring.layers[name].way
-                    passed[name] = {
-                        batch: Passed.of(arrival, way)
-                        for batch, arrival in arrivals.items()
-                        if arrival.beside is not None
-                    }
-                walk.go_on(name, arrivals, called[name], inputs)
+        walk = Lockstep(model, map(begin, calls), wiring, manner_of(model, wiring, example), list(layers), work.ranks)
+        for name, arrivals in walk:
+            work.step(f"refitting {layers[name].consumer.name}")
+            layer, maker = layer_of(name), makers.get(name, "")
+            through, inputs = passed.pop(maker, {}), dict[int, Tensor]()
+            lost = not layer.whole or not all(arrival.unchanged for arrival in arrivals.values())
+            changed = any(work.ranks.all_gather(lost))
+            joint = all(work.ranks.all_gather(arrivals.keys() <= through.keys())) and maker in called
+            called[name] = {}
+            if changed:
+                before = None
+                if joint:
+                    first = layer_of(maker)
+                    N = first.matrix(weights, called[maker].get("bias"))
+                    before = Maker(first, N, [through[batch] for batch in arrivals], settings.iterations)
+                target = partial(_target, layer, wiring, arrivals, places, work)
+                moments, softmax = (repeated or {}).get(name), logits if name == wiring.last else False
+                solved = partial(solve_layer, layer, target, before, moments, settings.ridge, softmax, work)
+                found = work.remembered(f"refit of {name}", Solved, solved)
+                weights |= found.weights
+                called |= found.arguments
+                fits[name] = found.fit
+                if maker in found.arguments:  # the layer now reads other inputs
+                    inputs = {batch: through[batch].onwards(called[maker]) for batch in arrivals}
+            if name in makers.values():
+                way = wiring.layers[name].way
+                passed[name] = {
+                    batch: Passed.of(arrival, way) for batch, arrival in arrivals.items() if arrival.beside is not None
+                }
+            walk.go_on(name, arrivals, called[name], inputs)
     return Refitted(weights, fits)
 
 

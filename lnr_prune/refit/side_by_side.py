@@ -9,22 +9,26 @@ batches are there, the layer is solved, and all go on with its new weight. A net
     batch 1   original  fc1 . fc2 . fc3 .          `Lockstep.go_on`. A layer that is called again (a shared one)
               pruned    fc1 | fc2 | fc3 |          goes on by itself, as it did the first time.
 
-This costs two passes over the data, however deep the network is. The forward is the user's code, and we cannot write
-pauses into it, so it runs as a coroutine, see `suspended`.
+This costs two passes over the data, however deep the network is, see `lnr_prune.calibration.functions.pause`.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lnr_prune.calibration.calls import Call
-from lnr_prune.calibration.watch import LayerCall, watch
-from lnr_prune.refit.coroutine import Answer, Question, suspended
-from lnr_prune.refit.downstream import Replay, Wiring
+from lnr_prune.calibration.functions.pause import Manner, Pause, Replay, begin, go_on
+from lnr_prune.calibration.watch import LayerCall, Watch
+from lnr_prune.errors import CalibrationError
+from lnr_prune.graph.module import named_tensors, remembered
+from lnr_prune.refit.downstream import Wiring, added_at
 from lnr_prune.runtime.processes import Ranks
+
+STOPS = 8  # a pass is paused at about so many layers, to find out how
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,29 +72,31 @@ class Lockstep:
     """
 
     def __init__(
-        self, model: nn.Module, calls: Sequence[Call], wiring: Wiring, order: Sequence[str], ranks: Ranks
+        self,
+        model: nn.Module,
+        passes: Iterable[Pause],
+        wiring: Wiring,
+        manner: Manner,
+        order: Sequence[str],
+        ranks: Ranks,
     ) -> None:
         """Starts every batch.
 
         Args:
-            model: The original model.
-            calls: The batches.
+            model: The original model, in evaluation mode.
+            passes: The batches, where they begin.
             wiring: What the network does with its layers' outputs.
+            manner: How its passes are paused.
             order: Names of the layers' weights, in order of execution.
             ranks: The processes that prune together.
         """
-        self._order, self._ranks, self._stack = list(order), ranks, ExitStack()
-        self._runs = [self._stack.enter_context(closing(both_networks(model, call, wiring))) for call in calls]
+        self._order, self._ranks = list(order), ranks
+        tensors = named_tensors(model)
+        self._runs = [both_networks(model, pause, wiring, manner, tensors) for pause in passes]
         self._waiting: dict[int, Arrival] = {}
         self._answered: dict[str, Arguments] = {}
         for batch, run in enumerate(self._runs):
             self._arrived(batch, next(run, None))
-
-    def __enter__(self) -> "Lockstep":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def __iter__(self) -> Iterator[tuple[str, dict[int, Arrival]]]:
         while True:
@@ -131,34 +137,118 @@ class Lockstep:
             self._waiting[batch] = arrival
 
 
-def both_networks(model: nn.Module, call: Call, wiring: Wiring) -> TwinRun:
-    """Runs the original and the pruned network side by side; at every layer it waits for the pruned one's weights."""
-    modes = [Replay(wiring) for _ in range(2)]
+def both_networks(
+    model: nn.Module, pause: Pause, wiring: Wiring, manner: Manner, tensors: Mapping[str, Tensor]
+) -> TwinRun:
+    """Runs the original and the pruned network side by side; at every layer it waits for the pruned one's arguments.
 
-    def original(ask: Callable[[tuple[str, LayerCall]], None]) -> None:
+    Until a layer gets other arguments, they are one network.
+
+    Args:
+        model: The original model, in evaluation mode.
+        pause: Where the passes begin.
+        wiring: What the network does with its layers' outputs.
+        manner: How its passes are paused.
+        tensors: The model's tensors.
+    """
+    answered: dict[str, Arguments] = {}
+    seen: list[tuple[str, LayerCall]] = []
+    reached: list[Tensor] = []
+    wanted, inputs = "", dict[str, Tensor]()
+    original, pruned, one = pause, pause, True
+
+    def see(name: str, layer: LayerCall) -> None:
+        if name not in answered:
+            seen.append((name, layer))
+            replay.halt_after()
+
+    def swap(name: str, x: Tensor) -> Arguments:
+        if name == wanted and name not in answered:
+            reached.append(x)
+            replay.halt()
+        other = {"input": inputs.pop(name)} if name in inputs else {}
+        return {**answered.get(name, {}), **other}
+
+    watches = Watch(tensors, wiring.layers, see=see), Watch(tensors, wiring.layers, swap=swap)
+    while True:
+        replay = Replay(original, follow=watches[0].views.follow, keep=manner.keep)
+        waits, _ = go_on(model, original, replay, manner, around=[watches[0]])
+        if waits is None:
+            return
+        original, here = waits, list(seen)
+        seen.clear()
+        while here:
+            wanted, layer = here.pop(0)
+            if one:
+                reached, pruned = [layer.input], original
+            else:
+                replay = Replay(pruned, follow=watches[1].views.follow, keep=manner.keep)
+                waits, _ = go_on(model, pruned, replay, manner, around=[watches[1]])
+                if waits is None:  # it takes another path, on which this layer is not called
+                    answered[wanted] = {}
+                    continue
+                pruned = waits
+            shortcuts = added_at(wiring, wanted, original, layer.output)[0]
+            changed, beside = added_at(wiring, wanted, pruned, layer.output)
+            known = None if shortcuts is None or changed is None else (shortcuts, changed)
+            arrival = Arrival(wanted, layer, reached.pop(), known, beside)
+            del layer, shortcuts, changed, beside, known
+            new = yield arrival
+            del arrival
+            if new and one:
+                pruned, one = original.before_last().copied(tensors.values()), False
+            answered[wanted] = {key: value for key, value in new.items() if key != "input"}
+            inputs = {wanted: new["input"]} if "input" in new else {}
+
+
+def manner_of(model: nn.Module, wiring: Wiring, example: Call) -> Manner:
+    """How passes of a model are paused, found out by pausing one at some of its layers.
+
+    Args:
+        model: The model, in evaluation mode.
+        wiring: What the network does with its layers' outputs.
+        example: Arguments of a forward pass.
+
+    Raises:
+        CalibrationError: If a pass that is paused does not give the same outputs as one that is not.
+    """
+    tensors, put_back = named_tensors(model), remembered(model)
+    whole = begin(example)
+    _, expected = go_on(model, whole, Replay(whole), Manner())
+    changes = put_back if put_back() else None
+    names = list(wiring.layers)
+    for manner in (Manner(put_back=changes), Manner(keep=True, put_back=changes)):
+        stops, pause = set(names[:: -(-len(names) // STOPS)]), begin(example)
+
         def see(name: str, layer: LayerCall) -> None:
-            ask((name, layer))
+            if name in stops:  # noqa: B023
+                stops.remove(name)  # noqa: B023
+                replay.halt_after()  # noqa: B023
 
-        watch(model, call, wiring.layers, see=see, within=modes[0], among_others=True)
-
-    def pruned(ask: Callable[[tuple[str, Tensor]], Arguments]) -> None:
-        def swap(name: str, x: Tensor) -> Arguments:
-            return ask((name, x))
-
-        watch(model, call, wiring.layers, swap=swap, within=modes[1], among_others=True)
-
-    with closing(suspended(original)) as first, closing(suspended(pruned)) as second:
-        seen, swapped = next(first, None), next(second, None)
-        while seen is not None and swapped is not None:
-            name, layer = seen
-            (original_s, _), (pruned_s, beside) = (mode.added(name, layer.output) for mode in modes)
-            known = None if original_s is None or pruned_s is None else (original_s, pruned_s)
-            new = yield Arrival(name, layer, swapped[1], known, beside)
-            seen, swapped = advance(first, None), advance(second, new)
+        watching = Watch(tensors, names, see=see)
+        waits: Pause | None = pause
+        try:
+            while waits is not None:
+                replay = Replay(waits, follow=watching.views.follow, keep=manner.keep)
+                waits, outputs = go_on(model, waits, replay, manner, around=[watching])
+        except CalibrationError:
+            continue
+        if alike(expected, outputs):
+            return manner
+    raise CalibrationError(
+        f"{type(model).__name__} cannot be run in parts: its forward does not call the same functions in every run. "
+        "Let it decide by its inputs only, or give refit=None"
+    )
 
 
-def advance(stream: Generator[Question, Answer, None], answer: Answer) -> Question | None:
-    """Sends an answer; returns the next question, or None at the end."""
+def alike(expected: Any, outputs: Any) -> bool:
+    """Whether two outputs have the same values."""
+    pairs = zip(tree_leaves(expected), tree_leaves(outputs), strict=True)
+    return all(torch.equal(a, b) or torch.allclose(a, b, equal_nan=True) for a, b in pairs if isinstance(a, Tensor))
+
+
+def advance(stream: TwinRun, answer: Arguments) -> Arrival | None:
+    """Sends an answer; returns the next arrival, or None at the end."""
     try:
         return stream.send(answer)
     except StopIteration:

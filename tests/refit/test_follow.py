@@ -1,6 +1,7 @@
 """What becomes of a layer's output, and that the refit aims at it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from torch.nn import functional as F
 
 import lnr_prune as lnr
 from lnr_prune.calibration.data import calibrate
-from lnr_prune.graph.module import named_tensors
+from lnr_prune.calibration.functions.pause import Manner, Pause, Replay, begin, go_on
+from lnr_prune.calibration.watch import LayerCall, Watch
+from lnr_prune.graph.module import evaluating, named_tensors
 from lnr_prune.refit import fit
-from lnr_prune.refit.downstream import Downstream, Replay, Steps
+from lnr_prune.refit.downstream import Downstream, Steps, added_at
 from lnr_prune.refit.follow import wiring_of
 from lnr_prune.refit.refit import Refit, refit
 from tests.helpers.layers import layers_of
@@ -40,6 +43,20 @@ def seen(after: After) -> tuple[Downstream, Through, Tensor]:
     torch.manual_seed(0)
     model, x = randomised(Through(after)).eval().requires_grad_(False), torch.randn(7, 4)
     return wiring_of(model, ["layer.weight"], ((x,), {})).layers["layer.weight"], model, x
+
+
+def waiting(model: nn.Module, x: Tensor) -> Pause:
+    """A pass that has just called the layer."""
+
+    def see(name: str, layer: LayerCall) -> None:
+        replay.halt_after()
+
+    start = begin(((x,), {}))
+    replay = Replay(start)
+    with evaluating(model):
+        pause, _ = go_on(model, start, replay, Manner(), around=[Watch(named_tensors(model), ["layer.weight"], see)])
+    assert pause is not None
+    return pause
 
 
 AFTER: dict[str, tuple[After, int, int, Callable[[Tensor], Tensor] | None]] = {
@@ -85,14 +102,10 @@ def test_the_affine_part_is_what_the_model_does(name: str) -> None:
     downstream, model, x = seen(after)
     x = torch.randn(11, 4)  # another number of samples than the one recorded
     recorded = wiring_of(model, ["layer.weight"], ((x[:2],), {}))
-    replay = Replay(recorded)
-    with replay, torch.no_grad():
-        model(x)
     downstream, h = recorded.layers["layer.weight"], model.before(x).sigmoid()
     y, other = model.layer(h), torch.randn(11, 6)
-    added, _ = replay.added("layer.weight", y)
+    added, _ = added_at(recorded, "layer.weight", waiting(model, x), y)
     assert added is not None
-    assert replay.added("layer.weight", y)[0] == ([] if not added else None)  # what no later layer needs is let go
     z = downstream.affine(y.clone(), added)
     if name not in ("layer after the layer", "steep"):
         torch.testing.assert_close(
@@ -105,11 +118,11 @@ def test_the_affine_part_is_what_the_model_does(name: str) -> None:
 
 def test_a_forward_that_takes_another_path_is_not_followed() -> None:
     downstream, model, x = seen(lambda m, y, h: y + (h if len(y) < 9 else -h))
-    replay = Replay(wiring_of(model, ["layer.weight"], ((x,), {})))
-    with replay, torch.no_grad():
-        (x + 1).sum()
-        model(x)
-    assert replay.added("layer.weight", x)[0] is None
+    wiring = wiring_of(model, ["layer.weight"], ((x,), {}))
+    y = torch.zeros(7, 6)
+    assert added_at(wiring, "layer.weight", waiting(model, x), y)[0] is not None
+    other = replace(wiring, functions=(torch.relu, *wiring.functions[1:]))
+    assert added_at(other, "layer.weight", waiting(model, x), y)[0] is None
     assert downstream.affine.added({}, x) is None
 
 

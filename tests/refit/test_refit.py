@@ -16,7 +16,6 @@ from lnr_prune.calibration.gather import gather
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.groups import find_groups
-from lnr_prune.refit.coroutine import suspended
 from lnr_prune.refit.fit import STEP
 from lnr_prune.refit.refit import Refit, refit
 from lnr_prune.refit.regression import RIDGES, ridge_regression, softmax_regression
@@ -223,46 +222,6 @@ def test_outputs_that_are_no_logits_are_not_fitted_as_if_they_were() -> None:
     found = softmax_regression(x, y, held, M, start, squares=True)
     errors = [float(((y - x @ m.T)[held]).square().sum()) for m in (M, M if found is None else found)]
     assert errors[1] <= 1.02 * errors[0]
-
-
-def test_a_suspended_function_asks_and_is_answered() -> None:
-    heard: list[Any] = []
-
-    def asks(ask: Any) -> None:
-        heard.append(ask(1))
-        heard.append(ask(2))
-
-    generator = suspended(asks)
-    assert next(generator) == 1
-    assert generator.send("one") == 2
-    assert next(generator, "end") == "end"
-    assert heard == ["one", None]
-
-
-def test_a_suspended_function_ends_when_its_generator_is_closed() -> None:
-    ended: list[bool] = []
-
-    def asks(ask: Any) -> None:
-        try:
-            ask(1)
-        finally:
-            ended.append(True)
-
-    generator = suspended(asks)
-    next(generator)
-    generator.close()
-    assert ended == [True]
-
-
-def test_an_exception_in_a_suspended_function_is_raised() -> None:
-    def fails(ask: Any) -> None:
-        ask(1)
-        raise KeyError("broken on purpose")
-
-    generator = suspended(fails)
-    next(generator)
-    with pytest.raises(KeyError, match="on purpose"):
-        next(generator)
 
 
 @pytest.mark.parametrize("bias", [True, False])
