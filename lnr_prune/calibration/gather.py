@@ -73,23 +73,17 @@ def _gathered(
         if len(layer.input) == 0:  # an expert that no row has reached
             _both(sums, name, readers[name].inputs(layer).shape[1], layer.input.device)
             return
-        parts = list(place.parts(len(layer.input), HALF))
-        pieces = list(zip(parts, layer.split([size for _, size in parts]), strict=True))
-        for part in (False, True):
-            of_part = [piece for (held, _), piece in pieces if held == part]
-            xx = all_products(readers[name], of_part, samples)
+        for part, index in place.parts(len(layer.input), HALF):
+            piece, numbers = layer.at(index), place.start(len(layer.input)) + index
+            xx = all_products(readers[name], [piece], samples)
             if xx is not None:
                 _, positions, _ = rows_of_sample(readers[name], layer, samples)
-                count = positions * sum(len(piece.input) for piece in of_part)
-                of_call = SecondMoments(xx, xx.new_empty(0, len(xx)), xx.new_zeros(()), count)
+                of_call = SecondMoments(xx, xx.new_empty(0, len(xx)), xx.new_zeros(()), positions * len(index))
                 _both(sums, name, len(xx), xx.device)[part] += of_call
                 continue
-            start = place.start(len(layer.input))
-            for (held, size), piece in pieces:
-                for x, *_ in rows(readers[name], piece, samples, start) if held == part else ():
-                    both = _both(sums, name, x.shape[1], x.device)
-                    both[part] = both[part].with_rows(x, x.new_empty(len(x), 0))
-                start += size
+            for x, *_ in rows(readers[name], piece, samples, numbers):
+                both = _both(sums, name, x.shape[1], x.device)
+                both[part] = both[part].with_rows(x, x.new_empty(len(x), 0))
 
     batch = -1
     for batch, call in enumerate(data):

@@ -38,8 +38,8 @@ class Place:
         """Number of the first of this batch's ``rows`` in a layer, when every sample has equally many."""
         return self.first * rows // max(1, self.size)
 
-    def parts(self, rows: int, every: int = QUARTER) -> Iterator[tuple[bool, int]]:
-        """Cuts a layer's rows into parts; yields whether a part is held out, and how many rows it has.
+    def held(self, rows: int, every: int = QUARTER) -> Tensor:
+        """Which of a layer's rows are held out, (rows,) bool.
 
         Args:
             rows: Number of rows; every sample has equally many.
@@ -47,8 +47,15 @@ class Place:
         """
         length = max(1, -(-self.samples // STRETCHES))
         numbers = self.first + torch.arange(rows) * self.size // max(1, rows)
-        held, counts = (numbers // length % every == every - 1).unique_consecutive(return_counts=True)
-        yield from zip(map(bool, held), map(int, counts), strict=True)
+        return numbers // length % every == every - 1
+
+    def parts(self, rows: int, every: int = QUARTER) -> Iterator[tuple[bool, Tensor]]:
+        """Cuts a layer's rows into two parts; yields whether a part is held out, and the indices of its rows."""
+        held = self.held(rows, every)
+        for part in (False, True):
+            index = (held == part).nonzero()[:, 0]
+            if len(index):
+                yield part, index
 
 
 def places_of(calls: Sequence[Call], ranks: Ranks = ALONE) -> Iterator[Place]:
@@ -62,16 +69,13 @@ def places_of(calls: Sequence[Call], ranks: Ranks = ALONE) -> Iterator[Place]:
 
 def halves(call: Call, place: Place) -> Iterator[tuple[bool, Call]]:
     """Cuts a call into samples that judge (True) and others; one that cannot be cut goes with its first sample."""
-    parts = list(place.parts(place.size, HALF))
     shared = {leaf.shape[:1] for leaf in tree_leaves(call) if isinstance(leaf, Tensor)}
     if len(shared) != 1 or next(iter(shared)) != (place.size,):
-        yield parts[0][0], call
+        yield bool(place.held(place.size, HALF)[0]), call
         return
-    first = 0
-    for part, count in parts:
+    for part, index in place.parts(place.size, HALF):
         piece: Call = tree_map(
-            lambda leaf: leaf[first : first + count] if isinstance(leaf, Tensor) else leaf,  # noqa: B023
+            lambda leaf: leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else leaf,  # noqa: B023
             call,
         )
         yield part, piece
-        first += count

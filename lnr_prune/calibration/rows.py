@@ -32,7 +32,7 @@ class Reader(Protocol):
 
 
 def rows(
-    reader: Reader, layer: LayerCall, samples: int | None, first: int, *others: Tensor
+    reader: Reader, layer: LayerCall, samples: int | None, numbers: Tensor, *others: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
     """x, (n, d), and y, (n, h), of one call, in chunks that fit into memory.
 
@@ -44,7 +44,7 @@ def rows(
         reader: How to read the call.
         layer: The call.
         samples: Number of samples in all the calibration data; None = not known, and every row is read.
-        first: Number of the call's first sample.
+        numbers: The numbers of the call's samples, (n,).
         others: More tensors of the output's shape, without a bias; their rows are yielded after x and y.
     """
     count = len(layer.input)
@@ -56,13 +56,13 @@ def rows(
         others = tuple(other.cpu() for other in others)
     d, positions, wanted = rows_of_sample(reader, layer, samples)
     size = max(1, CHUNK // (d * max(1, wanted)))
-    for chunk, *rest in zip(layer.split(size), *(torch.split(other, size) for other in others), strict=True):
+    pieces = (torch.split(other, size) for other in (numbers, *others))
+    for chunk, of_chunk, *rest in zip(layer.split(size), *pieces, strict=True):
         drawn = None
         if wanted < positions:
-            drawn = _positions(positions, wanted, first, len(chunk.input)).to(layer.input.device)
+            drawn = _positions(positions, wanted, of_chunk).to(layer.input.device)
         calls = chunk, *(replace(chunk, output=other, bias=None) for other in rest)
         yield reader.inputs(chunk, drawn), *(reader.outputs(call, drawn) for call in calls)
-        first += len(chunk.input)
 
 
 def all_products(reader: Reader, layers: Sequence[LayerCall], samples: int | None) -> Tensor | None:
@@ -87,14 +87,13 @@ def rows_of_sample(reader: Reader, layer: LayerCall, samples: int | None) -> tup
     return d, positions, positions if samples is None else min(positions, math.ceil(ROWS_PER_COLUMN * d / samples))
 
 
-def _positions(positions: int, wanted: int, first: int, count: int) -> Tensor:
+def _positions(positions: int, wanted: int, numbers: Tensor) -> Tensor:
     """Indices of the rows to read: for each sample a random set of positions, shifted by its number."""
     drawn = torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted]
-    return (torch.arange(count)[:, None] * positions + (drawn + shifts(positions, first, count)) % positions).reshape(
-        -1
-    )
+    moved = (drawn + shifts(positions, numbers)) % positions
+    return (torch.arange(len(numbers))[:, None] * positions + moved).reshape(-1)
 
 
-def shifts(size: int, first: int, count: int) -> Tensor:
-    """How far each sample rotates what was drawn once, (count, 1); it depends on the sample's number only."""
-    return ((first + torch.arange(count)[:, None]) * (size * 0.6180339887498949)).long()  # golden ratio: spread evenly
+def shifts(size: int, numbers: Tensor) -> Tensor:
+    """How far each sample rotates what was drawn once, (n, 1); it depends on the sample's number only."""
+    return (numbers[:, None] * (size * 0.6180339887498949)).long()  # golden ratio: spread evenly

@@ -44,7 +44,14 @@ class LayerCall:
         x, weight = arguments.get("input", self.input), arguments.get("weight", self.weight)
         return self.function(x, weight, arguments.get("bias", self.bias))
 
-    def split(self, samples: int | list[int]) -> Iterator["LayerCall"]:
+    def at(self, index: Tensor) -> "LayerCall":
+        """The call of some of its samples."""
+        if len(index) == len(self.input):
+            return self
+        index = index.to(self.input.device)
+        return replace(self, input=self.input[index], output=self.output[index])
+
+    def split(self, samples: int) -> Iterator["LayerCall"]:
         """The call in pieces of ``samples`` samples each, as torch.split cuts them."""
         for x, y in zip(torch.split(self.input, samples), torch.split(self.output, samples), strict=True):
             yield replace(self, input=x, output=y)

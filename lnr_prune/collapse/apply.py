@@ -17,9 +17,10 @@ from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.record import original_of
 from lnr_prune.collapse.verify import Reference, copied
 from lnr_prune.errors import GraphError, PlanError
-from lnr_prune.graph.module import named_tensors, plain, reaches
+from lnr_prune.graph.module import named_tensors, plain
 from lnr_prune.graph.modules.folding import folded
 from lnr_prune.graph.modules.guard import guarded
+from lnr_prune.graph.modules.reach import reaches
 from lnr_prune.graph.modules.twins import deep_copy, replace_tensors, twin
 from lnr_prune.graph.owners import along
 

@@ -4,10 +4,9 @@ import copy
 import functools
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -206,9 +205,9 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def remembered(model: nn.Module) -> Callable[[], bool]:
-    """Remembers what forwards may change in a model; the returned function puts it back, and may be called again.
+    """Remembers what forwards may change in a model.
 
-    It returns whether anything had changed.
+    The returned function puts it back, says whether anything had changed, and may be called again.
 
     That is the submodules' classes and attributes, dicts and lists in them, and the values of buffers and of other
     tensors that are not parameters. Caches depend on the weights, sizes and dtypes that they were computed with.
@@ -223,11 +222,11 @@ def remembered(model: nn.Module) -> Callable[[], bool]:
 
     def put_back() -> bool:
         changed = False
+        for holder, before in saved:
+            changed |= _put_back(holder, before)
         for module, kind in classes:
             if type(module) is not kind:
                 module.__class__, changed = kind, True
-        for holder, before in saved:
-            changed |= _put_back(holder, before)
         for tensor, value in values:  # compared, as a version does not count what is written through .data
             if tensor.shape != value.shape:
                 tensor.data, changed = value.clone(), True
@@ -248,15 +247,14 @@ def _put_back(holder: Any, before: Any) -> bool:
     """Restores a dict or list; if it has not changed, it is not touched, as someone may be iterating over it."""
     if isinstance(holder, list):
         changed = len(holder) != len(before) or any(a is not b for a, b in zip(holder, before, strict=True))
-        if changed:
-            holder[:] = before
+        holder[:] = before if changed else holder
         return changed
-    more = holder.keys() - before.keys()
-    other = {name: value for name, value in before.items() if name not in holder or holder[name] is not value}
-    for name in more:
+    if holder.keys() == before.keys() and all(holder[name] is value for name, value in before.items()):
+        return False
+    for name in holder.keys() - before.keys():
         del holder[name]
-    holder.update(other)
-    return bool(more or other)
+    holder.update(before)
+    return True
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
@@ -282,36 +280,3 @@ def check_values(model: nn.Module) -> None:
                 f"{bad:,} of the {parameter.numel():,} values of parameter {name!r} are NaN or Inf: "
                 "load a checkpoint whose values are finite"
             )
-
-
-def reaches(target: nn.Module, original: nn.Module) -> bool:
-    """Whether a copy still reaches a part of the original, for example through a function's closure."""
-    parts = {id(part) for part in (*original.modules(), *original.parameters(), *original.buffers())}
-    seen: set[int] = set()
-    waiting: list[Any] = list(target.modules())
-    while waiting:
-        value = waiting.pop()
-        if id(value) in parts:
-            return True
-        if id(value) not in seen:
-            seen.add(id(value))
-            waiting += _held(value)
-    return False
-
-
-def _held(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(value)
-    if isinstance(value, type | Tensor | ModuleType):
-        return []
-    own = list(vars(value).values()) if hasattr(value, "__dict__") else []
-    if isinstance(value, MethodType):
-        own.append(value.__self__)
-    elif isinstance(value, functools.partial):
-        own += [value.func, value.args, value.keywords]
-    elif isinstance(value, FunctionType):
-        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())
-        own += [*cells, value.__defaults__, value.__kwdefaults__]
-    return own

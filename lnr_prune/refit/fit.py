@@ -1,6 +1,8 @@
 """The least squares that fits a layer to its target."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,25 +10,54 @@ from torch import Tensor
 
 from lnr_prune.calibration.gather import check_finite
 from lnr_prune.calibration.moments import SecondMoments
-from lnr_prune.calibration.rows import CHUNK, all_products
+from lnr_prune.calibration.rows import CHUNK, all_products, rows_of_sample
 from lnr_prune.errors import CalibrationError
 from lnr_prune.refit.regression import LayerFit, ridge_regression, softmax_regression
-from lnr_prune.refit.target import RefitLayer, Target, pieces_of, rows_of
+from lnr_prune.refit.target import RefitLayer, Rows, Target, pieces_of, rows_of
 
+KEPT = 2**26  # rows of up to so many elements are kept while a layer is fitted
 STEP = 1.5  # lengthens the step towards the fixed point behind an activation; with 1, it takes three steps
 
 
-def fitted(layer: RefitLayer, target: Target, ridge: float | None) -> tuple[Tensor, LayerFit]:
-    """M, and how well it fits; a ridge of None is chosen on held-out samples."""
+def fitted(
+    layer: RefitLayer, target: Target, ridge: float | None, *, softmax: bool | None = False
+) -> tuple[Tensor, LayerFit]:
+    """M, and how well it fits.
+
+    Args:
+        layer: The layer.
+        target: What it is fitted to.
+        ridge: The ridge; None = chosen on held-out samples.
+        softmax: Whether the target is logits, see `softmax_regression`; None = only if that fits better, and not worse
+            by squares.
+    """
     W, stays, ridged = layer.matrix({}), layer.stays(), layer.ridged()
     alpha = W.new_ones(len(W), 1) if target.affine is None else target.affine.alpha[:, None].to(W)
-    fit, held = _moments(layer, target, W)
+    read = _reader(layer, target, again=target.downstream.activation is not None or softmax is not False)
+    fit, held = _moments(layer, target, W, read())
     aM, found = ridge_regression(fit, held, stays, ridged, alpha * W, ridge)
     if target.downstream.activation is not None:
         whole = fit if held is None else fit + held
-        moments = replace(whole, yx=aM @ whole.xx + STEP * _lacking(layer, target, aM))
+        moments = replace(whole, yx=aM @ whole.xx + STEP * _lacking(target, aM, read()))
         aM, _ = ridge_regression(moments, None, stays, ridged, alpha * W, found.ridge)
-    return (aM / alpha).where(alpha != 0, W * stays), found  # rows that nobody reads stay
+    M = (aM / alpha).where(alpha != 0, W * stays)  # rows that nobody reads stay
+    if softmax is not False:
+        probable = _divergence_fitted(layer, target, M, found.ridge, read(), squares=softmax is None)
+        if probable is not None:
+            return probable[0], replace(found, error=probable[1], softmax=True)
+    return M, found
+
+
+def _reader(layer: RefitLayer, target: Target, *, again: bool) -> Callable[[], Iterable[Rows]]:
+    """Reads the target's rows; if they are few enough to be kept, only once."""
+    call = next((call for call in target.calls if len(call.input)), None)
+    if call is not None and again:
+        d, _, wanted = rows_of_sample(layer.adapted, call, max(place.samples for place in target.places))
+        count = wanted * sum(len(call.input) for call in target.calls)
+        if count * (d + 2 * len(layer.adapted.matrix(layer.tensors))) <= KEPT:
+            kept = list(rows_of(layer, target))
+            return lambda: kept
+    return partial(rows_of, layer, target)
 
 
 def fitted_to_all_calls(layer: RefitLayer, moments: SecondMoments, ridge: float | None) -> tuple[Tensor, LayerFit]:
@@ -35,15 +66,15 @@ def fitted_to_all_calls(layer: RefitLayer, moments: SecondMoments, ridge: float 
     return ridge_regression(moments.through(W), None, layer.stays(), layer.ridged(), W, ridge)
 
 
-def divergence_fitted(
-    layer: RefitLayer, target: Target, M: Tensor, ridge: float, *, squares: bool
+def _divergence_fitted(
+    layer: RefitLayer, target: Target, M: Tensor, ridge: float, read: Iterable[Rows], *, squares: bool
 ) -> tuple[Tensor, float] | None:
     """M fitted again, for a target of logits, by the divergence of their softmax, see `softmax_regression`.
 
     Returns:
         M and ``E||y - M x||^2``, or None if this serves nobody better.
     """
-    parts = [(torch.full((len(x),), part, device=x.device), x, y) for part, x, y, _ in rows_of(layer, target)]
+    parts = [(torch.full((len(x),), part, device=x.device), x, y) for part, x, y, _ in read]
     of_all = [rows for of_rank in target.ranks.all_gather(parts) for rows in of_rank]
     held, x, y = (torch.cat(each) for each in zip(*of_all, strict=True))
     stays = layer.stays()
@@ -57,25 +88,31 @@ def divergence_fitted(
     return found, float((y - (x * stays).to(found) @ found.T).square().sum(1).mean())
 
 
-def _moments(layer: RefitLayer, target: Target, W: Tensor) -> tuple[SecondMoments, SecondMoments | None]:
+def _moments(
+    layer: RefitLayer, target: Target, W: Tensor, read: Iterable[Rows]
+) -> tuple[SecondMoments, SecondMoments | None]:
     """Second moments of the samples to fit on, and of those held out."""
     (h, d), waiting, known = W.shape, list[list[Any]]([[], []]), [0, 0]
     sums = [SecondMoments.zeros(h, d, W.device) for _ in range(2)]
-    for part in (False, True):
-        calls = [piece for held, piece, *_ in pieces_of(target) if held == part]
-        xx = all_products(layer.adapted, calls, max((place.samples for place in target.places), default=0))
-        if xx is not None:
-            known[part] = len(xx)
-            sums[part].xx[: len(xx), : len(xx)] += xx
+    products = dict[bool, Tensor]()
+    for part, piece, samples, *_ in pieces_of(target):
+        xx = all_products(layer.adapted, [piece], samples)
+        if xx is None:  # of all pieces, or of none
+            products.clear()
+            break
+        products[part] = products[part] + xx if part in products else xx
+    for part, xx in products.items():
+        known[part] = len(xx)
+        sums[part].xx[: len(xx), : len(xx)] += xx
 
     def add(part: bool) -> None:
         x, y = (torch.cat(each) for each in zip(*waiting[part], strict=True))
         waiting[part] = []
         sums[part] = sums[part].with_rows(x, y, known[part])
 
-    for part, *piece, _ in rows_of(layer, target):  # for few rows, adding the product costs as much as computing it
-        waiting[part].append(piece)
-        if (h + d) * sum(len(x) for x, _ in waiting[part]) >= CHUNK:
+    for part, x, y, _ in read:  # for few rows, adding the product costs as much as computing it
+        waiting[part].append((x, y))
+        if (h + d) * sum(len(of_x) for of_x, _ in waiting[part]) >= CHUNK:
             add(part)
     for part in (False, True):
         if waiting[part]:
@@ -91,10 +128,10 @@ def _moments(layer: RefitLayer, target: Target, W: Tensor) -> tuple[SecondMoment
     return fit, held if held.count else None
 
 
-def _lacking(layer: RefitLayer, target: Target, aM: Tensor) -> Tensor:
+def _lacking(target: Target, aM: Tensor, read: Iterable[Rows]) -> Tensor:
     """``sum (phi(z) - phi(z')) x^T``."""
     lacking, phi = torch.zeros_like(aM), target.downstream.activation or torch.clone
-    for _, x, y, offset in rows_of(layer, target):
+    for _, x, y, offset in read:
         difference = phi(y + offset) - phi((x @ aM.to(x).T).to(y) + offset)
         lacking += difference.to(x).T @ x
     (lacking,) = target.ranks.all_sum(lacking)

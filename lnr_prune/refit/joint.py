@@ -191,11 +191,8 @@ class _Block:
     @cached_property
     def held(self) -> dict[int, Tensor]:
         """Per batch, which samples are held out, (n,) bool."""
-        of_all = {batch: self.target.places[batch].parts(len(self.target.calls[batch].input)) for batch in self.batches}
-        return {
-            batch: torch.tensor([part for part, size in parts for _ in range(size)], dtype=torch.bool)
-            for batch, parts in of_all.items()
-        }
+        calls, places = self.target.calls, self.target.places
+        return {batch: places[batch].held(len(calls[batch].input)) for batch in self.batches}
 
 
 @dataclass(frozen=True)
@@ -260,17 +257,17 @@ def _moments(block: _Block, M: Tensor, stays: Sequence[Tensor]) -> _Moments | No
     derived = True
     for batch in block.batches:
         passed, call, place = block.maker.passed[batch], block.target.calls[batch], block.target.places[batch]
-        first, alive = place.start(len(call.input)), block.alive[batch]
+        numbers, alive = place.start(len(call.input)) + torch.arange(len(call.input)), block.alive[batch]
         with torch.enable_grad():
             *ys, phi = block.run(batch, *starts)
             fisher = (phi / 2).exp().detach() if block.logits else 1.0
-            gradients = _derived(((phi * _random(phi, first) * fisher).flatten(1) @ alive).sum(), ys)
+            gradients = _derived(((phi * _random(phi, numbers) * fisher).flatten(1) @ alive).sum(), ys)
         if gradients is None:
             derived = False
             break
         reads = passed.call, replace(call, input=passed.way(ys[0].detach()))
         for index, (layer, read, gradient) in enumerate(zip(layers, reads, gradients, strict=True)):
-            for x, g in rows(layer.adapted, replace(read, output=gradient, bias=None), place.samples, first):
+            for x, g in rows(layer.adapted, replace(read, output=gradient, bias=None), place.samples, numbers):
                 inputs[index] = inputs[index].with_rows(layer.inputs(x)[:, stays[index]], x.new_empty(len(x), 0))
                 outputs[index] = outputs[index].with_rows(g, g.new_empty(len(g), 0))
         wanted = block.wanted(batch)
@@ -295,11 +292,11 @@ def _derived(value: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor] | None:
         return None
 
 
-def _random(like: Tensor, first: int) -> Tensor:
+def _random(like: Tensor, numbers: Tensor) -> Tensor:
     """A random number for each entry of each sample; it depends on the sample's number only."""
     size = like[0].numel()
     drawn = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(like)
-    moved = (torch.arange(size) + shifts(size, first, len(like))) % size
+    moved = (torch.arange(size) + shifts(size, numbers)) % size
     return drawn[moved.to(like.device)].view_as(like)
 
 

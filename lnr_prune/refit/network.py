@@ -14,7 +14,7 @@ from lnr_prune.collapse.masks import Supports, masked_weights, whole_masks
 from lnr_prune.errors import AdapterError
 from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.graph.module import named_tensors
-from lnr_prune.refit.refit import Refit, Refitted, refit
+from lnr_prune.refit.refit import Prepared, Refit, Refitted, prepared, refit
 from lnr_prune.runtime.work import Work
 
 
@@ -22,7 +22,7 @@ def refit_network(
     model: nn.Module,
     graph: Graph,
     supports: Supports,
-    data: Calibration,
+    data: Calibration | Prepared,
     *,
     settings: Refit = Refit(),
     bias: bool = True,
@@ -48,6 +48,13 @@ def refit_network(
         repeated=repeated,
         work=work,
     )
+
+
+def prepared_network(
+    model: nn.Module, graph: Graph, data: Calibration, *, bias: bool = True, work: Work = Work()
+) -> Prepared:
+    """What several refits of the network to the same data share."""
+    return prepared(model, refitted_layers(graph, graph.groups, bias), data, work.ranks)
 
 
 def refitted_layers(graph: Graph, groups: Iterable[ChannelGroup], bias: bool) -> dict[str, AdaptedLayer]:

@@ -1,6 +1,7 @@
 """Sequential asymmetric refit: every linear layer, inputs from the pruned network, targets from the original one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,21 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.calibration.adapter import AdaptedLayer
+from lnr_prune.calibration.calls import Call
 from lnr_prune.calibration.data import Calibration
 from lnr_prune.calibration.examples import short_example
-from lnr_prune.calibration.functions.pause import begin
+from lnr_prune.calibration.functions.pause import Manner, begin
+from lnr_prune.calibration.functions.prefix import Prefix
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.calibration.places import Place, places_of
 from lnr_prune.calibration.visible.attention import visible_attention
 from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
+from lnr_prune.graph.weights import whole_name
 from lnr_prune.refit.downstream import Wiring
-from lnr_prune.refit.fit import divergence_fitted, fitted, fitted_to_all_calls
+from lnr_prune.refit.fit import fitted, fitted_to_all_calls
 from lnr_prune.refit.follow import wiring_of
 from lnr_prune.refit.joint import Maker, Passed, refit_jointly
 from lnr_prune.refit.regression import LayerFit
 from lnr_prune.refit.side_by_side import Arguments, Arrival, Lockstep, manner_of
 from lnr_prune.refit.target import RefitLayer, Target, target_of
 from lnr_prune.runtime.checks import check_count, check_size
+from lnr_prune.runtime.processes import ALONE, Ranks
 from lnr_prune.runtime.work import Work
 
 
@@ -93,11 +98,47 @@ class Solved:
     fit: LayerFit
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What several refits to the same data share.
+
+    Attributes:
+        calls: The batches.
+        places: Where they stand.
+        wiring: What the network does with its layers' outputs.
+        manner: How its passes are paused.
+        prefixes: Per batch, the beginning of its pass through the original network.
+    """
+
+    calls: Sequence[Call]
+    places: Sequence[Place]
+    wiring: Wiring
+    manner: Manner
+    prefixes: Sequence[Prefix]
+
+
+def prepared(model: nn.Module, names: Iterable[str], data: Calibration, ranks: Ranks = ALONE) -> Prepared:
+    """Runs a short example, to find out what becomes of these layers' outputs."""
+    with torch.no_grad(), _seen(model):
+        example = ranks.share_out([lambda: short_example(model, data)])[0]
+        wiring, calls = wiring_of(model, names, example), list(data)
+        manner, tensors = manner_of(model, wiring, example), named_tensors(model)
+        prefixes = [Prefix(model, call, tensors, manner) for call in calls]
+        return Prepared(calls, list(places_of(calls, ranks)), wiring, manner, prefixes)
+
+
+@contextmanager
+def _seen(model: nn.Module) -> Iterator[None]:
+    """Within, forwards call all their layers where these can be seen."""
+    with evaluating(model), unfused_attention(), visible_attention(model):
+        yield
+
+
 def refit(
     model: nn.Module,
     layers: Mapping[str, AdaptedLayer],
     kept: Mapping[str, Tensor],
-    data: Calibration,
+    data: Calibration | Prepared,
     *,
     settings: Refit = Refit(),
     bias: bool = True,
@@ -124,7 +165,7 @@ def refit(
         model: The original model; it is not changed.
         layers: Weight's name -> how to read and write the layer, in order of execution.
         kept: Weight's name -> the columns of x that stay, (d,) bool; default: all of them.
-        data: The calibration data.
+        data: The calibration data; for several refits to the same, see `prepared`.
         settings: How carefully the layers are fitted.
         bias: Whether running means may take up intercepts.
         logits: Whether the network's output is logits. If so, the layer that gives them is fitted to their softmax,
@@ -142,10 +183,9 @@ def refit(
     fits: dict[str, LayerFit] = {}
     called: dict[str, Arguments] = {}  # what the pruned network calls each layer with
     passed: dict[str, dict[int, Passed]] = {}  # layers that make another one's inputs -> batches that have passed them
-    with torch.no_grad(), evaluating(model), unfused_attention(), visible_attention(model):
-        example = work.ranks.share_out([lambda: short_example(model, data)])[0]
-        wiring, calls = wiring_of(model, layers, example), list(data)
-        places = list(places_of(calls, work.ranks))
+    ready = data if isinstance(data, Prepared) else prepared(model, layers, data, work.ranks)
+    wiring, places = ready.wiring, ready.places
+    with torch.no_grad(), _seen(model):
         makers = _makers(wiring) if settings.window == 2 else {}
 
         def layer_of(name: str) -> RefitLayer:
@@ -153,7 +193,11 @@ def refit(
             mean = wiring.layers[name].mean if takes else None
             return RefitLayer(layers[name], tensors, kept.get(name), (alive or {}).get(name), mean)
 
-        walk = Lockstep(model, map(begin, calls), wiring, manner_of(model, wiring, example), list(layers), work.ranks)
+        losing = {id(tensors[whole_name(name)[0]]) for name in layers if not layer_of(name).whole}
+        starts = zip(ready.calls, ready.prefixes, strict=True)
+        passes = (prefix.before(losing) or begin(call) for call, prefix in starts)
+        walk = Lockstep(model, passes, wiring, ready.manner, list(layers), work.ranks)
+        del ready, starts  # what several refits share is no longer needed by the last one
         for name, arrivals in walk:
             work.step(f"refitting {layers[name].consumer.name}")
             layer, maker = layer_of(name), makers.get(name, "")
@@ -222,11 +266,7 @@ def solve_layer(
         M, fit = fitted_to_all_calls(layer, moments, ridge)
         return _written(fit, (layer, M))
     aimed = target()
-    M, fit = fitted(layer, aimed, ridge)
-    if softmax is not False:
-        probable = divergence_fitted(layer, aimed, M, fit.ridge, squares=softmax is None)
-        if probable is not None:
-            M, fit = probable[0], replace(fit, error=probable[1], softmax=True)
+    M, fit = fitted(layer, aimed, ridge, softmax=softmax)
     M = work.ranks.broadcast(M)[0]
     found = None if maker is None else refit_jointly(maker, layer, M, aimed, logits=softmax is True)
     if maker is None or found is None:

@@ -14,14 +14,12 @@ This costs two passes over the data, however deep the network is, see `lnr_prune
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lnr_prune.calibration.calls import Call
-from lnr_prune.calibration.functions.pause import Manner, Pause, Replay, begin, go_on
+from lnr_prune.calibration.functions.pause import Manner, Pause, Replay, begin, go_on, same_values
 from lnr_prune.calibration.watch import LayerCall, Watch
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.module import named_tensors, remembered
@@ -92,7 +90,7 @@ class Lockstep:
         """
         self._order, self._ranks = list(order), ranks
         tensors = named_tensors(model)
-        self._runs = [both_networks(model, pause, wiring, manner, tensors) for pause in passes]
+        self._runs = [both_networks(model, pause, wiring, manner, order, tensors) for pause in passes]
         self._waiting: dict[int, Arrival] = {}
         self._answered: dict[str, Arguments] = {}
         for batch, run in enumerate(self._runs):
@@ -138,7 +136,12 @@ class Lockstep:
 
 
 def both_networks(
-    model: nn.Module, pause: Pause, wiring: Wiring, manner: Manner, tensors: Mapping[str, Tensor]
+    model: nn.Module,
+    pause: Pause,
+    wiring: Wiring,
+    manner: Manner,
+    names: Sequence[str],
+    tensors: Mapping[str, Tensor],
 ) -> TwinRun:
     """Runs the original and the pruned network side by side; at every layer it waits for the pruned one's arguments.
 
@@ -149,6 +152,7 @@ def both_networks(
         pause: Where the passes begin.
         wiring: What the network does with its layers' outputs.
         manner: How its passes are paused.
+        names: Names of the layers' weights.
         tensors: The model's tensors.
     """
     answered: dict[str, Arguments] = {}
@@ -169,7 +173,7 @@ def both_networks(
         other = {"input": inputs.pop(name)} if name in inputs else {}
         return {**answered.get(name, {}), **other}
 
-    watches = Watch(tensors, wiring.layers, see=see), Watch(tensors, wiring.layers, swap=swap)
+    watches = Watch(tensors, names, see=see), Watch(tensors, names, swap=swap)
     while True:
         replay = Replay(original, follow=watches[0].views.follow, keep=manner.keep)
         waits, _ = go_on(model, original, replay, manner, around=[watches[0]])
@@ -218,14 +222,21 @@ def manner_of(model: nn.Module, wiring: Wiring, example: Call) -> Manner:
     changes = put_back if put_back() else None
     names = list(wiring.layers)
     for manner in (Manner(put_back=changes), Manner(keep=True, put_back=changes)):
-        stops, pause = set(names[:: -(-len(names) // STOPS)]), begin(example)
+        before = set(names[:: -(-len(names) // STOPS)])
+        after, pause = set(before), begin(example)
+
+        def swap(name: str, x: Tensor) -> Arguments:
+            if name in before:  # noqa: B023
+                before.remove(name)  # noqa: B023
+                replay.halt()  # noqa: B023
+            return {}
 
         def see(name: str, layer: LayerCall) -> None:
-            if name in stops:  # noqa: B023
-                stops.remove(name)  # noqa: B023
+            if name in after:  # noqa: B023
+                after.remove(name)  # noqa: B023
                 replay.halt_after()  # noqa: B023
 
-        watching = Watch(tensors, names, see=see)
+        watching = Watch(tensors, names, see=see, swap=swap)
         waits: Pause | None = pause
         try:
             while waits is not None:
@@ -233,18 +244,12 @@ def manner_of(model: nn.Module, wiring: Wiring, example: Call) -> Manner:
                 waits, outputs = go_on(model, waits, replay, manner, around=[watching])
         except CalibrationError:
             continue
-        if alike(expected, outputs):
+        if same_values(expected, outputs):
             return manner
     raise CalibrationError(
         f"{type(model).__name__} cannot be run in parts: its forward does not call the same functions in every run. "
         "Let it decide by its inputs only, or give refit=None"
     )
-
-
-def alike(expected: Any, outputs: Any) -> bool:
-    """Whether two outputs have the same values."""
-    pairs = zip(tree_leaves(expected), tree_leaves(outputs), strict=True)
-    return all(torch.equal(a, b) or torch.allclose(a, b, equal_nan=True) for a, b in pairs if isinstance(a, Tensor))
 
 
 def advance(stream: TwinRun, answer: Arguments) -> Arrival | None:

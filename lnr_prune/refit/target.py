@@ -28,6 +28,9 @@ from lnr_prune.refit.downstream import Downstream
 from lnr_prune.refit.side_by_side import Arrival
 from lnr_prune.runtime.processes import ALONE, Ranks
 
+Rows = tuple[bool, Tensor, Tensor, Tensor]
+"""Whether rows are held out, x, what alpha M x should be, and the rest of z'."""
+
 
 @dataclass(frozen=True, eq=False)
 class Affine:
@@ -205,25 +208,22 @@ def _affine(adapted: AdaptedLayer, downstream: Downstream, call: LayerCall) -> A
     return Affine(alpha, tuple(betas), stays + constant, None)
 
 
-def rows_of(layer: RefitLayer, target: Target) -> Iterator[tuple[bool, Tensor, Tensor, Tensor]]:
-    """Yields whether rows are held out, x, what alpha M x should be, and the rest of z'."""
-    for part, piece, samples, first, others in pieces_of(target):
-        for x, y, *rest in rows(layer.adapted, piece, samples, first, *others):
+def rows_of(layer: RefitLayer, target: Target) -> Iterator[Rows]:
+    """Reads the rows of all batches."""
+    for part, piece, samples, numbers, others in pieces_of(target):
+        for x, y, *rest in rows(layer.adapted, piece, samples, numbers, *others):
             aimed = (y, torch.zeros_like(y)) if target.affine is None else target.affine.of_rows(y, rest)
             yield part, layer.inputs(x), *aimed
 
 
-def pieces_of(target: Target) -> Iterator[tuple[bool, LayerCall, int, int, tuple[Tensor, ...]]]:
-    """Cuts the calls into pieces of samples that are held out (True) and pieces of samples to fit on.
+def pieces_of(target: Target) -> Iterator[tuple[bool, LayerCall, int, Tensor, tuple[Tensor, ...]]]:
+    """Cuts the calls into samples that are held out (True) and samples to fit on.
 
-    Yields which, the piece, the number of samples in all, the number of the piece's first, and the piece of `others`.
+    Yields which, the piece, the number of samples in all, the numbers of the piece's, and the piece of `others`.
     """
-    for index, (call, place) in enumerate(zip(target.calls, target.places, strict=True)):
-        count = len(call.input)
-        first = place.start(count)
-        parts = list(place.parts(count))
-        sizes = [size for _, size in parts]
-        others = (torch.split(each, sizes) for each in target.others(index))
-        for (part, _), piece, *of_piece in zip(parts, call.split(sizes), *others, strict=True):
-            yield part, piece, place.samples, first, tuple(of_piece)
-            first += len(piece.input)
+    for batch, (call, place) in enumerate(zip(target.calls, target.places, strict=True)):
+        others = target.others(batch)
+        for part, index in place.parts(len(call.input)):
+            whole = len(index) == len(call.input)
+            of_piece = tuple(each if whole else each[index.to(each.device)] for each in others)
+            yield part, call.at(index), place.samples, place.start(len(call.input)) + index, of_piece

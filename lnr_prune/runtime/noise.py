@@ -40,8 +40,10 @@ def differ(before: States, after: States) -> bool:
 @contextmanager
 def seeded(call: Any) -> Iterator[None]:
     """Within, torch's random numbers depend on the call only; afterwards, its generators are as they were."""
-    before = states()
-    torch.manual_seed(_seed_of(call))
+    before, seed, accelerator = states(), _seed_of(call), _accelerator()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed does this, after much else
+    if accelerator is not None:
+        accelerator.manual_seed_all(seed)
     try:
         yield
     finally:

@@ -18,8 +18,8 @@ from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.graph.weights import with_whole_stacks
 from lnr_prune.lasso.backward import Elimination
-from lnr_prune.refit.network import refit_network
-from lnr_prune.refit.refit import Refit
+from lnr_prune.refit.network import prepared_network, refit_network
+from lnr_prune.refit.refit import Prepared, Refit
 from lnr_prune.runtime.progress import silent
 from lnr_prune.runtime.work import Work
 from lnr_prune.selection import cost
@@ -124,12 +124,16 @@ class Trials:
     def _judged(self, supports: Supports, settings: Refit) -> float:
         """Error of the outputs with these channels, and all layers refitted."""
         done = refit_network(
-            self.model, self.graph, supports, self.fit,
+            self.model, self.graph, supports, self._prepared,
             settings=settings, bias=self.bias, logits=self.logits,
             repeated=self.passes.moments_of(self.graph.repeated), work=self._quiet,
         )  # fmt: skip
         masked = masked_weights(supports, named_tensors(self.model))
         return self.work.ranks.all_gather(self.judge({**masked, **done.weights}))[0]
+
+    @cached_property
+    def _prepared(self) -> Prepared:
+        return prepared_network(self.model, self.graph, self.fit, bias=self.bias, work=self.work)
 
     @property
     def _quiet(self) -> Work:

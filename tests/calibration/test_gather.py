@@ -102,7 +102,11 @@ def test_every_sample_reads_other_positions_and_all_are_read_alike(monkeypatch: 
         """Which three of ten positions are read of some of 107 samples."""
         x = torch.arange(10.0).repeat(count, 1)
         call = LayerCall(x, x, torch.ones(1, 1), None, {}, nn.functional.linear)
-        return torch.cat([read for read, _ in rows.rows(Positions(), call, 107, first)]).view(count, 3).long()
+        return (
+            torch.cat([read for read, _ in rows.rows(Positions(), call, 107, first + torch.arange(count))])
+            .view(count, 3)
+            .long()
+        )
 
     read = read_of(first=7, count=100)
     assert all(len(set(sample)) == 3 for sample in read.tolist())

@@ -37,9 +37,10 @@ def test_no_batch_size_moves_a_sample(count: int, data: st.DataObject) -> None:
 @given(st.integers(1, 50), st.integers(0, 1000), st.integers(1, 400))
 def test_rows_of_a_sample_stay_together(size: int, first: int, positions: int) -> None:
     place = Place(first, size, first + size + 7)
-    of_samples = [held for held, count in place.parts(size, HALF) for _ in range(count)]
-    of_rows = [held for held, count in place.parts(size * positions, HALF) for _ in range(count)]
-    assert of_rows == [held for held in of_samples for _ in range(positions)]
+    of_rows = place.held(size * positions, HALF)
+    assert torch.equal(of_rows, place.held(size, HALF).repeat_interleave(positions))
+    for part, index in place.parts(size * positions, HALF):
+        assert torch.equal(of_rows.nonzero()[:, 0] if part else (~of_rows).nonzero()[:, 0], index)
 
 
 def test_a_call_that_cannot_be_cut_goes_with_its_first_sample() -> None:

@@ -109,13 +109,14 @@ class Replay(TorchFunctionMode):
         super().__init__()
         self.functions, self.results, self.random = list(pause.functions), list(pause.results), pause.random
         self._given = pause.results
-        self.halted, self._due = False, False
+        self.halted, self._leaving, self._due = False, False, False
         self._known, self._number = len(self.functions), 0
         self._before, self._follow, self._keep = before, follow, keep
+        self._mine = {id(leaf) for leaf in tree_leaves(pause.call)}  # tensors that belong to this pass
 
     def halt(self) -> None:
         """Ends the forward here, before the function that is about to be computed."""
-        self.halted, self.random = True, noise.states()
+        self.halted, self._leaving, self.random = True, True, noise.states()
         self.results = [_strong(each) for each in self.results]  # now, as long as the forward holds them
         raise _Halt
 
@@ -127,7 +128,7 @@ class Replay(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.halted:  # code that cleans up
+        if self._leaving:  # code that cleans up
             return func(*args, **kwargs)
         if self._number < self._known:
             result = self._again(func, args, kwargs)
@@ -157,15 +158,16 @@ class Replay(TorchFunctionMode):
     def _again(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the next function has returned before."""
         if self.functions[self._number] != func:
-            raise _OtherPathError(
-                f"call {self._number} is {name_of(func)}, was {name_of(self.functions[self._number])}"
-            )
-        result = self.results[self._number]
+            self._leaving, was = True, name_of(self.functions[self._number])
+            raise _OtherPathError(f"function {self._number} is {name_of(func)} now, and was {was} before")
+        result, first = self.results[self._number], args[0] if args else None
         self._number += 1
         if self._follow is not None:
             self._follow(func, args, kwargs, result)
-        if result is None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-            return func(*args, **kwargs)  # it changes a setting of torch's, such as whether there are gradients
+        written = result is None or (result is first and result is not GONE)
+        if written and id(first) not in self._mine:  # a setting of torch's, or a tensor of the model
+            return func(*args, **kwargs)
+        self._mine |= {id(result)} if isinstance(result, Tensor) else {id(leaf) for leaf in tree_leaves(result)}
         return result
 
 
@@ -224,6 +226,16 @@ def go_on(
     if not replay.halted:
         return None, outputs
     return Pause(pause.call, replay.functions, replay.results, replay.random), None
+
+
+def same_values(expected: Any, outputs: Any) -> bool:
+    """Whether two outputs of a model have the same values, up to rounding."""
+    pairs = [tree_leaves(expected), tree_leaves(outputs)]
+    return len(pairs[0]) == len(pairs[1]) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max() or 1), equal_nan=True)
+        for a, b in zip(*pairs, strict=True)
+        if isinstance(a, Tensor) and a.numel()
+    )
 
 
 class _Halt(BaseException):

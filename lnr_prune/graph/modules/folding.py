@@ -18,7 +18,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from lnr_prune.errors import GraphError
-from lnr_prune.graph.module import evaluating, plain, reaches
+from lnr_prune.graph.module import evaluating, plain
+from lnr_prune.graph.modules.reach import reaches
 from lnr_prune.runtime import noise
 
 HOOKS: dict[Any, tuple[Callable[..., Any], str, str]] = {
