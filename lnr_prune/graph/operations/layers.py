@@ -160,6 +160,8 @@ def _same_filters(state: Propagation, node: fx.Node, groups: int, axis: int) -> 
         return None
     owners, reason, shape = state.owners, describe(node), shape_of(node)
     owners.freeze(state.of(weight), f"a filter for all channels in {reason}")
+    applied = x if op_name(node).startswith("conv_transpose") else node
+    state.products.append((math.prod(shape_of(applied)) * math.prod(shape_of(weight)[1:]), state.of(x)))
     ids = owners.mix(state.of(x), range(axis + 1, len(shape)), reason)
     if ids.shape[axis] > 1:
         ids = owners.mix(ids.unflatten(axis, (groups, -1)), [axis + 1], reason).squeeze(axis + 1)
