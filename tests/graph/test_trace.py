@@ -81,6 +81,16 @@ def test_rows_may_be_picked_by_the_data(kind: type[Scored], shape: tuple[int, ..
         torch.testing.assert_close(pruned.model(new), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_that_the_data_picks_are_counted() -> None:
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(64, 32, 10)
+    (group,) = lnr.inspect(model, x).groups
+    report = lnr.prune(model, [x], lnr.Budget(macs=0.6, effort=lnr.Effort(samples=32))).report
+    saved = report.macs_before - report.macs_after
+    assert saved == pytest.approx((16 - report.groups[0].kept) * group.macs, abs=16)
+    assert 0.5 < report.macs_after / report.macs_before <= 0.6
+
+
 class LastMarked(Scored):
     """BART's classifier: what was computed for the last of the tokens that are marked."""
 

@@ -89,6 +89,8 @@ def _produce(
     size = state.trace.tensors[name].shape
     matrix = size[1:] if view is not None and view.parts else size  # a row of the batch meets one part of a stack
     state.macs[name] += math.prod(shape) // shape[axis] * math.prod(matrix)
+    if "unknown" in node.meta:
+        state.estimated.add(name)
     return along(row_ids, axis, shape_of(node))
 
 
