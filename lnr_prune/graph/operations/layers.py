@@ -39,7 +39,8 @@ def apply_weight(
     row_ids, ids = owners.rows(name, rows), state.of(x)
     own = None if bias is None or view.parts else names.get(bias)
     state.sites.append(Site(name, own, op, (name, rows), (name, columns), parts=view.parts, multiple=multiple))
-    if ids.shape[axis] == 1 and varying_axes(ids) and op == "linear" and output_axis == axis:
+    elsewhere = ids.shape[axis] == 1 and varying_axes(ids) and op == "linear" and output_axis == axis
+    if elsewhere and not owners.all_stay(ids):
         stays = [ids] if view.stacked else []  # they may lie along the parts, which stay
         for slot in (row_ids, owners.slot(name, columns), *stays):
             owners.freeze(slot, f"positions, not channels, are mixed by {reason}")
