@@ -30,7 +30,7 @@ from lnr_prune.testing import PATTERNS, Network, networks, random_network
 from lnr_prune.testing.layers import Experts, Picked, Written
 from lnr_prune.testing.operations import CHANNELWISE, FREEZING, SHARED_NOISE
 
-COUNT = int(os.environ.get("LNR_PRUNE_FUZZ", "40"))
+COUNT = int(os.environ.get("LNR_PRUNE_FUZZ", "24"))
 FIRST = int(os.environ.get("LNR_PRUNE_FUZZ_FROM", "0"))
 REFITS = (lnr.Refit(), lnr.Refit(window=2, iterations=1), lnr.Refit(window=2, iterations=2))
 FREEZES = {
