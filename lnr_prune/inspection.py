@@ -22,6 +22,7 @@ from lnr_prune.graph.module import named_tensors, plain
 from lnr_prune.graph.modules.folding import folded
 from lnr_prune.graph.modules.guard import guarded
 from lnr_prune.report.html import embedded, left_whole, table, weights_made_plain, who
+from lnr_prune.selection.cost import counted
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _inspected(model: nn.Module, made_plain: Mapping[str, str], example: Any, al
     data = calibrate(model, example if isinstance(example, Batches) else [example])
     main, *others = examples_of(model, list(kinds(data).values()), further(model, also))
     call = main.call
-    graph = find_groups(model, *call, others)
+    graph = counted(model, find_groups(model, *call, others), call)
     groups, fixed = shrinkable(model, graph.groups, call, others)
     tensors = named_tensors(model)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters()}

@@ -85,3 +85,22 @@ def test_the_generator_is_not_touched() -> None:
     lnr.inspect(model, rows()[0])
     lnr.prune(model, rows(), lnr.Budget(macs=0.5, effort=lnr.Effort(samples=32, refits=1)))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Turned(nn.Module):
+    """A map whose channels come last in memory, a convolution, and noise or dropout of what it gives."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.draw = nn.Linear(3, 4), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.draw(self.b(self.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).tanh())))
+
+
+@pytest.mark.parametrize("into", ["copy", "graph"])
+@pytest.mark.parametrize("draw", [lambda y: y + torch.randn_like(y), lambda y: F.dropout(y, 0.2, training=True)])
+def test_numbers_are_compared_in_the_order_of_the_axes(draw: Callable[[Tensor], Tensor], into: str) -> None:
+    """With a single channel, its place in memory is open, so the convolution gives another order in memory."""
+    pruned = lnr.prune(Turned(draw).eval(), [torch.randn(8, 3, 5, 5)], lnr.Keep({"a": 1}), into=into)
+    assert [group.kept for group in pruned.report.groups] == [1]

@@ -43,12 +43,13 @@ def outputs_of(
     large = 8 * sum(tensor.numel() for tensor in tensors.values()) > TOGETHER
     if wide and large and not training:
         copies = _OneByOne({id(own): tensors[name] for name, own in own_tensors(model).items()})
-        with evaluating(model), unfused_attention(), copies:
+        with evaluating(model), unfused_attention(), copies, noise.InOrder():
             outputs = forward(model, fresh(tree_map(_wide, example)))
     else:
         if wide:
             tensors, example = {name: _wide(tensor) for name, tensor in tensors.items()}, tree_map(_wide, example)
-        outputs = _run_training(model, example, tensors) if training else run(model, example, tensors)
+        with noise.InOrder():
+            outputs = _run_training(model, example, tensors) if training else run(model, example, tensors)
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 

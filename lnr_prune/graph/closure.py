@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lnr_prune.graph.owners import Cut, Owners, along, collapse_axes, varying_axes
+from lnr_prune.graph.owners import Cut, Owners, along, collapse_axes, components, varying_axes
 
 
 def close(owners: Owners) -> Tensor:
@@ -20,10 +20,10 @@ def close(owners: Owners) -> Tensor:
             elements = owners.elements[name]
             owners.couple(elements, along(owners.slots[name, dim], dim, elements.shape), f"{name}, weight and value")
     label = torch.arange(owners.count)
-    edges = torch.cat(owners.couplings, 1) if owners.couplings else torch.empty(2, 0, dtype=torch.long)
+    edges = owners.coupled
     grids, cuts = [*owners.grids, *owners.elements.values()], list(owners.cuts)
     while True:
-        label = _components(label, edges)
+        label = components(label, edges)
         joined = [pairs for grid in grids for pairs in _ragged(collapse_axes(label[grid]))]
         if not joined:
             uneven = [cut for cut in cuts if not _in_proportion(label[cut.ids], cut)]
@@ -50,18 +50,6 @@ def _alike(owners: Owners, cut: Cut) -> list[Tensor]:
     pieces = cut.ids.unflatten(cut.axis, (-1, math.gcd(*cut.ends)))
     owners.mix(pieces, [cut.axis], cut.reason)
     return owners.couplings[before:]
-
-
-def _components(label: Tensor, edges: Tensor) -> Tensor:
-    """Smallest label that each label is connected to."""
-    while True:
-        ends = label[edges]
-        least = ends.amin(0)
-        new = label.scatter_reduce(0, ends[0], least, "amin").scatter_reduce(0, ends[1], least, "amin")
-        new = new[new]  # pointer jumping: long chains take few rounds
-        if torch.equal(new, label):
-            return label
-        label = new
 
 
 def _ragged(grid: Tensor) -> list[Tensor]:

@@ -93,6 +93,7 @@ class Graph:
             chooses: the experts of a mixture.
         flow: Pairs of layers: what the first computes goes into the second, see `data_flow`.
         unused: Layers whose weight no traced path reads.
+        estimated: Names of weights whose multiply-accumulates depend on the data, so that the trace does not know them.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -103,6 +104,7 @@ class Graph:
     repeated: frozenset[str] = frozenset()
     flow: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
+    estimated: frozenset[str] = frozenset()
 
 
 def find_groups(
@@ -152,7 +154,7 @@ def find_groups(
     flow = tuple((layer_name(a), layer_name(b)) for a, b in data_flow(paths.all))
     return Graph(
         tuple(groups), frozen, state.macs, _products(state, groups, label), *_linear_maps(paths), flow,
-        tuple(map(layer_name, unused_weights(paths))),
+        tuple(map(layer_name, unused_weights(paths))), frozenset(state.estimated),
     )  # fmt: skip
 
 

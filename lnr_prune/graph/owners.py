@@ -128,6 +128,20 @@ class Owners:
         if name in self.elements:
             self.freeze(self.elements[name], reason)
 
+    @property
+    def coupled(self) -> Tensor:
+        """All pairs of ids that leave together, (2, n)."""
+        return torch.cat(self.couplings, 1) if self.couplings else torch.empty(2, 0, dtype=torch.long)
+
+    def all_stay(self, ids: Tensor) -> bool:
+        """Whether none of these owners can leave: each is frozen, or has all indices of a parameter's dimension."""
+        label = components(torch.arange(self.count), self.coupled)
+        stay = {0, *(unit for frozen, _ in self.frozen for unit in label[frozen].tolist())}
+        stay |= {
+            int(label[slot[0]]) for slot in self.slots.values() if len(slot) > 1 and len(label[slot].unique()) == 1
+        }
+        return stay.issuperset(label[ids].unique().tolist())
+
     def _new(self, size: int) -> Tensor:
         self.count += size
         return torch.arange(self.count - size, self.count)
@@ -157,3 +171,15 @@ def collapse_axes(ids: Tensor) -> Tensor:
 def varying_axes(ids: Tensor) -> list[int]:
     """Axes on which the ids vary."""
     return [axis for axis, size in enumerate(ids.shape) if size > 1]
+
+
+def components(label: Tensor, edges: Tensor) -> Tensor:
+    """Smallest label that each label is connected to."""
+    while True:
+        ends = label[edges]
+        least = ends.amin(0)
+        new = label.scatter_reduce(0, ends[0], least, "amin").scatter_reduce(0, ends[1], least, "amin")
+        new = new[new]  # pointer jumping: long chains take few rounds
+        if torch.equal(new, label):
+            return label
+        label = new

@@ -48,10 +48,7 @@ class Site:
 
 @dataclass(eq=False)
 class Propagation:
-    """Ownership of every value in a trace, and the multiply-accumulates that each weight takes part in.
-
-    Products of two activations, such as attention scores, are listed with the ids of one of them.
-    """
+    """Ownership of every value in a trace, and the multiply-accumulates that each weight takes part in."""
 
     trace: Trace
     owners: Owners
@@ -59,7 +56,8 @@ class Propagation:
     sites: list[Site] = field(default_factory=list)
     known: dict[fx.Node, Any] = field(default_factory=dict)
     macs: Counter[str] = field(default_factory=Counter)
-    products: list[tuple[int, Tensor]] = field(default_factory=list)
+    estimated: set[str] = field(default_factory=set)  # weights of which the macs depend on the data
+    products: list[tuple[int, Tensor]] = field(default_factory=list)  # of two activations, with the ids of one of them
     moving: set[fx.Node] = field(default_factory=set)  # values that are not the same in every call
     drawn: set[fx.Node] = field(default_factory=set)  # values made of random numbers that belong to no channel
     extents: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)

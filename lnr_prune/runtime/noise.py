@@ -1,7 +1,8 @@
 """Random numbers of forward passes: the same call draws the same ones, in whatever network and whenever it is made.
 
 Networks may draw random numbers even in evaluation (a VAE's sample, injected noise, Monte Carlo dropout). A comparison
-of two networks means something only if both draw the same ones.
+of two networks means something only if both draw the same ones. Functions that take a tensor draw in the order of its
+memory, which need not be that of its axes, and which a map with a single channel leaves open; see `InOrder`.
 """
 
 import zlib
@@ -11,9 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 PROBED = 64  # values of a tensor that its seed depends on
+
+DRAW_LIKE = {
+    "alpha_dropout", "bernoulli", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout",
+    "feature_dropout", "normal", "poisson", "rand_like", "randint_like", "randn_like", "rrelu",
+}  # fmt: skip
+"""Names of functions that draw a random number for each element of a tensor."""
 
 States = tuple[Tensor, list[Tensor]]
 """States of torch's generators, on the CPU and on every accelerator."""
@@ -48,6 +56,22 @@ def seeded(call: Any) -> Iterator[None]:
         yield
     finally:
         restore(before)
+
+
+class InOrder(TorchFunctionMode):
+    """Within this, random numbers are drawn in the order of the axes, whatever the order in memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").partition(".")[0] in DRAW_LIKE and not kwargs.get("inplace"):
+            args, kwargs = tree_map(_in_order, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _in_order(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
 
 
 def _seed_of(call: Any) -> int:

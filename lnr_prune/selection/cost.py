@@ -1,8 +1,10 @@
 """What a model costs: parameters, multiply-accumulates, bytes and time."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -13,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lnr_prune.calibration.calls import Call, forward, fresh, run, samples_in
 from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
+from lnr_prune.calibration.watch import LayerCall, watch
+from lnr_prune.graph.groups import Graph
 from lnr_prune.graph.module import evaluating, unfused_attention
 
 
@@ -40,6 +44,24 @@ def macs(model: nn.Module, example: Call) -> int:
 def _attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
     """Operations of the scores and of the weighted sums, from the shapes."""
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def counted(model: nn.Module, graph: Graph, example: Call) -> Graph:
+    """The graph of a model; where multiply-accumulates depend on the data, they are those of the example.
+
+    A mask may pick the rows that a layer is applied to: how many they are, only the data says.
+    """
+    if not graph.estimated:
+        return graph
+    found, transposed = Counter[str](), {each.weight for each in graph.layers if "transpose" in each.op}
+
+    def see(name: str, layer: LayerCall) -> None:
+        where = layer.input if name in transposed else layer.output
+        channels = where.shape[-1 if layer.weight.dim() == 2 else 1]
+        found[name] += where.numel() // channels * layer.weight.numel()
+
+    watch(model, example, graph.estimated, see)
+    return replace(graph, macs={**graph.macs, **found})
 
 
 def latency(model: nn.Module, example: Call, seconds: float = 0.5) -> float:

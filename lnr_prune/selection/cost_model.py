@@ -10,6 +10,7 @@ from torch import nn
 from lnr_prune.calibration.calls import Call, samples_in
 from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.graph.module import named_tensors
+from lnr_prune.selection.cost import counted
 
 Group = TypeVar("Group", bound=Hashable)
 """Stands for a group: a `ChannelGroup`, or any name for one; the arithmetic is the same."""
@@ -99,4 +100,5 @@ def costs_of(
     model: nn.Module, graph: Graph, groups: Container[ChannelGroup], traced: Call
 ) -> dict[str, Cost[ChannelGroup]]:
     """The cost model of "params", "macs" and "size" when these groups may shrink."""
+    graph = counted(model, graph, traced)
     return {kind: cost_of(model, graph, kind, samples_in(traced), groups) for kind in ("params", "macs", "size")}

@@ -6,6 +6,7 @@ that names the broken promise. `networks` is a hypothesis strategy for random ne
 """
 
 from lnr_prune.testing.adapters import check_adapter
-from lnr_prune.testing.networks import PATTERNS, make_network, networks, random_network
+from lnr_prune.testing.networks import Network, make_network, networks, random_network
+from lnr_prune.testing.patterns import PATTERNS
 
-__all__ = ["PATTERNS", "check_adapter", "make_network", "networks", "random_network"]
+__all__ = ["PATTERNS", "Network", "check_adapter", "make_network", "networks", "random_network"]

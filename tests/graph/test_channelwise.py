@@ -124,6 +124,15 @@ def test_half_of_the_channels_leave(name: str) -> None:
         torch.testing.assert_close(pruned.model(x), functional_call(model, dict(pruned.masked), (x,)))
 
 
+@pytest.mark.parametrize("name", ["blur", "learned blur", "blur, repeated", "wavelets"])
+def test_what_the_same_filters_compute_is_counted(name: str) -> None:
+    dims, operation = OPERATIONS[name]
+    model, x = Between(dims, operation).eval(), torch.randn(4, 3, 8, 8)
+    (group,) = lnr.inspect(model, x).groups
+    report = lnr.prune(model, [x], lnr.Keep(0.5), selector="norm", refit=None).report
+    assert report.macs_before - report.macs_after == 6 * group.macs
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_graph_of_them(name: str) -> None:
     torch.manual_seed(0)

@@ -226,6 +226,23 @@ def test_parts_that_the_forward_names_shrink_alike_or_not_at_all(name: str, chan
     assert [group.slots["first.weight", 0].tolist() for group in graph.groups] == ([channels] if channels else [])
 
 
+def test_tokens_that_are_mixed_each_are_no_channels() -> None:
+    """As in CaiT: a class token and the others have owners of their own, but none of them can leave."""
+
+    class ClassToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.token, self.norm = nn.Linear(3, 8), nn.Parameter(torch.randn(1, 1, 8)), nn.LayerNorm(8)
+            self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = torch.cat([self.token.expand(len(x), -1, -1), self.norm(self.a(x))], 1)
+            out: Tensor = self.c(self.b(self.norm(tokens)).relu())
+            return out
+
+    assert [(group.name, group.size) for group in groups_of(ClassToken(), 2, 5, 3).groups] == [("b", 12)]
+
+
 def test_a_group_norm_keeps_its_groups_whole() -> None:
     (group,) = groups_of(Applies(nn.GroupNorm(2, 6)), 3, 4).groups
     assert group.slots["first.weight", 0].tolist() == [0, 0, 0, 1, 1, 1]

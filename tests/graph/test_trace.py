@@ -81,6 +81,45 @@ def test_rows_may_be_picked_by_the_data(kind: type[Scored], shape: tuple[int, ..
         torch.testing.assert_close(pruned.model(new), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_that_the_data_picks_are_counted() -> None:
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(64, 32, 10)
+    (group,) = lnr.inspect(model, x).groups
+    report = lnr.prune(model, [x], lnr.Budget(macs=0.6, effort=lnr.Effort(samples=32))).report
+    saved = report.macs_before - report.macs_after
+    assert saved == pytest.approx((16 - report.groups[0].kept) * group.macs, abs=16)
+    assert 0.5 < report.macs_after / report.macs_before <= 0.6
+
+
+class LastMarked(Scored):
+    """BART's classifier: what was computed for the last of the tokens that are marked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, marked = self.a(x).relu(), x[..., 0] > 1e3
+        out: Tensor = self.b(h[marked, :].view(h.size(0), -1, h.size(-1))[:, -1])
+        return out
+
+
+class Rows(Scored):
+    """Scores of all tokens in a row, of which some are picked by their number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x).relu()).flatten(0, 1)[(x[..., 0] > 1e3).flatten().nonzero()[:, 0]]
+        return out
+
+
+@pytest.mark.parametrize("kind", [LastMarked, Rows])
+def test_tokens_may_be_picked_by_a_mark(kind: type[Scored]) -> None:
+    torch.manual_seed(0)
+    model, x, new = kind().eval(), torch.randn(32, 6, 10), torch.randn(5, 7, 10)
+    x[:, -1, 0] = new[:, 2, 0] = new[:, -1, 0] = 2e3
+    pruned = lnr.prune(model, [x], HALF)
+    assert [(group.producers, group.kept) for group in pruned.report.groups] == [(("a",), 8)]
+    expected = torch.func.functional_call(model, dict(pruned.masked), (new,))
+    assert len(expected) == (5 if kind is LastMarked else 10)
+    torch.testing.assert_close(pruned.model(new), expected, rtol=1e-4, atol=1e-2)
+
+
 def test_a_number_that_depends_on_the_data_may_scale() -> None:
     torch.manual_seed(0)
     model, x = Scaled().eval(), torch.randn(64, 10)
@@ -179,7 +218,7 @@ class Detect(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+        self.a, self.norm, self.b = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)
         self.stride: Tensor
         self.rows: Tensor
         self.register_buffer("stride", torch.tensor([8.0, 16.0]))
@@ -187,7 +226,7 @@ class Detect(nn.Module):
         self.shift = torch.tensor([3.0])
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.b(self.a(x).relu())
+        y: Tensor = self.b(self.norm(self.a(x)).relu())
         y = y * torch.full((1, 1), float(self.stride[0])) + self.shift.item()
         if self.stride.max() > 10:
             y = y + sum(float(each) for each in self.stride) + self.stride.tolist()[1]

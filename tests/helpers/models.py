@@ -1,12 +1,15 @@
 """Small networks, one for each thing that the graph must understand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+
+from lnr_prune.runtime import noise
 
 
 class ReferenceLeNet5(nn.Module):
@@ -124,3 +127,9 @@ def randomised(model: Net, seed: int = 0) -> Net:
                     tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     model.eval()
     return model
+
+
+def outputs(model: nn.Module, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """What a model gives, perhaps with other weights; all models draw the same random numbers."""
+    with torch.no_grad(), noise.seeded(x), noise.InOrder():
+        return functional_call(model, dict(weights or {}), (x,))

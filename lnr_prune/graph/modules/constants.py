@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 LARGEST = 4096  # elements of a buffer that may become numbers
 # Beginnings of the names of functions that may write into a tensor, besides those that end in one underscore.
 WRITES = ("__i", "__set", "batch_norm", "instance_norm")
+# Functions that write only if an argument says so, which is the sixth: they then take statistics of the batch.
+STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 READS = {"__bool__", "__float__", "__index__", "__int__", "item", "tolist"}
 FOLLOWED = {
     "__add__", "__eq__", "__floordiv__", "__ge__", "__getitem__", "__gt__", "__le__", "__lt__", "__mod__", "__mul__",
@@ -60,8 +62,7 @@ class RealNumbers(TorchFunctionMode):
             return iter(self.__torch_function__(Tensor.unbind, types, args))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = [leaf for leaf in tensors if id(leaf) in self.known]
-        writes = name.startswith(WRITES) or name[-1:] == "_" != name[-2:-1] or {"out", "inplace"} & kwargs.keys()
-        if known and writes and name not in READS:
+        if known and name not in READS and _may_write(name, args, kwargs):
             self.known.clear()  # it may write into one of them, or into a view
             known = []
         if not known or name not in READS | FOLLOWED or len(known) < len(tensors):
@@ -79,3 +80,10 @@ class RealNumbers(TorchFunctionMode):
 
     def _value(self, leaf: Any) -> Any:
         return self.known[id(leaf)][1] if isinstance(leaf, Tensor) else leaf
+
+
+def _may_write(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function may write into one of its arguments."""
+    if name in STATISTICS:
+        return bool(args[5] if len(args) > 5 else kwargs.get(STATISTICS[name], True))
+    return name.startswith(WRITES) or name[-1:] == "_" != name[-2:-1] or bool({"out", "inplace"} & kwargs.keys())

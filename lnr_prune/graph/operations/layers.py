@@ -39,7 +39,8 @@ def apply_weight(
     row_ids, ids = owners.rows(name, rows), state.of(x)
     own = None if bias is None or view.parts else names.get(bias)
     state.sites.append(Site(name, own, op, (name, rows), (name, columns), parts=view.parts, multiple=multiple))
-    if ids.shape[axis] == 1 and varying_axes(ids) and op == "linear" and output_axis == axis:
+    elsewhere = ids.shape[axis] == 1 and varying_axes(ids) and op == "linear" and output_axis == axis
+    if elsewhere and not owners.all_stay(ids):
         stays = [ids] if view.stacked else []  # they may lie along the parts, which stay
         for slot in (row_ids, owners.slot(name, columns), *stays):
             owners.freeze(slot, f"positions, not channels, are mixed by {reason}")
@@ -89,6 +90,8 @@ def _produce(
     size = state.trace.tensors[name].shape
     matrix = size[1:] if view is not None and view.parts else size  # a row of the batch meets one part of a stack
     state.macs[name] += math.prod(shape) // shape[axis] * math.prod(matrix)
+    if "unknown" in node.meta:
+        state.estimated.add(name)
     return along(row_ids, axis, shape_of(node))
 
 
@@ -160,6 +163,8 @@ def _same_filters(state: Propagation, node: fx.Node, groups: int, axis: int) -> 
         return None
     owners, reason, shape = state.owners, describe(node), shape_of(node)
     owners.freeze(state.of(weight), f"a filter for all channels in {reason}")
+    applied = x if op_name(node).startswith("conv_transpose") else node
+    state.products.append((math.prod(shape_of(applied)) * math.prod(shape_of(weight)[1:]), state.of(x)))
     ids = owners.mix(state.of(x), range(axis + 1, len(shape)), reason)
     if ids.shape[axis] > 1:
         ids = owners.mix(ids.unflatten(axis, (groups, -1)), [axis + 1], reason).squeeze(axis + 1)
