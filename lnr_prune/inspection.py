@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from lnr_prune.calibration.calls import samples_in
@@ -22,6 +21,7 @@ from lnr_prune.graph.module import named_tensors, plain
 from lnr_prune.graph.modules.folding import folded
 from lnr_prune.graph.modules.guard import guarded
 from lnr_prune.report.html import embedded, left_whole, table, weights_made_plain, who
+from lnr_prune.report.names import add, by_reason, joined, repeated, span, whole_names
 from lnr_prune.selection.cost import counted
 
 
@@ -105,17 +105,21 @@ class Inspection:
 
     def __rich__(self) -> Table:
         table = Table(title="channel groups", caption=f"{self.reachable:.1%} of the parameters are in groups")
-        for column in ("producers", "consumers"):
-            table.add_column(column)
+        whole_names(table, "producers", "consumers")
         for column in ("channels", "parameters each", "MACs each"):
-            table.add_column(column, justify="right")
-        for group in self.groups:
-            costs = (f"{group.size:,}", f"{group.parameters:,}", f"{group.macs:,}")
-            table.add_row(Text(", ".join(group.producers)), Text(", ".join(group.consumers)), *costs)
-        for layer, reason in self.frozen.items():
-            table.add_row(Text(layer), Text(f"frozen: {reason}"), "-", "-", "-")
-        for layer, what in self.folded.items():
-            table.add_row(Text(layer), Text(f"folded: {what}"), "-", "-", "-")
+            table.add_column(column, justify="right", overflow="fold")
+        for rows in repeated(self.groups):
+            add(
+                table,
+                joined(name for group in rows for name in group.producers),
+                joined(name for group in rows for name in group.consumers),
+                f"{rows[0].size:,}",
+                span((group.parameters for group in rows), "{:,}".format),
+                span((group.macs for group in rows), "{:,}".format),
+            )
+        for what, reasons in (("frozen", self.frozen), ("folded", self.folded)):
+            for reason, layers in by_reason(reasons).items():
+                add(table, layers, f"{what}: {reason}", "-", "-", "-")
         return table
 
     def __str__(self) -> str:

@@ -68,8 +68,9 @@ def prune(
     Args:
         model: A trained model that torch.export can trace. It is not modified unless ``into="model"``. Of a compiled
             model the one inside is pruned, and nothing is compiled meanwhile.
-        data: Unlabelled calibration inputs, any iterable of batches: tensors, ``(input, label)`` pairs (labels
-            are ignored), tuples of arguments, or dicts of keyword arguments. For any other form, see `Batches`.
+        data: Unlabelled calibration inputs, an iterable of batches: tensors or arrays, ``(input, label)`` pairs (labels
+            are ignored), tuples of arguments, or dicts of keyword arguments. Or a data set of samples, which is read in
+            batches of 64: a torch or Hugging Face Dataset, a data frame, a list of rows. See also `Batches`.
         amount: How much is kept. `Keep`: a count or share of the channels of every group. `Penalty`: as many as the
             group lasso keeps at a penalty. `Budget`: what the pruned model may cost; channels are removed where the
             outputs suffer least.

@@ -17,7 +17,7 @@ from lnr_prune.graph.modules.guard import guarded
 from lnr_prune.prune import prune
 from lnr_prune.report.chart import LABELS
 from lnr_prune.report.frontier import Sweep, SweepPoint
-from lnr_prune.runtime.checks import check_flags, check_seed
+from lnr_prune.runtime.checks import check_flags, check_seed, nearest
 from lnr_prune.runtime.run import Run, check_run
 from lnr_prune.selection.amount import Keep, Penalty
 from lnr_prune.selection.budget import Budget, Effort, Grid
@@ -75,7 +75,7 @@ def sweep(
     check_seed(seed)
     check_run(run)
     if cost not in LABELS:
-        raise ValueError(f"unknown cost {cost!r}; known costs: {', '.join(LABELS)}")
+        raise ValueError(f"unknown cost {cost!r}; {nearest(cost, LABELS)}")
     for name, function in (("retrain", retrain), ("evaluate", evaluate)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function of a model, got {function!r}")

@@ -128,9 +128,9 @@ def test_settings_check_themselves(
 @pytest.mark.parametrize(
     ("amount", "selector", "message"),
     [
-        (lnr.Keep({"nobody": 3}), "norm", "'nobody', which is not a prunable producer; prunable: 0"),
+        (lnr.Keep({"nobody": 3}), "norm", "'nobody', which is not a prunable producer; known: 0"),
         (lnr.Keep({"2": 3}), "norm", r"'2', which is not a prunable producer \(output of the model\)"),
-        (lnr.Keep(3), "best", "known selectors: group_lasso, backward"),
+        (lnr.Keep(3), "best", "known: group_lasso, backward"),
         (lnr.Penalty(1.0), "norm", "a penalty needs the group lasso"),
     ],
 )

@@ -135,7 +135,7 @@ def test_it_prints_and_is_plain_data() -> None:
     ("amounts", "options", "message"),
     [
         ([], {}, "at least one amount"),
-        ([lnr.Keep(4)], {"cost": "money"}, "unknown cost 'money'; known costs: params, macs"),
+        ([lnr.Keep(4)], {"cost": "money"}, "unknown cost 'money'; known: params, macs"),
         ([lnr.Keep(4)], {"into": "model"}, "into='model'"),
         ([lnr.Penalty(0.1)], {"selector": "norm"}, "give Keep or Budget"),
     ],

@@ -1,16 +1,20 @@
 """Calibration data: any iterable of batches -> calls of the model."""
 
 import inspect
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lnr_prune.calibration.calls import Call, Inputs, _checked, _moved, samples_in, shortened
+from lnr_prune.calibration.forms.samples import batched
+from lnr_prune.calibration.forms.values import as_tensors, remedy
 from lnr_prune.calibration.places import Place, halves
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.module import check_model
@@ -42,7 +46,9 @@ class Calibration:
     def samples(self) -> int:
         """Number of samples. This takes a pass over the data, unless a data loader's sampler knows it."""
         sampler = getattr(self.batches, "sampler", None)
-        return len(sampler) if isinstance(sampler, Sized) else sum(samples_in(batch) for batch in self.batches)
+        if isinstance(sampler, Sized):
+            return len(sampler)
+        return sum(map(samples_in, Calibration.__iter__(self)))
 
     def example(self) -> Call:
         """The arguments of the first batch.
@@ -84,55 +90,73 @@ def calibrate(model: nn.Module, data: Any) -> Calibration:
 
     Args:
         model: The model; tensors are moved to the device of its parameters.
-        data: An iterable of batches. A batch is a tensor, a tuple or list, or a dict of keyword arguments. Of a tuple
-            or list, the first entries are taken, as many as the model's forward requires: the label of a pair is
-            ignored. Of a dict, "label" and "labels" are left out, unless forward names them. A single tensor or dict
-            is one batch. For batches of any other form, give `Batches`. Data that can be read only once is kept in
-            memory. Batches without samples are skipped.
+        data: An iterable of batches. A batch is a tensor or an array, a tuple or list, or a dict of keyword arguments.
+            Of a tuple or list, the first entries are taken, as many as the model's forward requires: the label of a
+            pair is ignored. Of a dict, "label" and "labels" are left out, unless forward names them. A single tensor,
+            array or dict is one batch. Data sets of samples (a torch or Hugging Face Dataset, a data frame, a list of
+            rows) are read in batches of 64, in their order. Values of type float64 become the model's type. For
+            batches of any other form, give `Batches`, which are taken as they are. Data that can be read only once is
+            kept in memory. Batches without samples are skipped.
 
     Raises:
         TypeError: If model is not a module.
         CalibrationError: If data is not iterable; while iterating, if a batch cannot be read.
     """
     check_model(model)
-    read = data.inputs if isinstance(data, Batches) else _reader(model)
-    data = data.data if isinstance(data, Batches) else data
-    if isinstance(data, Tensor | Mapping):
-        data = [data]
-    if not isinstance(data, Iterable):
+    if isinstance(data, Batches):
+        read, data, wide = data.inputs, data.data, False
+    else:
+        discrete = any(isinstance(part, nn.Embedding | nn.EmbeddingBag) for part in model.modules())
+        read = _reader(model, discrete)
+        data = batched(data, inspect.signature(model.forward).parameters, discrete)
+        wide = True
+    data = [data] if isinstance(data, Tensor | Mapping | np.ndarray) else data
+    if not isinstance(data, Iterable) or isinstance(data, str | os.PathLike):
         raise CalibrationError(
-            f"calibration data must be an iterable of batches, got {type(data).__name__}; wrap a batch in a list"
+            f"calibration data must be an iterable of batches, got {type(data).__name__}; {remedy(data)}"
         )
     once = isinstance(data, Iterator) or (not isinstance(data, Sized) and iter(data) is iter(data))
     batches = list(data) if once else data
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    narrow = _narrow_type(model) if wide else None
+
+    def moved(leaf: Any) -> Any:
+        leaf = _moved(leaf, device)
+        return leaf.to(narrow) if narrow and isinstance(leaf, Tensor) and leaf.dtype == torch.float64 else leaf
 
     def as_call(batch: Any) -> Call:
-        moved: Call = tree_map(lambda leaf: _moved(leaf, device), _checked(read(batch)))
-        return moved
+        call: Call = tree_map(moved, _checked(read(batch)))
+        return call
 
     return Calibration(batches, as_call)
 
 
-def _reader(model: nn.Module) -> Inputs:
+def _narrow_type(model: nn.Module) -> torch.dtype | None:
+    """The type that a model computes in, None if some of it is of type float64."""
+    types = [t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    return None if torch.float64 in types else next(iter(types), None)
+
+
+def _reader(model: nn.Module, discrete: bool) -> Inputs:
     parameters = inspect.signature(model.forward).parameters
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [name for name, p in parameters.items() if p.kind in positional and p.default is p.empty]
     count = max(1, len(required))
 
-    def read(batch: Any) -> Call:
+    def read(given: Any) -> Call:
+        batch = as_tensors(given, discrete)
         if isinstance(batch, Tensor):
             return (batch,), {}
         if isinstance(batch, Mapping):
             kept = {k: v for k, v in batch.items() if k in parameters or k not in ("label", "labels")}
             return (), kept
-        if isinstance(batch, tuple | list) and len(batch) >= count:
+        if isinstance(batch, tuple | list) and len(batch) >= count and not isinstance(batch[0], str):
             return tuple(batch[:count]), {}
         size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        first = batch[0] if size and isinstance(next(iter(batch), None), str) else batch
         raise CalibrationError(
             f"a batch is a {type(batch).__name__}{size}, expected a tensor, a dict of keyword arguments or a tuple "
-            f"that starts with forward's {count} required arguments {tuple(required)}; wrap the "
-            "data in lnr_prune.Batches(data, inputs)"
+            f"that starts with forward's {count} required arguments {tuple(required)}; {remedy(first)}"
         )
 
     return read

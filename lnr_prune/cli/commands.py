@@ -1,6 +1,7 @@
 """``lnr-prune inspect``, ``report`` and ``bench``."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,17 +14,22 @@ from lnr_prune.calibration.data import calibrate
 from lnr_prune.calibration.examples import short_example
 from lnr_prune.cli.console import answering, check, title, write
 from lnr_prune.cli.data import Source, batches, dtype_of, random_batch
+from lnr_prune.cli.images import Look, look_of
 from lnr_prune.cli.models import build
 from lnr_prune.cli.options import (
     OUTPUT,
     Array,
+    BatchSize,
+    Column,
     Data,
     Device,
+    Drop,
     Html,
     Json,
     Model,
     ModelArg,
     Saved,
+    Seed,
     Shape,
     Tokens,
     Weights,
@@ -39,10 +45,15 @@ def inspect(
     model: Model,
     model_arg: ModelArg = None,
     weights: Weights = None,
+    device: Device = "cpu",
     shape: Shape = None,
     tokens: Tokens = None,
     data: Data = None,
     array: Array = None,
+    column: Column = None,
+    drop: Drop = None,
+    batch_size: BatchSize = 2,
+    seed: Seed = 0,
     draw: Annotated[
         Path | None,
         typer.Option(
@@ -56,8 +67,9 @@ def inspect(
     Nothing is pruned or written.
     """
     with answering(as_json) as say:
-        net = build(model, model_arg or (), weights)
-        found = inspect_model(net, _batch(net, 2, shape, tokens, data, array))
+        net = build(model, model_arg or (), weights, device)
+        inputs = Inputs(model, shape_of(shape), tokens, data, array or (), column or (), drop or (), seed)
+        found = inspect_model(net, inputs.batch(net, batch_size))
         if draw is not None:
             found.draw(draw)
         say(found, asdict(found))
@@ -83,6 +95,9 @@ def bench(
     tokens: Tokens = None,
     data: Data = None,
     array: Array = None,
+    column: Column = None,
+    drop: Drop = None,
+    seed: Seed = 0,
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Samples per forward pass; may be repeated. Default: 1 and 32.")
     ] = None,
@@ -96,7 +111,8 @@ def bench(
     """Compare a pruned model with its original: latency side by side, parameters, MACs."""
     with answering(as_json) as say:
         net = build(model, model_arg or (), weights, device)
-        example = _batch(net, 2, shape, tokens, data, array)
+        inputs = Inputs(model, shape_of(shape), tokens, data, array or (), column or (), drop or (), seed)
+        example = inputs.batch(net, 2)
         models = [net, load(saved, build(model, model_arg or (), device=device), example=example)]
         call = short_example(net, calibrate(net, [example]))
         counts = {
@@ -107,7 +123,7 @@ def bench(
         runs = []
         for many in threads or [torch.get_num_threads()]:
             for of in batch_size or [1, 32]:
-                timed = calibrate(net, [_batch(net, of, shape, tokens, data, array)]).example()
+                timed = calibrate(net, [inputs.batch(net, of)]).example()
                 original, pruned = _timed(models, timed, many, rounds)
                 runs.append({"threads": many, "batch_size": of, "original": original, "pruned": pruned})
         say(_comparison(counts, runs), {**counts, "seconds": runs})
@@ -136,11 +152,23 @@ def _comparison(counts: dict[str, list[int]], runs: list[dict[str, Any]]) -> Tab
     return table
 
 
-def _batch(
-    net: torch.nn.Module, size: int, shape: str | None, tokens: int | None, data: Path | None, array: list[str] | None
-) -> Any:
-    """Inputs with ``size`` samples, random or from a file."""
-    if data is None:
-        return random_batch(net, size, shape_of(shape), tokens)
-    source = Source(data, size, size, arrays=tuple(array or ()))
-    return next(iter(batches(source, dtype_of(net))))
+@dataclass(frozen=True)
+class Inputs:
+    """The options that say what a model is called with."""
+
+    model: str
+    shape: tuple[int, ...] | None
+    tokens: int | None
+    data: Path | None
+    array: Sequence[str]
+    column: Sequence[str]
+    drop: Sequence[str]
+    seed: int
+
+    def batch(self, net: torch.nn.Module, size: int) -> Any:
+        """Inputs with ``size`` samples, random or from a file."""
+        if self.data is None:
+            return random_batch(net, size, self.shape, self.tokens, self.seed)
+        look = look_of(net, self.model)[0] if self.data.is_dir() else Look()
+        source = Source(self.data, size, size, self.seed, tuple(self.array), tuple(self.column), tuple(self.drop), look)
+        return next(iter(batches(source, dtype_of(net))))

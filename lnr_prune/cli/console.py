@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -14,6 +15,20 @@ from rich.console import Console
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.runtime.disk import put
 
+OPTIONS = (  # what the library calls its arguments -> what they are called here
+    (r"^budget (\w+) must", r"--\1 must"),
+    (r"^(keep|lam|leave) (?=names|must)", r"--\1 "),
+    (r"^(into|window|iterations|seed|swaps|minimum|refits|search) must", r"--\1 must"),
+    (r"^round_to must", "--round-to must"),
+    (r"^penalty's ratio", "--lam-ratio"),
+    (r"^unknown selector", "--selector: unknown selector"),
+    (r"\binto='(\w+)'", r"--into \1"),
+    (r"run=Run\(low_memory=True\)", "--low-memory"),
+    (r"Effort\(search=\.\.\.\)", "--search"),
+    (r"Keep\({name: \.\.\.}\)", "--keep LAYER=NUMBER"),
+    (r"with a work folder, all", "with --work, all"),
+    (r", or lnr_prune\.Batches\(data, inputs\)", ""),
+)
 LOG_WIDTH = 120  # of tables if there is no terminal
 Say = Callable[[Any, Any], None]
 
@@ -37,10 +52,17 @@ def answering(as_json: bool) -> Iterator[Say]:
         typer.echo("interrupted: nothing was left half-written", err=True)
         raise typer.Exit(130) from None
     except (LnrPruneError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {in_options(str(error))}", err=True)
         raise typer.Exit(1) from error
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(in_options(str(error))) from error
+
+
+def in_options(message: str) -> str:
+    """An error of the library, in the words of the command line."""
+    for argument, option in OPTIONS:
+        message = re.sub(argument, option, message)
+    return message
 
 
 def lines() -> Callable[[str], None]:

@@ -1,4 +1,4 @@
-"""Calibration data from files (folders of images, arrays, texts), and random inputs."""
+"""Calibration data from files (folders of images, arrays, tables, texts), and random inputs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,17 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from lnr_prune.errors import CalibrationError
+from lnr_prune.calibration.forms.values import of_frame
+from lnr_prune.cli.images import Look, files_in, image_batches
+from lnr_prune.cli.texts import lines_of, packed, padded, tokenizer_in
+from lnr_prune.errors import CalibrationError, LnrPruneError
+from lnr_prune.runtime.checks import nearest
 from lnr_prune.runtime.optional import needed
 from lnr_prune.runtime.processes import ALONE, Ranks
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+TABLES = (".csv", ".tsv", ".parquet")
+INDEX = "Unnamed: "  # what pandas calls the column of row numbers that it wrote itself
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,19 @@ class Source:
     """Which samples of a file or folder are read, and how.
 
     Attributes:
-        path: A folder of images; a .npy, .npz or .safetensors file; or a text file with one sample per line.
+        path: A folder of images; a .npy, .npz or .safetensors file; a table (.csv, .tsv, .parquet); or a text file with
+            one sample per line.
         samples: Number of samples that are drawn.
         batch_size: Samples per batch.
         seed: Seed of the draw.
         arrays: Names of the arrays in the file: a single one is the model's input, several are keyword arguments.
             May be empty if the file has just one array.
-        size: Side of the square that images are scaled and cropped to.
-        mean: Mean of every colour, subtracted from values in [0, 1]; with a single value, images become grey.
-        std: Standard deviation of every colour; the difference is divided by it.
+        columns: Columns of a table that are the model's input, in this order. Empty = all.
+        drop: Columns of a table that are left out.
+        look: How images are made ready.
         tokenizer: Folder of a Hugging Face tokenizer, for text.
         tokens: Length of the longest text, in tokens.
+        pack: Whether texts are packed one after the other, instead of filled up to the same length.
     """
 
     path: Path
@@ -43,15 +48,20 @@ class Source:
     batch_size: int = 32
     seed: int = 0
     arrays: tuple[str, ...] = ()
-    size: int = 224
-    mean: tuple[float, ...] = IMAGENET[0]
-    std: tuple[float, ...] = IMAGENET[1]
+    columns: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    look: Look = Look()
     tokenizer: Path | None = None
     tokens: int = 128
+    pack: bool = False
+
+    def shuffled(self, count: int) -> Tensor:
+        """Indices of all samples, in random order."""
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
 
     def drawn(self, count: int) -> Tensor:
-        """Indices of the samples, in random order."""
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[: self.samples]
+        """Indices of the samples that are taken."""
+        return self.shuffled(count)[: self.samples]
 
 
 def batches(source: Source, dtype: torch.dtype = torch.float32, ranks: Ranks = ALONE) -> Iterable[Any]:
@@ -67,24 +77,28 @@ def batches(source: Source, dtype: torch.dtype = torch.float32, ranks: Ranks = A
         CalibrationError: If it cannot be read, or is empty.
     """
     if source.path.is_dir():
-        return _images(source, dtype, ranks)
+        files = files_in(source.path)
+        chosen = [files[index] for index in source.drawn(len(files))]
+        return image_batches(chosen, source.look, dtype, source.batch_size, ranks)
     if source.path.suffix in (".npy", ".npz", ".safetensors"):
         return _split(_arrays(source, dtype), source.batch_size, ranks)
+    if source.path.suffix in TABLES:
+        return _split(_table(source).to(dtype), source.batch_size, ranks)
     if source.tokenizer is None:
         raise ValueError(
-            f"cannot tell what {source.path} holds: give a folder of images, a .npy, .npz or .safetensors file, "
-            "or a text file and --tokenizer"
+            f"cannot tell what {source.path} holds: give a folder of images, a .npy, .npz or .safetensors file, a "
+            f"{', '.join(TABLES)} table, or a text file and --tokenizer"
         )
-    return _split(_texts(source), source.batch_size, ranks)
+    return _split(_texts(source, source.tokenizer), source.batch_size, ranks)
 
 
-def random_batch(model: nn.Module, size: int, shape: Sequence[int] | None, tokens: int | None) -> Any:
+def random_batch(model: nn.Module, size: int, shape: Sequence[int] | None, tokens: int | None, seed: int = 0) -> Any:
     """Random inputs: normal values of a shape without its batch axis, or token ids.
 
     Raises:
         ValueError: If neither a shape nor a number of tokens is given, or the model has no vocabulary.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     if shape is not None:
         values = torch.randn(size, *shape, generator=generator)
         return values.to(dtype_of(model))
@@ -99,46 +113,6 @@ def random_batch(model: nn.Module, size: int, shape: Sequence[int] | None, token
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype of the model's first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-class _Images(Dataset[Tensor]):
-    """Image files as normalised (colours, size, size) tensors."""
-
-    def __init__(self, files: Sequence[Path], source: Source, dtype: torch.dtype) -> None:
-        self.files, self.source, self.dtype = files, source, dtype
-        self.opened = needed("PIL.Image").open
-        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (source.mean, source.std))
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        side, file = self.source.size, self.files[index]
-        try:
-            with self.opened(file) as opened:
-                image = opened.convert("L" if len(self.mean) == 1 else "RGB")
-        except OSError as error:
-            raise CalibrationError(f"cannot read the image {file}: {error}") from error
-        scale = side / min(image.size)
-        width, height = (max(side, round(length * scale)) for length in image.size)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.resize((width, height)).crop((left, top, left + side, top + side))
-        pixels = torch.from_numpy(np.array(image)).view(side, side, -1).permute(2, 0, 1) / 255
-        return ((pixels - self.mean) / self.std).to(self.dtype)
-
-
-def _images(source: Source, dtype: torch.dtype, ranks: Ranks) -> Iterable[Tensor]:
-    if len(source.mean) != len(source.std) or len(source.mean) not in (1, 3):
-        raise ValueError(
-            f"--mean and --std must both have 3 values, or 1 for grey images: got {source.mean}, {source.std}"
-        )
-    files = sorted(file for file in source.path.rglob("*") if file.suffix.lower() in IMAGES)
-    if not files:
-        raise CalibrationError(f"there is no image in {source.path}; expected files that end in {', '.join(IMAGES)}")
-    chosen = [files[index] for index in source.drawn(len(files))]
-    starts = ranks.shard(range(0, len(chosen), source.batch_size))
-    mine = chosen[starts[0] : starts[-1] + source.batch_size] if starts else []
-    return DataLoader(_Images(mine, source, dtype), batch_size=source.batch_size)
 
 
 def _arrays(source: Source, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
@@ -168,7 +142,7 @@ def _wanted(source: Source, names: Iterable[str]) -> tuple[str, ...]:
     held = tuple(names)
     wanted = source.arrays or held
     if unknown := [name for name in wanted if name not in held]:
-        raise CalibrationError(f"{source.path} has no array {unknown[0]!r}; it holds {', '.join(held)}")
+        raise CalibrationError(f"{source.path} has no array {unknown[0]!r}; {nearest(unknown[0], held)}")
     if not source.arrays and len(held) != 1:
         raise CalibrationError(
             f"{source.path} holds {', '.join(held) or 'nothing'}: name the model's input with --array"
@@ -176,19 +150,47 @@ def _wanted(source: Source, names: Iterable[str]) -> tuple[str, ...]:
     return wanted
 
 
-def _texts(source: Source) -> dict[str, Tensor]:
+def _table(source: Source) -> Tensor:
+    """Rows of numbers from a table."""
+    pandas = needed("pandas")
     try:
-        lines = [line for line in source.path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        if source.path.suffix == ".parquet":
+            frame = pandas.read_parquet(source.path)
+        else:
+            frame = pandas.read_csv(source.path, sep="\t" if source.path.suffix == ".tsv" else ",")
+    except ImportError as error:  # pandas reads parquet with another package
+        raise LnrPruneError(
+            "a .parquet file is read with pyarrow, which is not installed: pip install pyarrow"
+        ) from error
+    except (OSError, ValueError) as error:
         raise CalibrationError(f"cannot read {source.path}: {error}") from error
-    if not lines:
-        raise CalibrationError(f"{source.path} holds no text")
-    if source.tokenizer is None or not source.tokenizer.is_dir():
-        raise ValueError(f"there is no folder {source.tokenizer}; give one that a tokenizer's save_pretrained wrote")
-    tokenizer = needed("transformers").AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    chosen = [lines[index] for index in source.drawn(len(lines))]
-    return dict(tokenizer(chosen, padding=True, truncation=True, max_length=source.tokens, return_tensors="pt"))
+    held = [str(name) for name in frame.columns if not str(name).startswith(INDEX)]
+    for option, names in (("--column", source.columns), ("--drop", source.drop)):
+        if unknown := [name for name in names if name not in held]:
+            raise ValueError(f"{option} {unknown[0]}: {source.path} has no such column; {nearest(unknown[0], held)}")
+    frame = frame[[name for name in source.columns or held if name not in source.drop]]
+    for name in frame.columns:
+        if not pandas.api.types.is_numeric_dtype(frame[name]):
+            raise CalibrationError(
+                f"column {name!r} of {source.path} is of type {frame[name].dtype}, expected numbers: leave it out with "
+                f"--drop {name}, or encode it as it was in training"
+            )
+        if frame[name].isna().any():
+            raise CalibrationError(
+                f"column {name!r} of {source.path} has {frame[name].isna().sum()} missing values: fill them as in "
+                f"training, or leave it out with --drop {name}"
+            )
+    if not frame.size:
+        raise CalibrationError(f"{source.path} has {len(frame)} rows and {len(frame.columns)} columns to read")
+    return of_frame(frame.iloc[source.drawn(len(frame)).numpy()], discrete=False)
+
+
+def _texts(source: Source, tokenizer: Path) -> dict[str, Tensor]:
+    lines, of = lines_of(source.path), tokenizer_in(tokenizer)
+    chosen = [lines[index] for index in source.shuffled(len(lines))]
+    if source.pack:
+        return packed(of, chosen, source.tokens, source.samples)
+    return padded(of, chosen[: source.samples], source.tokens)
 
 
 def _split(tensors: Tensor | dict[str, Tensor], size: int, ranks: Ranks) -> Sequence[Any]:

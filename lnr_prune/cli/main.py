@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lnr_prune._version import __version__
 from lnr_prune.cli import commands
+from lnr_prune.cli.options import Device
 from lnr_prune.cli.prune import prune
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.recipes import session
@@ -114,6 +115,7 @@ def lenet5(
     retrain: Annotated[
         bool, typer.Option(help="Whether to also retrain every point of the sweeps for one epoch.")
     ] = True,
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of everything random: the same seed gives the same results.")] = 0,
     quick: Annotated[
         bool,
@@ -134,6 +136,7 @@ def lenet5(
             lam_ratio=lam_ratio,
             sweep=sweep,
             retrain=retrain,
+            device=device,
             seed=seed,
             quick=quick,
         )

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from pickle import UnpicklingError  # torch.load(weights_only=True) raises it  # nosec B403
@@ -17,10 +18,15 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from lnr_prune.errors import LnrPruneError
+from lnr_prune.runtime.checks import nearest
 from lnr_prune.runtime.optional import import_torchvision, needed
 
 FORMS = "package.module:factory, path/to/file.py:factory, torchvision:NAME, timm:NAME or hf:FOLDER"
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
+
+
+class UnknownNameError(ValueError):
+    """A collection of models has none of this name."""
 
 
 def build(spec: str, arguments: Iterable[str] = (), weights: Path | None = None, device: str = "cpu") -> nn.Module:
@@ -40,7 +46,7 @@ def build(spec: str, arguments: Iterable[str] = (), weights: Path | None = None,
     factory, given = _factory(spec), dict(map(_argument, arguments))
     try:
         model = factory(**given)
-    except LnrPruneError:
+    except (LnrPruneError, UnknownNameError):
         raise
     except Exception as error:  # the factory is the user's code
         raise LnrPruneError(f"{spec} failed with {type(error).__name__}: {error}") from error
@@ -54,21 +60,24 @@ def build(spec: str, arguments: Iterable[str] = (), weights: Path | None = None,
         raise LnrPruneError(f"cannot use the device {device!r}: {error}") from error
 
 
+def torchvision_weights(arguments: Iterable[str]) -> str | None:
+    """The name of torchvision's weights among a factory's arguments."""
+    name = dict(map(_argument, arguments)).get("weights")
+    return name if isinstance(name, str) else None
+
+
 def _factory(spec: str) -> Callable[..., Any]:
     source, _, name = spec.rpartition(":") if not spec.startswith("hf:") else ("hf", ":", spec[3:])
     if not (source and name):
         raise ValueError(f"a model is {FORMS}; got {spec!r}")
-    if source == "torchvision":
-        return lambda **given: import_torchvision().models.get_model(name, **given)
-    if source == "timm":
-        return lambda **given: _timm().create_model(name, **given)
-    if source == "hf":
-        return lambda **given: _hugging_face(name, **given)
+    for zoo, maker in (("torchvision", _torchvision), ("timm", _timm), ("hf", _hugging_face)):
+        if source == zoo:
+            return partial(maker, name)
     module = _module(source)
     try:
         found = attrgetter(name)(module)
     except AttributeError as error:
-        raise ValueError(f"{source} has no {name!r}; give the name of a function or class in it") from error
+        raise ValueError(f"{source} has no {name!r}; {nearest(name, _makers(module))}") from error
     if isinstance(found, nn.Module) or not callable(found):
         kind = type(found).__name__
         raise ValueError(f"{spec} is a {kind}, expected a function or class that makes a new model")
@@ -95,10 +104,26 @@ def _module(source: str) -> ModuleType:
         raise ValueError(f"cannot import {source}: {error}") from error
 
 
-def _timm() -> ModuleType:
+def _makers(module: ModuleType) -> list[str]:
+    """Names in a module that may make a model."""
+    own = (name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__)
+    return [name for name in own if not name.startswith("_")]
+
+
+def _torchvision(name: str, **given: Any) -> Any:
+    models: Any = import_torchvision().models
+    if name.lower() not in models.list_models():
+        raise UnknownNameError(f"torchvision has no model {name!r}; {nearest(name, models.list_models())}")
+    return models.get_model(name, **given)
+
+
+def _timm(name: str, **given: Any) -> Any:
     with suppress(LnrPruneError):
         import_torchvision()  # which timm imports
-    return needed("timm")
+    timm: Any = needed("timm")
+    if ":" not in name and not timm.is_model(name):  # "hf-hub:..." and "local-dir:..." name other places
+        raise UnknownNameError(f"timm has no model {name!r}; {nearest(name, timm.list_models())}")
+    return timm.create_model(name, **given)
 
 
 def _hugging_face(folder: str, **given: Any) -> Any:

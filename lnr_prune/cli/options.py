@@ -12,6 +12,10 @@ from lnr_prune.selection.selectors import Backward, Random, Selector
 from lnr_prune.settings import Amount
 
 MODEL, DATA, AMOUNT, OUTPUT = "Model", "Inputs", "How much is kept (give one)", "Output"
+FILES = (
+    "a folder of images; a .npy, .npz or .safetensors file; a table (.csv, .tsv, .parquet); or a text file with one "
+    "sample per line (with --tokenizer)"
+)
 Model = Annotated[
     str,
     typer.Argument(
@@ -58,10 +62,22 @@ Saved = Annotated[
         metavar="PRUNED", exists=True, dir_okay=False, show_default=False, help="A file that lnr-prune prune wrote."
     ),
 ]
-Data = Annotated[
-    Path | None,
-    typer.Option(exists=True, help="Or inputs from a .npy, .npz or .safetensors file.", rich_help_panel=DATA),
+Data = Annotated[Path | None, typer.Option(exists=True, help=f"Or inputs from a file: {FILES}.", rich_help_panel=DATA)]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column of a table that the model reads; repeat it, in the model's order. Default: all.",
+        rich_help_panel=DATA,
+    ),
 ]
+Drop = Annotated[
+    list[str] | None,
+    typer.Option(help="Column of a table that is left out, such as the target. May be repeated.", rich_help_panel=DATA),
+]
+Seed = Annotated[
+    int, typer.Option(help="Seed of all that is drawn: the same seed, the same result.", rich_help_panel=DATA)
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples per batch.", rich_help_panel=DATA)]
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.", rich_help_panel=OUTPUT)
 ]
@@ -112,9 +128,9 @@ def amount(
     wanted, finely, carefully = (_given(of) for of in (limits, grid, effort))
     if (details := {**finely, **carefully}) and not wanted:
         raise ValueError(f"--{next(iter(details)).replace('_', '-')} belongs to a budget: give --params, --macs, "
-                         "--budget-size, --latency or --error too")  # fmt: skip
+                         "--size, --latency or --error too")  # fmt: skip
     if len(given) + bool(wanted) != 1:
-        names = "--keep, --lam, --lam-ratio or a budget (--params, --macs, --budget-size, --latency, --error)"
+        names = "--keep, --lam, --lam-ratio or a budget (--params, --macs, --size, --latency, --error)"
         got = " and ".join([*given, *(["budget"] if wanted else [])]) or "none"
         raise ValueError(f"expected exactly one amount to keep. Give one of {names}; got {got}")
     if wanted:

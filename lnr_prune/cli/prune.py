@@ -1,30 +1,38 @@
 """``lnr-prune prune``."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lnr_prune.cli.console import answering, check, lines, title, write
-from lnr_prune.cli.data import IMAGENET, Source, batches, dtype_of
-from lnr_prune.cli.models import build
+from lnr_prune.cli.data import Source, batches, dtype_of
+from lnr_prune.cli.images import INTERPOLATIONS, look_of
+from lnr_prune.cli.models import build, torchvision_weights
 from lnr_prune.cli.options import (
     AMOUNT,
     DATA,
+    FILES,
     OUTPUT,
     Array,
+    BatchSize,
+    Column,
     Device,
+    Drop,
     Html,
     Json,
     Model,
     ModelArg,
+    Seed,
     Weights,
     amount,
     numbers,
     refit_of,
     selector_of,
 )
+from lnr_prune.cli.texts import reads_on
 from lnr_prune.prune import prune as prune_model
 from lnr_prune.runtime.processes import launched
 from lnr_prune.runtime.run import Run
@@ -41,36 +49,56 @@ def prune(
         Path,
         typer.Option(
             exists=True,
-            help="Unlabelled samples like those the model was trained on: a folder of images, a .npy, .npz or "
-            ".safetensors file of inputs, or a text file with one sample per line (with --tokenizer).",
+            help=f"Unlabelled samples like those the model was trained on: {FILES}.",
             rich_help_panel=DATA,
         ),
     ],
     array: Array = None,
+    column: Column = None,
+    drop: Drop = None,
     count: Annotated[int, typer.Option("--samples", min=1, help="Number of samples.", rich_help_panel=DATA)] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.", rich_help_panel=DATA)] = 32,
-    seed: Annotated[
-        int,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    image_size: Annotated[
+        int | None,
         typer.Option(
-            help="Seed of the samples and the random selector: the same seed, the same result.", rich_help_panel=DATA
+            min=1,
+            help="Height and width of images. Default, as for the next four: as the model was trained, if timm or "
+            "torchvision say so, otherwise as for ImageNet.",
+            rich_help_panel=DATA,
         ),
-    ] = 0,
-    size: Annotated[
-        int, typer.Option(min=1, help="Height and width of images, scaled and cropped.", rich_help_panel=DATA)
-    ] = 224,
+    ] = None,
+    crop: Annotated[
+        float | None, typer.Option(help="Share of a scaled image that is kept, in (0, 1].", rich_help_panel=DATA)
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help=f"How images are scaled: {', '.join(INTERPOLATIONS)}.", rich_help_panel=DATA)
+    ] = None,
     mean: Annotated[
-        str, typer.Option(help="Mean of the colours in [0, 1]; one number for grey images.", rich_help_panel=DATA)
-    ] = ",".join(map(str, IMAGENET[0])),
+        str | None,
+        typer.Option(help="Mean of the colours in [0, 1]; one number for grey images.", rich_help_panel=DATA),
+    ] = None,
     std: Annotated[
-        str, typer.Option(help="Standard deviation of the colours, as in training.", rich_help_panel=DATA)
-    ] = ",".join(map(str, IMAGENET[1])),
+        str | None, typer.Option(help="Standard deviation of the colours, as in training.", rich_help_panel=DATA)
+    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
             exists=True, file_okay=False, help="Folder of a Hugging Face tokenizer, for text.", rich_help_panel=DATA
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Longest text in tokens.", rich_help_panel=DATA)] = 128,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Longest text in tokens, or of every packed sample.", rich_help_panel=DATA)
+    ] = 128,
+    pack: Annotated[
+        bool | None,
+        typer.Option(
+            "--pack/--pad",
+            help="Whether texts are cut from one stream of tokens, or each filled up to the longest one. Default: "
+            "packed for models that predict the next token.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -93,9 +121,7 @@ def prune(
     macs: Annotated[
         float | None, typer.Option(help="Budget: fraction of the multiply-accumulates.", rich_help_panel=AMOUNT)
     ] = None,
-    budget_size: Annotated[
-        float | None, typer.Option(help="Budget: fraction of the bytes.", rich_help_panel=AMOUNT)
-    ] = None,
+    size: Annotated[float | None, typer.Option(help="Budget: fraction of the bytes.", rich_help_panel=AMOUNT)] = None,
     latency: Annotated[
         float | None, typer.Option(help="Budget: fraction of the measured time.", rich_help_panel=AMOUNT)
     ] = None,
@@ -202,7 +228,7 @@ def prune(
         first = ranks.rank == 0
         wanted = amount(
             {"keep": keep, "lam": lam, "lam_ratio": lam_ratio},
-            {"params": params, "macs": macs, "size": budget_size, "latency": latency, "error": error},
+            {"params": params, "macs": macs, "size": size, "latency": latency, "error": error},
             {"round_to": round_to, "minimum": minimum, "leave": tuple(leave or ()) or None},
             {"refits": refits, "search": search},
         )
@@ -213,11 +239,22 @@ def prune(
             if out is None:
                 raise ValueError("there is no output file: give --out FILE.safetensors, or --dry-run to write nothing")
             check(targets, {"--weights": weights, "--data": data})
-        colours = numbers(mean, "--mean"), numbers(std, "--std")
-        source = Source(
-            data, count, batch_size, seed, tuple(array or ()), size, colours[0], colours[1], tokenizer, tokens
-        )
         net = build(model, model_arg or (), weights, device)
+        look, origin = look_of(net, model, torchvision_weights(model_arg or ()))
+        given: dict[str, Any] = {
+            "size": image_size and (image_size, image_size),
+            "crop": crop,
+            "interpolation": interpolation,
+            "mean": mean and numbers(mean, "--mean"),
+            "std": std and numbers(std, "--std"),
+        }
+        look = replace(look, **{name: value for name, value in given.items() if value is not None})
+        if first and data.is_dir():
+            typer.echo(f"images: {look} ({origin})", err=True)
+        source = Source(
+            data, count, batch_size, seed, tuple(array or ()), tuple(column or ()), tuple(drop or ()), look, tokenizer,
+            tokens, reads_on(net) if pack is None else pack,
+        )  # fmt: skip
         shown = (None if sys.stderr.isatty() else lines()) if first else False
         done = prune_model(
             net,

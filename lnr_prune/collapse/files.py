@@ -63,7 +63,7 @@ def load(path: StrPath, model: nn.Module, *, example: Any = None, into: str = "c
         into: What is shrunk: a "copy", or the "model" itself, which is restored if anything fails.
 
     Returns:
-        The pruned model, on the devices of ``model``, in its mode, with its ``requires_grad``.
+        The pruned model in evaluation mode, on the devices of ``model``, with its ``requires_grad``.
 
     Raises:
         ValueError: If ``into`` is neither.
@@ -85,7 +85,8 @@ def load(path: StrPath, model: nn.Module, *, example: Any = None, into: str = "c
     check_model(model)
     check_into(into)
     with plain(model) as given:
-        return _load(path, given, example, into)
+        loaded = _load(path, given, example, into)
+    return loaded.eval()
 
 
 def _load(path: StrPath, model: nn.Module, example: Any, into: str) -> nn.Module:

@@ -41,6 +41,18 @@ class Data:
     test_images: Tensor
     test_labels: Tensor
 
+    def to(self, device: str) -> Data:
+        """The same on a device.
+
+        Raises:
+            LnrPruneError: If the device cannot be used.
+        """
+        try:
+            moved = [x.to(device) for x in (self.train_images, self.train_labels, self.test_images, self.test_labels)]
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise LnrPruneError(f"cannot use the device {device!r}: {error}") from error
+        return Data(self.name, *moved)
+
 
 def load(name: str = "digits", root: str | Path | None = None) -> Data:
     """Loads a data set by name.

@@ -47,7 +47,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
         LnrPruneError: If data, weights or an optional package are missing, or nothing can be written.
     """
     console, numbers, begin = console or Console(), settings.numbers, time.perf_counter()
-    data = datasets.load(settings.data, settings.data_root)
+    data = datasets.load(settings.data, settings.data_root).to(settings.device)
     out = _folder(settings.out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -105,8 +105,8 @@ def _folder(path: Path) -> Path:
 
 def _trained(settings: Settings, data: Data, console: Console, advance: Advance) -> tuple[LeNet5, list[float]]:
     if settings.weights:
-        return load_weights(settings.weights), []
-    model = initialised(settings.seed)
+        return load_weights(settings.weights).to(settings.device), []
+    model = initialised(settings.seed).to(settings.device)
     optimizer, accuracies = adam(model), []
     for epoch in range(settings.numbers["epochs"]):
         seed = settings.seed + epoch

@@ -23,6 +23,7 @@ class Settings:
         lam_ratio: Penalty of the whole network, as a fraction of every layer's lambda_max.
         sweep: Points of each Pareto sweep.
         retrain: Whether to also retrain the points of the sweeps for one epoch.
+        device: Where it runs.
         seed: Seed of initialisation, shuffling and the toy problem.
         quick: A small session, for tests.
 
@@ -41,6 +42,7 @@ class Settings:
     lam_ratio: float = 0.1
     sweep: int | None = None
     retrain: bool = True
+    device: str = "cpu"
     seed: int = 0
     quick: bool = False
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from lnr_prune.report.html import (
     bar,
@@ -27,6 +26,7 @@ from lnr_prune.report.html import (
     weights_made_plain,
     who,
 )
+from lnr_prune.report.names import add, by_reason, joined, repeated, span, whole_names
 from lnr_prune.report.plots import new_figure
 from lnr_prune.report.rows import GroupReport, LayerReport
 from lnr_prune.runtime.disk import put
@@ -165,28 +165,28 @@ class Report:
 
     def __rich__(self) -> Table:
         table = Table(title="lnr-prune", caption=self._caption(), caption_justify="left")
-        for column in ("producers", "consumers"):
-            table.add_column(column)
+        whole_names(table, "producers", "consumers")
         budget = any(group.predicted is not None for group in self.groups)
         for column in ("channels", "kept", "error", "gap", *(["predicted"] if budget else [])):
-            table.add_column(column, justify="right")
-        table.add_column("note")
-        for group in self.groups:
-            row = (
-                ", ".join(group.producers),
-                ", ".join(group.consumers),
-                str(group.size),
-                str(group.kept),
-                "-" if group.error is None else f"{group.error:.2%}",
-                "-" if group.gap is None else f"{group.gap:.0e}",
-                *([] if not budget else ["-" if group.predicted is None else f"{group.predicted:.2%}"]),
-                group.note,
+            table.add_column(column, justify="right", overflow="fold")
+        whole_names(table, "note")
+        for rows in repeated(self.groups):
+            notes = [note for note in dict.fromkeys(group.note for group in rows) if note]
+            more = f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""
+            add(
+                table,
+                joined(name for group in rows for name in group.producers),
+                joined(name for group in rows for name in group.consumers),
+                str(rows[0].size),
+                span((group.kept for group in rows), str),
+                span((group.error for group in rows), percent),
+                span((group.gap for group in rows), "{:.0e}".format),
+                *([span((group.predicted for group in rows), percent)] if budget else []),
+                "".join(notes[:1]) + more,
             )
-            table.add_row(*map(Text, row))  # not markup: the model's names may look like it
-        for layer, reason in self.frozen.items():
-            table.add_row(Text(layer), *["-"] * (5 + budget), Text(f"frozen: {reason}"))
-        for layer, what in self.folded.items():
-            table.add_row(Text(layer), *["-"] * (5 + budget), Text(f"folded: {what}"))
+        for what, reasons in (("frozen", self.frozen), ("folded", self.folded)):
+            for reason, layers in by_reason(reasons).items():
+                add(table, layers, *["-"] * (5 + budget), f"{what}: {reason}")
         return table
 
     def _caption(self) -> str:

@@ -2,9 +2,13 @@
 
 import math
 import numbers
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
+
+FEW = 5  # names that are listed of many
 
 
 def check_flags(**flags: Any) -> None:
@@ -64,3 +68,12 @@ def check_size(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and float(value) >= 0):
         raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The known names for an error's text: those that look like the wrong one, or the first few."""
+    names = list(map(str, known))
+    if alike := get_close_matches(str(name), names, n=3, cutoff=0.6):
+        return f"did you mean {' or '.join(alike)}?"
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return f"known: {', '.join(names[:FEW]) or 'none'}{more}"

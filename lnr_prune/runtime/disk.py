@@ -10,19 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from lnr_prune.errors import LnrPruneError, PlanError
 
-try:
-    from fcntl import LOCK_EX, LOCK_NB, lockf
-except ImportError:  # Windows: no lock across processes
-    lockf = None  # type: ignore[assignment]
-
-
 StrPath = str | os.PathLike[str]
 PART = ".lnr-prune-{}.part"  # name of a file that is being written
-_held: set[tuple[int, str]] = set()  # process and file; POSIX would let a process lock its file again
 
 
 def regular(path: StrPath) -> None:
@@ -89,26 +83,17 @@ def put(path: StrPath, write: Callable[[str], object]) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock that no other run can hold meanwhile. It is released when the process ends, in whatever way.
 
-    It is a POSIX lock. Unlike with flock, a child process does not inherit it, so it cannot outlive its parent.
-
     Raises:
         LnrPruneError: If another run holds it.
         OSError: If the file cannot be written.
     """
-    name = os.getpid(), os.path.realpath(path)
-    in_use = LnrPruneError(f"{path.parent} is in use by another run: wait until it ends, or give another folder")
-    if name in _held:
-        raise in_use
-    file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    _held.add(name)
+    lock = FileLock(path)
     try:
-        if lockf is not None:
-            try:
-                lockf(file, LOCK_EX | LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                raise in_use from error
-        os.write(file, b"held by the process that prunes\n")  # a full disk fails here, at the start
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        in_use = f"{path.parent} is in use by another run: wait until it ends, or give another folder"
+        raise LnrPruneError(in_use) from error
+    try:
         yield
     finally:
-        os.close(file)
-        _held.remove(name)
+        lock.release()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lnr_prune.graph.groups import ChannelGroup, Graph
+from lnr_prune.runtime.checks import nearest
 from lnr_prune.selection.selectors import Candidates, Lasso, Selection, Selector, at_lam
 
 Choice = Callable[[Candidates], Selection]
@@ -127,8 +128,7 @@ def groups_named(graph: Graph, producer: str, kind: str) -> list[ChannelGroup]:
         why = f" ({graph.frozen[producer]})" if producer in graph.frozen else ""
         prunable = dict.fromkeys(name for group in graph.groups for name in group.producers)
         raise ValueError(
-            f"{kind} names {producer!r}, which is not a prunable producer{why}; "
-            f"prunable: {', '.join(prunable) or 'none'}"
+            f"{kind} names {producer!r}, which is not a prunable producer{why}; {nearest(producer, prunable)}"
         )
     return found
 

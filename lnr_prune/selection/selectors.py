@@ -13,7 +13,7 @@ from lnr_prune.lasso.path import lam_for_count
 from lnr_prune.lasso.problem import GroupLasso, debias
 from lnr_prune.lasso.prox import Matrices
 from lnr_prune.lasso.solve import Solver, find_solver, solve
-from lnr_prune.runtime.checks import check_count, check_seed
+from lnr_prune.runtime.checks import check_count, check_seed, nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ def find_selector(selector: str | Selector) -> Selector:
     """
     if isinstance(selector, str):
         if selector not in SELECTORS:
-            raise ValueError(f"unknown selector {selector!r}; known selectors: {', '.join(SELECTORS)}")
+            raise ValueError(f"unknown selector {selector!r}; {nearest(selector, SELECTORS)}")
         return SELECTORS[selector]
     if not callable(getattr(selector, "choose", None)) or isinstance(selector, type):
         raise TypeError(

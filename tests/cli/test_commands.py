@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lnr_prune as lnr
+from lnr_prune.cli.console import in_options
 from lnr_prune.cli.main import app
 from lnr_prune.cli.models import build
 from lnr_prune.cli.options import amount, selector_of, shape_of
@@ -217,16 +218,20 @@ MISTAKES = [
     ([*DATA, "--dry-run", "--keep", "0.5", "--macs", "0.5"], 2, "got keep and budget"),
     ([*DATA, "--dry-run", "--keep", "half"], 2, "--keep takes a number"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--keep", "0.2"], 2, "LAYER=NUMBER"),
-    ([*DATA, "--dry-run", "--keep", "fist=3"], 2, "names 'fist', which is not a prunable producer"),
+    (
+        [*DATA, "--dry-run", "--keep", "fist=3"],
+        2,
+        "--keep names 'fist', which is not a prunable producer; did you mean first?",
+    ),
     ([*DATA, "--dry-run", "--keep", "0.5", "--round-to", "8"], 2, "--round-to belongs to a budget"),
-    ([*DATA, "--dry-run", "--macs", "1.5"], 2, "budget macs must be a fraction"),
+    ([*DATA, "--dry-run", "--macs", "1.5"], 2, "--macs must be a fraction"),
     ([*DATA, "--dry-run", "--macs", "0.01"], 2, "out of reach"),
-    ([*DATA, "--dry-run", "--keep", "0.5", "--selector", "luck"], 2, "unknown selector 'luck'"),
+    ([*DATA, "--dry-run", "--keep", "0.5", "--selector", "luck"], 2, "--selector: unknown selector 'luck'"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--swaps", "8"], 2, "--swaps belongs to --selector backward"),
-    ([*DATA, "--dry-run", "--keep", "0.5", "--window", "3"], 2, "window must be 1 (each layer by itself) or 2"),
+    ([*DATA, "--dry-run", "--keep", "0.5", "--window", "3"], 2, "--window must be 1 (each layer by itself) or 2"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--into", "model"], 2, "the command never changes the model that it reads"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--iterations", "5"], 2, "--iterations belongs to --window 2"),
-    ([*DATA, "--dry-run", "--keep", "0.5", "--into", "onnx"], 2, "into must be one of copy, model, graph"),
+    ([*DATA, "--dry-run", "--keep", "0.5", "--into", "onnx"], 2, "--into must be one of copy, model, graph"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--mean", "red"], 2, "--mean takes numbers"),
     ([*DATA, "--keep", "0.5", "--out", "nowhere/m.safetensors"], 2, "a folder that exists"),
     ([*DATA, "--keep", "0.5", "--weights", "w.safetensors", "--out", "w.safetensors"], 2, "would overwrite"),
@@ -256,6 +261,22 @@ def test_mistakes_say_what_to_do(options: list[str], code: int, message: str, fo
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert done.stdout == ""
     assert {path.name for path in folder.iterdir()} - before <= {"__pycache__"}
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("budget size must be a number", "--size must be a number"),
+        ("round_to must be at least 1", "--round-to must be at least 1"),
+        ("Free memory, or give run=Run(low_memory=True), which needs 1 GB", "give --low-memory, which needs 1 GB"),
+        ("or leave that group whole: Keep({name: ...}) names", "--keep LAYER=NUMBER names"),
+        ("it cannot be combined with into='graph'; limit", "combined with --into graph; limit"),
+        ("Give batches, or lnr_prune.Batches(data, inputs)", "Give batches"),
+        ("the penalty keeps a layer whole", "the penalty keeps a layer whole"),
+    ],
+)
+def test_errors_speak_of_options(message: str, said: str) -> None:
+    assert in_options(message).endswith(said)
 
 
 @pytest.mark.parametrize("command", [["report", "x.npy"], ["bench", MODEL, "x.npy", "--shape", "3,8,8"]])

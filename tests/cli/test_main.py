@@ -44,7 +44,7 @@ def test_every_command_explains_itself(name: str) -> None:
 def test_help_explains_every_option() -> None:
     command = typer.main.get_command(app)
     lenet5 = command.get_command(command.make_context("lnr-prune", ["lenet5"]), "lenet5")  # type: ignore[attr-defined]
-    assert len(lenet5.params) == 13
+    assert len(lenet5.params) == 14
     assert [p.name for p in lenet5.params if not p.help] == []
     result = CliRunner().invoke(app, ["lenet5", "--help"], env=WIDE)
     assert result.exit_code == 0
@@ -82,6 +82,7 @@ def test_lenet5_from_given_weights(tmp_path: Path) -> None:
         (["--out", "file/results"], "cannot write to 'file/results'"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--lam", "-1"], "lam must be positive and finite, got -1"),
+        (["--device", "abacus"], "cannot use the device 'abacus'"),
         (["--colour", "red"], "No such option"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file, save_model
 
 from lnr_prune.cli.data import Source, batches, random_batch
+from lnr_prune.cli.images import Look
 from lnr_prune.cli.models import build
 from lnr_prune.errors import CalibrationError, LnrPruneError
 from lnr_prune.runtime.optional import needed
@@ -65,7 +66,7 @@ def test_a_dotted_name() -> None:
     [
         ("some_nets.py", ValueError, "a model is package.module:factory"),
         (":net", ValueError, "a model is"),
-        ("some_nets.py:nit", ValueError, "has no 'nit'"),
+        ("some_nets.py:nit", ValueError, "has no 'nit'; did you mean net"),
         ("some_nets.py:ready", ValueError, "is a Linear, expected a function"),
         ("some_nets.py:number", ValueError, "is a int, expected a function"),
         ("nowhere.py:net", ValueError, "there is no file nowhere.py"),
@@ -73,7 +74,7 @@ def test_a_dotted_name() -> None:
         ("some_nets.py:broken", LnrPruneError, "failed with RuntimeError: no weights today"),
         ("some_nets.py:nothing", LnrPruneError, "returned a NoneType"),
         ("hf:nowhere", LnrPruneError, "there is no folder 'nowhere'"),
-        ("torchvision:resnet1", LnrPruneError, "torchvision:resnet1 failed"),
+        ("torchvision:resnet19", ValueError, "torchvision has no model 'resnet19'; did you mean resnet1"),
     ],
 )
 def test_what_is_no_factory_is_told(spec: str, error: type[Exception], message: str) -> None:
@@ -140,7 +141,8 @@ def test_images_are_scaled_cropped_and_normalised(folder: Path) -> None:
         image.new(mode, (30 + i, 20), 10 * i).save(folder / "photos" / "cats" / f"{i}.png")
     image.new("RGB", (20, 60), (255, 0, 51)).save(folder / "photos" / "tall.jpg", quality=100)
     (folder / "photos" / "notes.txt").write_text("no image", encoding="utf-8")
-    source = Source(folder / "photos", batch_size=2, size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5))
+    look = Look((16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5))
+    source = Source(folder / "photos", batch_size=2, look=look)
     read = list(batches(source))
     assert [tuple(batch.shape) for batch in read] == [(2, 3, 16, 16), (2, 3, 16, 16), (1, 3, 16, 16)]
     assert read[0].dtype == torch.float32
@@ -148,11 +150,11 @@ def test_images_are_scaled_cropped_and_normalised(folder: Path) -> None:
     close = [sample for batch in read for sample in batch if torch.allclose(sample.mean((1, 2)), tall, atol=0.02)]
     assert len(close) == 1
     assert all(torch.equal(a, b) for a, b in zip(batches(source), read, strict=True))  # every pass is the same
-    grey = next(iter(batches(Source(folder / "photos", size=8, mean=(0.5,), std=(0.5,)), torch.bfloat16)))
+    grey = next(iter(batches(Source(folder / "photos", look=Look((8, 8), mean=(0.5,), std=(0.5,))), torch.bfloat16)))
     assert (tuple(grey.shape), grey.dtype) == ((5, 1, 8, 8), torch.bfloat16)
     assert len(next(iter(batches(Source(folder / "photos", samples=3))))) == 3
     with pytest.raises(ValueError, match="3 values, or 1"):
-        batches(Source(folder / "photos", mean=(0.5, 0.5), std=(0.5, 0.5)))
+        Look(mean=(0.5, 0.5), std=(0.5, 0.5))
     (folder / "photos" / "broken.png").write_bytes(b"PNG")
     with pytest.raises(CalibrationError, match=r"broken\.png"):
         list(batches(source))
@@ -164,7 +166,7 @@ def test_images_are_cropped_at_the_centre(folder: Path) -> None:
     whole = image.new("RGB", (90, 30), (255, 0, 0))
     whole.paste((0, 255, 0), (30, 0, 60, 30))
     whole.save(folder / "wide" / "a.png")
-    (batch,) = batches(Source(folder / "wide", size=15, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    (batch,) = batches(Source(folder / "wide", look=Look((15, 15), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))))
     inner = batch[0, :, 2:-2, 2:-2].mean((1, 2))  # resizing blurs the edges
     assert torch.allclose(inner, torch.tensor([0.0, 1.0, 0.0]), atol=0.02)
 
@@ -200,7 +202,7 @@ def test_arrays_that_cannot_be_used_are_refused(folder: Path) -> None:
     Path("bad.safetensors").write_bytes(b"12345678{}")
     cases: list[tuple[str, tuple[str, ...], str]] = [
         ("xy.npz", (), "name the model's input with --array"),
-        ("xy.npz", ("z",), "has no array 'z'; it holds x, y, empty, number"),
+        ("xy.npz", ("z",), "has no array 'z'; known: x, y, empty, number"),
         ("xy.npz", ("x", "y"), "share a first axis"),
         ("xy.npz", ("empty",), "share a first axis"),
         ("xy.npz", ("number",), "share a first axis"),

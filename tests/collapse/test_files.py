@@ -123,6 +123,14 @@ def test_the_original_may_be_on_the_meta_device(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(CASES["mlp"][1]), pruned.model(CASES["mlp"][1]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("into", ["copy", "model"])
+def test_a_loaded_model_is_in_evaluation_mode(into: str, tmp_path: Path) -> None:
+    lnr.prune(fresh("mlp"), [CASES["mlp"][1]], lnr.Keep(0.5)).save(tmp_path / "m.safetensors")
+    assert not any(
+        part.training for part in lnr.load(tmp_path / "m.safetensors", fresh("mlp").train(), into=into).modules()
+    )
+
+
 def test_what_the_model_has_become_is_saved(tmp_path: Path) -> None:
     """Fine-tuned and cast."""
     pruned = pruned_mlp()

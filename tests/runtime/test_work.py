@@ -520,7 +520,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
         "file": (work.touch, ValueError, "is a file: give a folder"),
         "below a file": ((tmp_path / "work").touch, OSError, "cannot be written: Not a directory"),
         "lock is a link": (lambda: (work / LOCK).symlink_to(tmp_path / "x"), OSError, "cannot be written: Too"),
-        "full": (lambda: monkeypatch.setattr(os, "write", failing(1, NO_ROOM, os.write)), OSError, "No space left"),
+        "full": (lambda: monkeypatch.setattr(os, "fsync", failing(1, NO_ROOM, os.fsync)), OSError, "No space left"),
     }
     prepare, kind, words = kinds[made]
     if "lock" in made:

@@ -50,5 +50,5 @@ def test_groups_that_are_left_do_not_shrink() -> None:
     for leave, shrinking in (((), ["0", "2"]), (("2",), ["0"]), (("0", "2"), [])):
         budget = lnr.Budget(macs=0.5, grid=lnr.Grid(leave=leave))
         assert [group.name for group in budget.groups(graph)] == shrinking
-    with pytest.raises(ValueError, match="leave names 'nobody', which is not a prunable producer; prunable: 0, 2"):
+    with pytest.raises(ValueError, match="leave names 'nobody', which is not a prunable producer; known: 0, 2"):
         lnr.Budget(macs=0.5, grid=lnr.Grid(leave=("nobody",))).groups(graph)

@@ -52,7 +52,7 @@ def check_masked(problem: GroupLasso, selection: Selection) -> None:
         (Random, 2**64, ValueError, r"seed must be in \[-2\^63, 2\^64\), got 18446744073709551616"),
         (Random, -(2**63) - 1, ValueError, "seed must be in"),
         (Lasso, "sgd", ValueError, "unknown solver 'sgd'; known solvers: proximal_gradient, fista"),
-        (find_selector, "best", ValueError, "unknown selector 'best'; known selectors: group_lasso, backward"),
+        (find_selector, "best", ValueError, "unknown selector 'best'; known: group_lasso, backward"),
         (find_selector, Norm, TypeError, r"settings such as Backward\(swaps=8\), got <class"),
         (find_selector, None, TypeError, "selector must be one of group_lasso, backward, norm, random"),
     ],
