@@ -8,7 +8,7 @@ loads the folder.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lnr_prune.collapse.files import KEY, load, naming, save_model
-from lnr_prune.collapse.fingerprint import fingerprint
+from lnr_prune.collapse.fingerprint import Fingerprint, fingerprint
 from lnr_prune.collapse.hugging_face.settings import SETTINGS, made_from, settings_with
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.record import original_of
@@ -99,12 +99,8 @@ def from_pretrained(folder: StrPath, **arguments: Any) -> nn.Module:
 
 def _is_described(model: nn.Module) -> bool:
     """Whether a model made from the settings is like this one in all but values."""
-    made = fingerprint(made_from(type(model), vars(model)[SETTINGS]))
-    own = fingerprint(model)
-    shapes = {name: kind.shape for name, kind in made.tensors.items()}
-    return own.tied.items() <= made.tied.items() and all(
-        shapes.get(name) == kind.shape for name, kind in own.tensors.items()
-    )
+    made, own = _fresh(type(model), vars(model)[SETTINGS]), fingerprint(model)
+    return own.tied.items() <= made.tied.items() and _has(made, {name: of.shape for name, of in own.tensors.items()})
 
 
 def _whole_settings(model: nn.Module, plan: Plan) -> Any:
@@ -114,12 +110,28 @@ def _whole_settings(model: nn.Module, plan: Plan) -> Any:
         PlanError: If no model made from settings is the one that was pruned.
     """
     original = original_of(plan)
+    wanted = {name: kind.shape for name, kind in original.tensors.items()}
     before = {path: value for path, value in original.ints.get("", {}).items() if path.startswith(f"{SETTINGS}.")}
     settings = settings_with(model, before)
     settings.architectures = [type(model).__name__]
     settings.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    original.check(made_from(type(model), settings))
+    if not _has(_fresh(type(model), settings), wanted):
+        raise PlanError(
+            f"the settings of {type(model).__name__} cannot be made those of the model that was pruned. If it had been "
+            "pruned before, save it with the plan of both: "
+            "dataclasses.replace(second, plan=first.plan.then(second.plan)).save_pretrained(folder)"
+        )
     return settings
+
+
+def _fresh(kind: type[nn.Module], settings: Any) -> Fingerprint:
+    with _accepted(f"a {kind.__name__} cannot be made from its settings alone"):
+        return fingerprint(made_from(kind, settings))
+
+
+def _has(made: Fingerprint, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a model has all these tensors; it may have more: a pooling layer that the other one was made without."""
+    return shapes.items() <= {name: kind.shape for name, kind in made.tensors.items()}.items()
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -154,15 +166,16 @@ def _model_of(entries: dict[str, Any]) -> tuple[Any, Any]:
     transformers: Any = import_transformers()
     names, family = entries.get("architectures"), entries.get("model_type")
     name = names[0] if isinstance(names, list) and names else None
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise PlanError(
             f"its architecture is {shown(name)}, which is not a model of the installed transformers "
             f"{transformers.__version__}; if its code is elsewhere, make a whole model and give it to "
             f"lnr_prune.load(folder + '/{WEIGHTS}', model)"
         )
-    if not isinstance(family, str) or family not in transformers.CONFIG_MAPPING:
-        raise PlanError(f"its model_type is {shown(family)}, which transformers does not know")
+    own = getattr(kind.config_class, "model_type", family)
+    if family != own or family not in transformers.CONFIG_MAPPING:
+        raise PlanError(f"its model_type is {shown(family)}, that of {name} is {own!r}")
     with _accepted("transformers does not accept its entries"):
         return kind, transformers.CONFIG_MAPPING[family].from_dict(entries)
 
