@@ -173,7 +173,7 @@ def _model_of(entries: dict[str, Any]) -> tuple[Any, Any]:
             f"{transformers.__version__}; if its code is elsewhere, make a whole model and give it to "
             f"lnr_prune.load(folder + '/{WEIGHTS}', model)"
         )
-    own = getattr(kind.config_class, "model_type", family)
+    own = getattr(getattr(kind, "config_class", None), "model_type", family)
     if family != own or family not in transformers.CONFIG_MAPPING:
         raise PlanError(f"its model_type is {shown(family)}, that of {name} is {own!r}")
     with _accepted("transformers does not accept its entries"):
