@@ -23,6 +23,14 @@ COUNTS = frozenset(
     for side in ("in_", "out_", "num_", "n_", "hidden_", "embed_", "embedding_", "inner_", "")
 ) | {"d_model", "n_embd", "nf", "nx", "width", "num_parameters", "normalized_shape"}  # fmt: skip
 """Names of attributes that may count the channels of a layer's own tensors."""
+HEADS = frozenset(
+    f"{side}{noun}"
+    for noun in ("heads", "head", "attention_heads", "key_value_heads", "kv_heads")
+    for side in ("num_", "n_", "")
+)
+"""Names of attributes that may count the heads of the projections inside of a submodule."""
+INNER = ("all_head_size", "inner_dim")
+"""Names of attributes that may count these projections' outputs."""
 Role = tuple[str, type[nn.Module], str]
 """A line of code, a class of submodules, and its attribute that may be an int in that line."""
 LONGEST = 64  # tuples and lists with more entries are data, not settings
@@ -141,7 +149,8 @@ def with_counts(model: nn.Module, group: ChannelGroup, known: tuple[type[nn.Modu
     No operation needs such an int, so no trial misses it: ``num_features`` of a batch norm written by hand. It is an
     int, or an entry of a tuple, that the layer holds under one of the names in `COUNTS`, and that equals a dimension
     of the layer's own parameters or buffers that shrinks. Names that begin with ``in_`` count what the layer reads,
-    those with ``out_`` what it makes. All other names count neither if a dimension of that size stays whole.
+    those with ``out_`` what it makes. All other names count neither if a dimension of that size stays whole. A
+    submodule around projections to heads may count these, under one of the names in `HEADS`, or what they make.
 
     Args:
         model: The model.
@@ -166,7 +175,22 @@ def with_counts(model: nn.Module, group: ChannelGroup, known: tuple[type[nn.Modu
             per_channel = [channels[channels >= 0].bincount(minlength=group.size) for channels in lost]
             if all(torch.equal(each, per_channel[0]) for each in per_channel):
                 found[name, path] = value, per_channel[0]
+    for name, channels in _projections(group):
+        around = model.get_submodule(name)
+        for path, value in () if isinstance(around, known) else ints(around):
+            if path in HEADS and value % group.size == 0 < value:
+                found[name, path] = value, torch.full((group.size,), value // group.size)
+            elif path in INNER and value == len(channels):
+                found[name, path] = value, channels.bincount(minlength=group.size)
     return replace(group, attributes={**found, **group.attributes}) if found else group
+
+
+def _projections(group: ChannelGroup) -> Iterator[tuple[str, Tensor]]:
+    """The submodules around the layers that make heads, and the head of every output of one of these layers."""
+    for weight, dim in group.rows:
+        layer, channels = weight.rpartition(".")[0], group.slots[weight, dim]
+        if layer and len(channels) > group.size and bool((channels >= 0).all()):
+            yield layer.rpartition(".")[0], channels
 
 
 def _holders(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Role, str, HeldInt, int]]:
