@@ -1,7 +1,7 @@
 """lnr-prune: make a trained PyTorch model smaller and faster by linear neural reconstruction, without retraining.
 
-The verbs are `prune`, `sweep`, `inspect`, `load` and, for the convex problem alone, `solve`. These are the rooms of the
-package, in order: each one imports only from those before it::
+The verbs are `prune`, `sweep`, `inspect`, `load`, `from_pretrained` and, for the convex problem alone, `solve`. These
+are the rooms of the package, in order: each one imports only from those before it::
 
     lasso        the convex problem and its solvers: tensors only, no model
     runtime      processes, work folders, safe files, progress
@@ -19,6 +19,7 @@ from lnr_prune.calibration.data import Batches
 from lnr_prune.calibration.watch import LayerCall
 from lnr_prune.collapse.apply import apply_plan
 from lnr_prune.collapse.files import load, load_plan, save_plan
+from lnr_prune.collapse.hugging_face.folder import from_pretrained
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.errors import (
     AdapterError,
@@ -98,6 +99,7 @@ __all__ = [
     "debias",
     "exchange",
     "fold",
+    "from_pretrained",
     "inspect",
     "lam_for_count",
     "load",

@@ -13,6 +13,7 @@ from lnr_prune.calibration.data import Calibration, FixedCalibration, calibrate,
 from lnr_prune.calibration.divergence import check_logits, output_error
 from lnr_prune.calibration.examples import examples_of, further, kinds
 from lnr_prune.calibration.reading import read_in_passes
+from lnr_prune.collapse.hugging_face.settings import described
 from lnr_prune.collapse.masks import masked_weights
 from lnr_prune.collapse.plan import plan_for
 from lnr_prune.collapse.remove import remove, warn_of_unused
@@ -167,7 +168,10 @@ def prune(
         error = output_error(model, first_samples(data, ranks=work.ranks), logits)(masked)
         before = Costs.of(model, example)
         training = any(group.training for group in graph.groups)
-        small = remove(model, target, plan, masked, example, also=others, training=training)
+        small, plan = remove(
+            model, target, plan, masked, example,
+            better=described(model, plan, supports), also=others, training=training,
+        )  # fmt: skip
         warn_of_unused(graph, plan, tensors)
         after, times = Costs.of(small, example), latencies(model, small, example, work.ranks)
     report = reported(

@@ -4,11 +4,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from lnr_prune.calibration.calls import Call
 from lnr_prune.collapse import files
+from lnr_prune.collapse.hugging_face import folder as folders
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.refit.refit import Refitted
@@ -49,8 +51,32 @@ class Pruned:
             PlanError: If the model no longer has the shapes that it was pruned to, or its state is not all tensors.
             OSError: If the file cannot be written.
         """
-        report = replace(self.report, latency_before=None, latency_after=None)
-        files.save_model(path, self.model, self.plan, report)
+        files.save_model(path, self.model, self.plan, self._kept)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Writes a model of Hugging Face's transformers to a folder: safetensors, settings, and the tokenizer if given.
+
+        If the model's settings can say how large its layers are now, this is an ordinary folder: plain
+        ``AutoModel.from_pretrained``, vLLM and converters read it. If they cannot, since layers that the settings count
+        together have different widths, the folder holds the plan as well; then `from_pretrained` of this package loads
+        it, and a warning says so. ``Budget(uniform=True)`` keeps widths equal.
+
+        Args:
+            folder: The folder; it is made if it does not exist.
+            tokenizer: A tokenizer or processor, which is saved there, too.
+
+        Raises:
+            LnrPruneError: If the model is none of transformers.
+            PlanError: If the model no longer has the shapes that it was pruned to, or was pruned twice: give it the
+                joint plan, ``dataclasses.replace(second, plan=first.plan.then(second.plan))``.
+            OSError: If a file cannot be written.
+        """
+        folders.save_folder(folder, self.model, self.plan, self._kept, tokenizer)
+
+    @property
+    def _kept(self) -> Report:
+        """The report as it is stored: the same prune gives the same bytes."""
+        return replace(self.report, latency_before=None, latency_after=None)
 
 
 @dataclass(frozen=True)

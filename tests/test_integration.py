@@ -214,6 +214,20 @@ def test_the_hugging_face_trainer_trains_a_pruned_model(tmp_path: Path) -> None:
     assert loss() < 0.8 * before
 
 
+def test_timm_makes_the_whole_model_and_load_fills_the_smaller_one(tmp_path: Path) -> None:
+    create, path = package("timm").create_model, tmp_path / "small.safetensors"
+    model = create("test_vit", num_classes=5).eval()
+    x = torch.randn(4, 3, 160, 160)
+    wide = [name for name, _ in model.named_modules() if name.endswith("mlp.fc1")]
+    pruned = lnr.prune(model, [x], lnr.Keep(dict.fromkeys(wide, 0.5)))
+    pruned.save(path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        create("test_vit", num_classes=5, checkpoint_path=path)
+    half = create("test_vit", num_classes=5, mlp_ratio=1.5, checkpoint_path=path).eval()
+    for loaded in (lnr.load(path, create("test_vit", num_classes=5)).eval(), half):
+        assert torch.equal(loaded(x), pruned.model(x))
+
+
 # precision
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.runtime.checks import nearest
-from lnr_prune.runtime.optional import import_torchvision, needed
+from lnr_prune.runtime.optional import import_torchvision, import_transformers, needed
 
 FORMS = "package.module:factory, path/to/file.py:factory, torchvision:NAME, timm:NAME or hf:FOLDER"
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
@@ -130,9 +130,7 @@ def _hugging_face(folder: str, **given: Any) -> Any:
     """A model from a folder that save_pretrained wrote; its class is the one that the config names."""
     if not Path(folder).is_dir():
         raise LnrPruneError(f"hf:{folder}: there is no folder {folder!r}; give one that save_pretrained wrote")
-    with suppress(LnrPruneError):
-        import_torchvision()  # which transformers imports for some models
-    transformers: Any = needed("transformers")
+    transformers: Any = import_transformers()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     name = next(iter(config.architectures or ()), "")
     of: Any = getattr(transformers, name, None)

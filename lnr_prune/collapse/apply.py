@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lnr_prune.calibration.calls import Call
 from lnr_prune.calibration.data import calibrate
-from lnr_prune.collapse.attributes import ints
+from lnr_prune.collapse.attributes import can_become, entries
 from lnr_prune.collapse.collapse import collapse, restore_point
 from lnr_prune.collapse.fingerprint import fingerprint
 from lnr_prune.collapse.graph_module import PrunedGraph, pruned_graph
@@ -117,10 +117,10 @@ def _checked(model: nn.Module, plan: Plan, example: Any) -> Call | None:
         for dim, kept in dims.items():
             if not (0 <= dim < len(shape) and kept and kept[0] >= 0 and kept[-1] < shape[dim]):
                 raise PlanError(f"the plan keeps indices of dimension {dim} of {name!r} that the model does not have")
-    for name, entries in plan.attributes.items():
-        held = dict(ints(modules[name])) if name in modules else {}
-        for path, value in entries.items():
-            if not 0 < value <= held.get(path, 0):
+    for name, changes in plan.attributes.items():
+        held = dict(entries(modules[name])) if name in modules else {}
+        for path, value in changes.items():
+            if not can_become(held.get(path, 0), value):
                 raise PlanError(
                     f"the plan sets attribute {path!r} of layer {name!r} to {value}; expected that the attribute is "
                     f"an int of at least that, got {held.get(path, 'no such int')}"

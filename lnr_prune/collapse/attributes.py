@@ -23,6 +23,14 @@ COUNTS = frozenset(
     for side in ("in_", "out_", "num_", "n_", "hidden_", "embed_", "embedding_", "inner_", "")
 ) | {"d_model", "n_embd", "nf", "nx", "width", "num_parameters", "normalized_shape"}  # fmt: skip
 """Names of attributes that may count the channels of a layer's own tensors."""
+HEADS = frozenset(
+    f"{side}{noun}"
+    for noun in ("heads", "head", "attention_heads", "key_value_heads", "kv_heads")
+    for side in ("num_", "n_", "")
+)
+"""Names of attributes that may count the heads of the projections inside of a submodule."""
+INNER = ("all_head_size", "inner_dim")
+"""Names of attributes that may count these projections' outputs."""
 Role = tuple[str, type[nn.Module], str]
 """A line of code, a class of submodules, and its attribute that may be an int in that line."""
 LONGEST = 64  # tuples and lists with more entries are data, not settings
@@ -32,22 +40,35 @@ ATTEMPTS = 40
 
 def ints(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Every int that a submodule holds, with the attribute's path, also in tuples, lists and settings objects."""
+    return ((path, value) for path, value in entries(module) if value is not None)
+
+
+def entries(module: nn.Module) -> Iterator[tuple[str, int | None]]:
+    """The same, and every entry of a settings object that is None: what reads it computes a value of its own."""
     for name, value in vars(module).items():
-        yield from _ints(name, value, depth=2)
+        yield from _entries(name, value, depth=2)
 
 
-def _ints(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
+def _entries(path: str, value: Any, depth: int) -> Iterator[tuple[str, int | None]]:
     if type(value) is int:
         yield path, value
     elif depth and isinstance(value, tuple | list) and len(value) <= LONGEST:
         for index, entry in enumerate(value):
-            yield from _ints(f"{path}.{index}", entry, depth - 1)
-    elif depth and _is_settings(value):
+            yield from _entries(f"{path}.{index}", entry, depth - 1)
+    elif depth and is_settings(value):
         for name, entry in vars(value).items():
-            yield from _ints(f"{path}.{name}", entry, depth - 1)
+            if entry is None:
+                yield f"{path}.{name}", None
+            else:
+                yield from _entries(f"{path}.{name}", entry, depth - 1)
 
 
-def _is_settings(value: Any) -> bool:
+def can_become(before: int | None, value: int) -> bool:
+    """Whether an int that counts channels can become this value when some of them leave."""
+    return value > 0 and (before is None or value <= before)
+
+
+def is_settings(value: Any) -> bool:
     """Whether a value holds attributes, and can be replaced by a copy of itself."""
     if not hasattr(value, "__dict__") or isinstance(value, nn.Module | Tensor | type) or callable(value):
         return False
@@ -58,22 +79,36 @@ def _is_settings(value: Any) -> bool:
 
 
 def assign(module: nn.Module, path: str, value: int) -> None:
-    """Sets an int that a submodule holds. Its tuple or object is replaced by a changed copy, as others may share it."""
+    """Sets an int that a submodule holds. Its tuple or object is replaced by a changed copy, as others may share it.
+
+    What is inside the submodule and holds the same settings object gets the same copy.
+    """
     name, *rest = path.split(".")
-    vars(module)[name] = _changed(vars(module)[name], rest, value)
+    copies: dict[int, Any] = {}
+    vars(module)[name] = changed(vars(module)[name], rest, value, copies)
+    for part in module.modules() if copies else ():
+        vars(part).update({key: copies[id(held)] for key, held in vars(part).items() if id(held) in copies})
 
 
-def _changed(holder: Any, path: Sequence[str], value: int) -> Any:
+def changed(holder: Any, path: Sequence[str], value: int | None, copies: dict[int, Any]) -> Any:
+    """A copy with another value at the end of a path.
+
+    Args:
+        holder: A tuple, a list or a settings object.
+        path: Names of attributes and indices of entries.
+        value: The value.
+        copies: Receives the copies of settings objects, by the id of the old one.
+    """
     if not path:
         return value
     name, *rest = path
     if isinstance(holder, tuple | list):
-        entries = list(holder)
-        entries[int(name)] = _changed(entries[int(name)], rest, value)
-        return type(holder)(*entries) if hasattr(holder, "_fields") else type(holder)(entries)
-    changed = copy.copy(holder)
-    object.__setattr__(changed, name, _changed(vars(holder)[name], rest, value))  # frozen dataclasses too
-    return changed
+        parts = list(holder)
+        parts[int(name)] = changed(parts[int(name)], rest, value, copies)
+        return type(holder)(*parts) if hasattr(holder, "_fields") else type(holder)(parts)
+    new = copies[id(holder)] = copy.copy(holder)
+    object.__setattr__(new, name, changed(vars(holder)[name], rest, value, copies))  # frozen dataclasses too
+    return new
 
 
 def choices(model: nn.Module, group: ChannelGroup) -> Iterator[frozenset[Role]]:
@@ -114,7 +149,8 @@ def with_counts(model: nn.Module, group: ChannelGroup, known: tuple[type[nn.Modu
     No operation needs such an int, so no trial misses it: ``num_features`` of a batch norm written by hand. It is an
     int, or an entry of a tuple, that the layer holds under one of the names in `COUNTS`, and that equals a dimension
     of the layer's own parameters or buffers that shrinks. Names that begin with ``in_`` count what the layer reads,
-    those with ``out_`` what it makes. All other names count neither if a dimension of that size stays whole.
+    those with ``out_`` what it makes. All other names count neither if a dimension of that size stays whole. A
+    submodule around projections to heads may count these, under one of the names in `HEADS`, or what they make.
 
     Args:
         model: The model.
@@ -133,13 +169,28 @@ def with_counts(model: nn.Module, group: ChannelGroup, known: tuple[type[nn.Modu
             sides = {(of, dim) for of, tensor in own.items() for dim, size in enumerate(tensor.shape) if size == value}
             if root.startswith(("in_", "out_")):
                 sides &= read if root.startswith("in_") else group.slots.keys() - read
-            if root not in COUNTS or _is_settings(vars(module)[root]) or not sides or sides - group.slots.keys():
+            if root not in COUNTS or is_settings(vars(module)[root]) or not sides or sides - group.slots.keys():
                 continue
             lost = [group.slots[side] for side in sides]
             per_channel = [channels[channels >= 0].bincount(minlength=group.size) for channels in lost]
             if all(torch.equal(each, per_channel[0]) for each in per_channel):
                 found[name, path] = value, per_channel[0]
+    for name, channels in _projections(group):
+        around = model.get_submodule(name)
+        for path, value in () if isinstance(around, known) else ints(around):
+            if path in HEADS and value % group.size == 0 < value:
+                found[name, path] = value, torch.full((group.size,), value // group.size)
+            elif path in INNER and value == len(channels):
+                found[name, path] = value, channels.bincount(minlength=group.size)
     return replace(group, attributes={**found, **group.attributes}) if found else group
+
+
+def _projections(group: ChannelGroup) -> Iterator[tuple[str, Tensor]]:
+    """The submodules around the layers that make heads, and the head of every output of one of these layers."""
+    for weight, dim in group.rows:
+        layer, channels = weight.rpartition(".")[0], group.slots[weight, dim]
+        if layer and len(channels) > group.size and bool((channels >= 0).all()):
+            yield layer.rpartition(".")[0], channels
 
 
 def _holders(model: nn.Module, group: ChannelGroup) -> Iterator[tuple[Role, str, HeldInt, int]]:

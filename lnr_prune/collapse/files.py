@@ -90,7 +90,7 @@ def load(path: StrPath, model: nn.Module, *, example: Any = None, into: str = "c
 
 
 def _load(path: StrPath, model: nn.Module, example: Any, into: str) -> nn.Module:
-    with _naming(path), opened(path) as file:
+    with naming(path), opened(path) as file:
         record = _model_record(file.metadata())
         plan = record.plan
         model = original_like(model, plan, into)
@@ -100,7 +100,7 @@ def _load(path: StrPath, model: nn.Module, example: Any, into: str) -> nn.Module
         check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, record)  # noqa: SIM118
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not of the mapped file)
         check_values(tensors, record)
-    with _naming(path), guarded(model):
+    with naming(path), guarded(model):
         if record.as_graph:
             return filled_graph(model, plan, tensors, example=example)
         return filled(model, plan, tensors, example=example, into=into)
@@ -130,7 +130,7 @@ def report_of(path: StrPath) -> Report:
 
 
 def _record(path: StrPath) -> Record:
-    with _naming(path):
+    with naming(path):
         regular(path)
         with open(path, "rb") as file:
             start = file.read(8)  # a safetensors file starts with a length far below 2^32
@@ -186,7 +186,7 @@ def _tensors_of(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _naming(path: StrPath) -> Iterator[None]:
+def naming(path: StrPath) -> Iterator[None]:
     """Makes errors begin with the file's name."""
     try:
         yield

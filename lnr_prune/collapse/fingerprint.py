@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lnr_prune.collapse.attributes import ints
+from lnr_prune.collapse.attributes import entries
 from lnr_prune.errors import PlanError
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.graph.modules.folding import computed_tensors
@@ -37,13 +37,14 @@ class Fingerprint:
         modules: Submodule -> name of its class.
         tensors: Parameter or buffer -> what it is; tied ones once, under their first name.
         tied: The other names of tied tensors -> the first one.
-        ints: Submodule -> attribute -> the int that it holds, where no shape shows it.
+        ints: Submodule -> attribute -> the int that it holds, where no shape shows it; None for an entry of a settings
+            object that leaves the number to whoever reads it.
     """
 
     modules: Mapping[str, str]
     tensors: Mapping[str, TensorKind]
     tied: Mapping[str, str] = field(default_factory=dict)
-    ints: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    ints: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
 
     def check(self, model: nn.Module) -> None:
         """Compares a model with this fingerprint.
@@ -67,7 +68,7 @@ class Fingerprint:
             )
 
 
-def fingerprint(model: nn.Module, held: Mapping[str, Mapping[str, int]] | None = None) -> Fingerprint:
+def fingerprint(model: nn.Module, held: Mapping[str, Mapping[str, int | None]] | None = None) -> Fingerprint:
     """The fingerprint of a model.
 
     Args:
@@ -91,7 +92,7 @@ def fingerprint(model: nn.Module, held: Mapping[str, Mapping[str, int]] | None =
         tensors,
         tied,
         {
-            name: {path: value for path, value in ints(modules[name]) if path in paths}
+            name: {path: value for path, value in entries(modules[name]) if path in paths}
             for name, paths in wanted.items()
             if name in modules
         },

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lnr_prune.collapse.attributes import can_become
 from lnr_prune.collapse.fingerprint import Fingerprint
 from lnr_prune.collapse.plan import Plan, kept_shape
 from lnr_prune.errors import PlanError
@@ -79,7 +80,8 @@ def read_record(text: str) -> Record:
     for name, entries in plan.attributes.items():
         for path, value in entries.items():
             whole = original.ints.get(name, {}).get(path, 0)
-            if not (_PATH.fullmatch(path) and "__" not in path and 0 < value <= whole):
+            named = _PATH.fullmatch(path) and "__" not in path and (whole is not None or "." in path)
+            if not (named and can_become(whole, value)):
                 raise PlanError(
                     f"attribute {path!r} of layer {name!r} cannot become {value}: it is {whole or 'not there'}"
                 )

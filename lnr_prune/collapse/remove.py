@@ -1,7 +1,8 @@
 """Removal: takes the planned channels out, and puts them back if the result does not equal the masked model."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from lnr_prune.collapse.collapse import collapse, restore_point
 from lnr_prune.collapse.graph_module import pruned_graph
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.verify import Reference
+from lnr_prune.errors import VerificationError
 from lnr_prune.graph.groups import Graph
 from lnr_prune.graph.module import Example
 
@@ -23,10 +25,11 @@ def remove(
     masked: Mapping[str, Tensor],
     example: Call,
     *,
+    better: Iterable[Plan] = (),
     also: Sequence[Example] = (),
     training: bool,
-) -> nn.Module:
-    """The model without the planned channels, verified.
+) -> tuple[nn.Module, Plan]:
+    """The model without the planned channels, verified, and the plan that it follows.
 
     Args:
         model: The whole model.
@@ -35,6 +38,7 @@ def remove(
         plan: What is kept.
         masked: Full-size weights of the masked model.
         example: Arguments of one forward pass.
+        better: Plans that keep the same and change more ints of submodules: the first one that passes is followed.
         also: Other calls that are compared, too; not if a graph is made, which has one path only.
         training: Whether to compare in training mode as well.
 
@@ -44,8 +48,17 @@ def remove(
     if target is None:
         if any(other.traced for other in also):
             logger.warning("the graph has the path of the first batch only: it cannot run batches that take another")
-        return pruned_graph(model, plan, masked, example)
+        return pruned_graph(model, plan, masked, example), plan
     reference = Reference(model, masked, example, also=also, training=training)
+    for each in better:
+        with suppress(VerificationError):
+            _take_out(target, each, masked, reference)
+            return target, each
+    _take_out(target, plan, masked, reference)
+    return target, plan
+
+
+def _take_out(target: nn.Module, plan: Plan, masked: Mapping[str, Tensor], reference: Reference) -> None:
     restore = restore_point(target)
     try:
         collapse(target, plan, masked)
@@ -53,7 +66,6 @@ def remove(
     except BaseException:
         restore()
         raise
-    return target
 
 
 def warn_of_unused(graph: Graph, plan: Plan, tensors: Mapping[str, Tensor]) -> None:

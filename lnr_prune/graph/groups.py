@@ -1,6 +1,7 @@
 """Channel groups: what can leave a model together, found from the owners of its activations."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,6 +76,12 @@ class ChannelGroup:
     held: tuple[HeldInt, ...] = ()
     multiple: int = 1
     attributes: Mapping[tuple[str, str], tuple[int, Tensor]] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> tuple[int, int, tuple[Slot, ...]]:
+        """The same for groups that differ only in the numbers of their layers: ``layers.3.mlp``, ``layers.4.mlp``."""
+        slots = sorted((re.sub(r"(?<![^.])\d+(?![^.])", "N", name), dim) for name, dim in self.slots)
+        return self.size, self.multiple, tuple(slots)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from contextlib import suppress
 from types import ModuleType
 
 import torch
@@ -48,6 +49,17 @@ def import_torchvision() -> ModuleType:
             raise
         _declare_torchvision_operators()
         return require("torchvision")
+
+
+def import_transformers() -> ModuleType:
+    """Imports transformers, which imports torchvision for some models.
+
+    Raises:
+        LnrPruneError: If it is not installed.
+    """
+    with suppress(LnrPruneError):
+        import_torchvision()
+    return needed("transformers")
 
 
 @functools.cache  # the declarations live as long as the object that made them

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic
 
+import torch
 from torch import Tensor
 
 from lnr_prune.graph.groups import ChannelGroup
@@ -78,6 +79,8 @@ def allocate(
     Raises:
         ValueError: If even the smallest sizes are over the budget; the message says by how much.
     """
+    if budget.uniform:
+        return _uniform(curves, costs, replace(budget, uniform=False), latency)
     levels = {group: _levels(group, len(curve) - 1, budget.grid) for group, curve in curves.items()}
     whole = {group: of_group[-1] for group, of_group in levels.items()}
     limits = {kind: getattr(budget, kind) * cost(whole) for kind, cost in costs.items() if getattr(budget, kind)}
@@ -98,6 +101,34 @@ def allocate(
         first = _first_below(path, first, budget.latency, latency)
         return path[first]
     return path[first] if budget.error is not None else _filled(path[first], curves, levels, fits)
+
+
+def _uniform(
+    curves: Mapping[Group, Tensor],
+    costs: Mapping[str, Cost[Group]],
+    budget: Budget,
+    latency: Callable[[Sizes[Group]], float] | None,
+) -> Allocation[Group]:
+    """The same, with one size for all groups of a kind: the first one stands for all of them."""
+    first = dict[Hashable, Group]()
+    stand = {g: first.setdefault(g.kind if isinstance(g, ChannelGroup) else g, g) for g in curves}
+    together = {g: torch.stack([curves[each] for each in curves if stand[each] is g]).sum(0) for g in first.values()}
+
+    def spread(sizes: Sizes[Group]) -> dict[Group, int]:
+        return {group: sizes[stand[group]] for group in curves}
+
+    def merged(shares: Mapping[Group, float]) -> dict[Group, float]:
+        of_first = dict[Group, float]()
+        for group, share in shares.items():
+            of_first[stand[group]] = of_first.get(stand[group], 0.0) + share
+        return of_first
+
+    merged_costs = {
+        kind: Cost(tuple((c, tuple((stays, merged(shares)) for stays, shares in dims)) for c, dims in cost.terms))
+        for kind, cost in costs.items()
+    }
+    found = allocate(together, merged_costs, budget, latency and (lambda sizes: latency(spread(sizes))))
+    return _allocation(curves, spread(found.sizes))
 
 
 def _levels(group: Hashable, size: int, grid: Grid) -> tuple[int, ...]:

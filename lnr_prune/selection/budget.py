@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lnr_prune.graph.groups import ChannelGroup, Graph
-from lnr_prune.runtime.checks import check_count, check_share
+from lnr_prune.runtime.checks import check_count, check_flags, check_share
 from lnr_prune.selection.amount import groups_named
 
 
@@ -74,6 +74,9 @@ class Budget:
             model's device, in (0, 1].
         error: Instead of a cost: the model becomes as small as possible while the predicted relative squared error
             of the outputs, ``E||f(x) - f'(x)||^2 / E||f(x) - E f(x)||^2``, stays below this.
+        uniform: Whether all groups of a kind keep the same number of channels: those of the same layers in all blocks,
+            such as ``layers.0.mlp.up_proj``, ``layers.1.mlp.up_proj``. Settings of a Hugging Face model can say such
+            sizes, so vLLM, converters and quantizers can use it; but the error is larger.
         grid: Sizes that groups may take.
         effort: How carefully the budget is shared out.
 
@@ -90,6 +93,7 @@ class Budget:
     size: float | None = None
     latency: float | None = None
     error: float | None = None
+    uniform: bool = False
     grid: Grid = Grid()
     effort: Effort = Effort()
 
@@ -100,6 +104,7 @@ class Budget:
             raise ValueError(f"a budget needs a limit: one or more of {', '.join(limits)}")
         for name, value in given.items():
             check_share(f"budget {name}", value)
+        check_flags(uniform=self.uniform)
         if not isinstance(self.grid, Grid):
             raise TypeError(f"budget grid must be settings such as Grid(round_to=8), got {self.grid!r}")
         if not isinstance(self.effort, Effort):

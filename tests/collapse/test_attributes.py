@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lnr_prune as lnr
 from lnr_prune.calibration.calls import Call
@@ -116,10 +117,11 @@ def test_one_reference_and_one_trial_where_no_forward_holds_a_size(monkeypatch: 
         return original(model, *args, **kwargs)
 
     monkeypatch.setattr("lnr_prune.collapse.verify.outputs_of", counted)
-    for model, x in ((models.cnn(), torch.randn(2, 2, 12, 12)), (patterns.PackedAttention(), TOKENS)):
+    cases = [(models.cnn(), torch.randn(2, 2, 12, 12)), (patterns.PackedAttention(), TOKENS)]
+    for more, (model, x) in enumerate(cases):  # one more for an int that only counts: the heads
         runs.clear()
         shrinkable(model, find_groups(model, (x,), {}).groups, ((x,), {}))
-        assert len(runs) == 2
+        assert len(runs) == 2 + more
 
 
 def test_equal_blocks_share_their_trials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +244,33 @@ def test_an_int_that_the_outputs_depend_on_stays() -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), Scaled(16), FrozenLast(16), nn.Linear(16, 2))
     pruned: Any = lnr.prune(model, [torch.randn(64, 4)], lnr.Keep(0.5)).model
     assert (pruned[2].dim, len(pruned[2].scale)) == (16, 8)
+
+
+class Grouped(nn.Module):
+    """Two query heads read one key and value; the forward asks for the size of a head only, as transformers' do."""
+
+    def __init__(self, scaled: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.n_kv_heads, self.head_dim, self.all_head_size, self.patience = 4, 2, 3, 12, 4
+        self.q, self.k, self.v, self.o = nn.Linear(8, 12), nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(12, 8)
+        self.scaled = scaled
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+        y = y.transpose(1, 2).flatten(2)
+        return self.o(y / self.num_heads if self.scaled else y)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_heads_are_counted_around_their_projections_unless_the_outputs_depend_on_it(scaled: bool) -> None:
+    attention: Any = lnr.prune(Grouped(scaled), [torch.randn(32, 5, 8)], lnr.Keep({"q": 1})).model
+    numbers = {name: getattr(attention, name) for name in ("num_heads", "n_kv_heads", "all_head_size")}
+    assert attention.q.out_features == 6
+    expected = {"num_heads": 2, "n_kv_heads": 1, "all_head_size": 6}
+    assert numbers == ({"num_heads": 4, "n_kv_heads": 2, "all_head_size": 12} if scaled else expected)
+    assert (attention.head_dim, attention.patience) == (3, 4)
 
 
 class FrozenLast(nn.Module):
