@@ -175,7 +175,7 @@ def softmax_regression(
             def loss() -> Tensor:
                 optimiser.zero_grad()
                 N = change / steep
-                value = divergence(fixed + z @ N.T, rows) + ridge * scale * N.square().sum()
+                value: Tensor = divergence(fixed + z @ N.T, rows) + ridge * scale * N.square().sum()
                 value.backward()
                 return value
 
