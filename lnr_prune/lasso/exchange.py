@@ -5,8 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from lnr_prune.lasso.backward import RIDGE, diagonal_blocks, inverse, members, normalised, traces
+from lnr_prune.lasso.backward import RIDGE, diagonal_blocks, normalised
+from lnr_prune.lasso.least_squares import inverse, traces
 from lnr_prune.lasso.problem import Block, GroupLasso
+from lnr_prune.lasso.prox import members
 
 DEPENDENT = 1e-6  # the kept columns explain a column if less than this share of its second moment remains
 

@@ -58,8 +58,8 @@ class Newton:
         done = 0
         if (
             self.mixed
-            and problem.single is not None
             and max(len(block.R) for block in problem.blocks) >= SINGLE_COLUMNS
+            and problem.single is not None
         ):
             for point in _newton(problem.single, lam, eta.float(), self.continuation, SINGLE_PATIENCE):
                 yield point.iterate(problem, lam, done, certified=False)

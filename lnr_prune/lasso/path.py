@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -11,12 +11,16 @@ from rich.progress import track
 from torch import Tensor
 
 from lnr_prune.lasso.problem import GroupLasso
+from lnr_prune.lasso.prox import Matrices
 from lnr_prune.lasso.solution import Solution
 from lnr_prune.lasso.solve import Solver, solve
 
 NARROW = 1e-5  # relative width at which a bracket is not searched further
 ROUGH = 1e-4  # gap that is good enough far from the wanted count
-DESCENT = 5.0  # largest factor between two lam until a lam is known that keeps more
+FAR = 0.25  # width of a bracket, as a share of the groups, from which loose gaps are enough
+WIDE = 1.05  # ratio of a bracket's ends, likewise
+NEAR = 0.02  # a count that near the wanted one is looked at again
+DESCENT = 2.5  # largest factor between two lam until a lam is known that keeps more
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +133,7 @@ def lam_for_count(
     """Finds the lam at which ``count`` groups are kept, by a warm-started search on log lam.
 
     The count usually falls from all groups at small lam to none at `GroupLasso.lambda_max`. So lam is interpolated
-    inside a bracket (log-odds of the count against log lam); while the bracket is wide, loose gaps are enough.
+    inside a bracket (log-odds of the count against log lam); while it is wide, a loose gap in float32 is enough.
     Groups that tie enter together, and then no lam keeps exactly ``count``. In that case the nearest solution found
     that keeps more is returned, or least squares if even lam = 0 keeps fewer.
 
@@ -148,20 +152,27 @@ def lam_for_count(
     if not 1 <= count <= problem.n_groups:
         raise ValueError(f"count must be between 1 and the {problem.n_groups} groups, got {count}")
     visits: list[Visit] = []
-    start = None
+    start: Matrices | None = None
+    reduced = problem.eliminated.problem
+    coarse = reduced.single or reduced
 
-    def visit(lam: float, gap: float) -> Solution:
+    def visit(lam: float, gap: float, of: GroupLasso = reduced) -> Solution:
         nonlocal start
-        solution = solve(problem, lam, solver=solver, tol=gap, start=start)
+        begin = None if start is None else tuple(M.to(block.R) for M, block in zip(start, of.blocks, strict=True))
+        solution = solve(of, lam, solver=solver, tol=gap, start=begin)
         start = solution.coefficients
         visits.append(Visit(lam, solution.n_kept, solution.gap, solution.factorisations, solution.seconds))
         return solution
 
+    def found(solution: Solution, note: str = "") -> CountSearch:
+        history = tuple(value - problem.eliminated.constant for value in solution.history)
+        whole = problem.eliminated.complete(solution.coefficients)
+        return CountSearch(replace(solution, coefficients=whole, history=history), note, tuple(visits))
+
     def everything() -> CountSearch:
         solution = visit(0.0, tol)
         kept = solution.n_kept
-        note = "" if kept == count else f"even least squares keeps {kept} of {problem.n_groups} groups"
-        return CountSearch(solution, note, tuple(visits))
+        return found(solution, "" if kept == count else f"even least squares keeps {kept} of {problem.n_groups} groups")
 
     top = problem.lambda_max()
     if top == 0.0:
@@ -169,41 +180,49 @@ def lam_for_count(
     high = higher = (top, 0)  # (lam, groups kept) on either side of the count; higher: the previous high
     low: tuple[float, int] | None = None
     more: Solution | None = None  # the solution at low
-    sharp, turn = False, 0
+    sharp, side, pull = False, -1, [1.0, 1.0]  # pull: how much the counts at high and low are trusted
     while low is None or more is None or high[0] / low[0] > 1 + NARROW:
-        if low and not sharp and high[0] / low[0] < 1.01:  # groups enter close together here
+        close = 1.01 if low and low[1] - high[1] <= 2 else 1.001
+        if low and not sharp and high[0] / low[0] < close:  # groups nearly tie here
             sharp, tol, high = True, tol * 1e-4, (min(top, 1.01 * high[0]), high[1])
-        turn += 1
-        if low:
-            share = _share(high, low, problem.n_groups, count) if turn % 3 else 0.5  # interpolation alone may be slow
-            lam = high[0] * (low[0] / high[0]) ** min(max(share, 0.1), 0.9)
+        if low and more:
+            share = min(max(_share(high, low, problem.n_groups, count, pull), 0.05), 0.95)
+            lam = high[0] * (low[0] / high[0]) ** share
         elif high[1]:
-            factor = (higher[0] / high[0]) ** (_share(higher, high, problem.n_groups, count) - 1)
+            factor = (higher[0] / high[0]) ** (_share(higher, high, problem.n_groups, count, pull) - 1)
             lam = high[0] / min(max(factor, 1.3), DESCENT)
         else:
             lam = high[0] / 3
         if lam < 1e-9 * top:
             return everything()
-        rough = low is None or high[0] / low[0] > 2
-        solution = visit(lam, max(tol, ROUGH) if rough else tol)
-        if rough and abs(solution.n_kept - count) <= max(1, count // 50):  # the count may depend on the gap
+        rough = low is None or (low[1] - high[1] > FAR * problem.n_groups and high[0] / low[0] > WIDE)
+        solution = visit(lam, max(tol, ROUGH) if rough else tol, coarse if rough else reduced)
+        if rough and abs(solution.n_kept - count) <= max(1, NEAR * problem.n_groups):  # the count depends on the gap
             solution = visit(lam, tol)
         if solution.n_kept == count:
-            return CountSearch(solution, "", tuple(visits))
+            return found(solution)
+        last, side = side, int(solution.n_kept > count)
+        # an end that stays where it is twice is stale: its count is trusted less (the Illinois rule)
+        pull = [1.0, 1.0] if side != last else [pull[0] / 2, 1.0] if side else [1.0, pull[1] / 2]
         if solution.n_kept > count:
             low, more = (lam, solution.n_kept), solution
         else:
-            higher, high = high, (lam, solution.n_kept)
+            higher, high, pull = high, (lam, solution.n_kept), pull if low else [1.0, 1.0]
+    if more.gap > tol:
+        more = visit(low[0], tol)
     together = more.n_kept - high[1]
-    note = f"no lam keeps exactly {count}: {together} groups enter together at lam={low[0]:.4g}"
-    return CountSearch(more, note, tuple(visits))
+    return found(more, f"no lam keeps exactly {count}: {together} groups enter together at lam={low[0]:.4g}")
 
 
-def _share(first: tuple[float, int], second: tuple[float, int], n_groups: int, count: int) -> float:
+def _share(
+    first: tuple[float, int], second: tuple[float, int], n_groups: int, count: int, pull: Sequence[float]
+) -> float:
     """How far from first to second the count lies, if its log-odds are linear in log lam; 1/2 if they are equal."""
 
     def log_odds(kept: int) -> float:
         return math.log((kept + 0.5) / (n_groups - kept + 0.5))
 
-    start, end = log_odds(first[1]), log_odds(second[1])
-    return (log_odds(count) - start) / (end - start) if end > start else 0.5
+    start, end = (
+        weight * (log_odds(kept) - log_odds(count)) for weight, (_, kept) in zip(pull, (first, second), strict=True)
+    )
+    return start / (start - end) if end > start else 0.5

@@ -27,6 +27,16 @@ def group_norms(matrices: Sequence[Tensor], groups: Sequence[Tensor], n_groups: 
     return squares[:n_groups].sqrt()
 
 
+def members(group: Tensor, n_groups: int) -> Tensor:
+    """Columns of every group, (n_groups, width), padded with ``len(group)``."""
+    order = group.argsort(stable=True)
+    sizes = torch.bincount(group, minlength=n_groups)
+    slot = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group[order]]
+    columns = torch.full((n_groups, max(1, int(sizes.max()))), len(group), device=group.device)
+    columns[group[order], slot] = order
+    return columns
+
+
 @overload
 def prox_group_lasso(matrices: Tensor, threshold: float | Tensor, groups: Tensor | None = None) -> Tensor: ...
 

@@ -41,6 +41,22 @@ def test_every_step_is_the_cheapest(case: Case) -> None:
         assert math.isclose(float(result.errors[count - 1]), min(errors), rel_tol=1e-6, abs_tol=1e-6)
 
 
+def test_consumers_whose_groups_are_all_gone_are_left_alone() -> None:
+    """The small outputs of the second consumer go first; its five columns are gone when the first is halved."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = []
+    for groups, size in ((torch.arange(260), 1.0), (torch.arange(260, 265), 1e-3)):
+        x = torch.randn(400, len(groups), dtype=torch.float64, generator=generator)
+        y = size * x @ torch.randn(len(groups), 3, dtype=torch.float64, generator=generator)
+        blocks.append(Block(x.T @ x / 400, y.T @ x / 400, float(y.square().sum() / 400), groups))
+    problem = GroupLasso(tuple(blocks), torch.ones(267, dtype=torch.float64))  # and two that nobody reads
+    result = backward(problem)
+    assert sorted(result.order[:7].tolist()) == list(range(260, 267))
+    for count in (265, 260, 130, 20, 0):
+        error = problem.error(debias(problem, result.support(count)))
+        assert math.isclose(float(result.errors[count]), error, rel_tol=1e-3, abs_tol=1e-6)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_many_panels(wide: bool) -> None:
     """More columns than a panel holds, and halves that are computed afresh: the same as one refit after another."""
