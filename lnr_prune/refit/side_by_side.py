@@ -13,7 +13,9 @@ This costs two passes over the data, however deep the network is, see `lnr_prune
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +161,8 @@ def both_networks(
     seen: list[tuple[str, LayerCall]] = []
     reached: list[Tensor] = []
     wanted, inputs = "", dict[str, Tensor]()
-    original, pruned, one = pause, pause, True
+    pruned: Pause | None
+    original, pruned, one = pause, None, True  # the pruned one's pass: none while they are one, or once it has ended
 
     def see(name: str, layer: LayerCall) -> None:
         if name not in answered:
@@ -184,16 +187,15 @@ def both_networks(
         while here:
             wanted, layer = here.pop(0)
             if one:
-                reached, pruned = [layer.input], original
-            else:
+                reached = [layer.input]
+            elif pruned is not None:
                 replay = Replay(pruned, follow=watches[1].views.follow, keep=manner.keep)
-                waits, _ = go_on(model, pruned, replay, manner, around=[watches[1]])
-                if waits is None:  # it takes another path, on which this layer is not called
-                    answered[wanted] = {}
-                    continue
-                pruned = waits
+                pruned, _ = go_on(model, pruned, replay, manner, around=[watches[1]])
+            if not reached:  # it takes another path, on which this layer is not called
+                answered[wanted] = {}
+                continue
             shortcuts = added_at(wiring, wanted, original, layer.output)[0]
-            changed, beside = added_at(wiring, wanted, pruned, layer.output)
+            changed, beside = added_at(wiring, wanted, pruned or original, layer.output)
             known = None if shortcuts is None or changed is None else (shortcuts, changed)
             arrival = Arrival(wanted, layer, reached.pop(), known, beside)
             del layer, shortcuts, changed, beside, known
@@ -216,40 +218,42 @@ def manner_of(model: nn.Module, wiring: Wiring, example: Call) -> Manner:
     Raises:
         CalibrationError: If a pass that is paused does not give the same outputs as one that is not.
     """
-    tensors, put_back = named_tensors(model), remembered(model)
-    whole = begin(example)
+    put_back, whole = remembered(model), begin(example)
     _, expected = go_on(model, whole, Replay(whole), Manner())
     changes = put_back if put_back() else None
-    names = list(wiring.layers)
     for manner in (Manner(put_back=changes), Manner(keep=True, put_back=changes)):
-        before = set(names[:: -(-len(names) // STOPS)])
-        after, pause = set(before), begin(example)
-
-        def swap(name: str, x: Tensor) -> Arguments:
-            if name in before:  # noqa: B023
-                before.remove(name)  # noqa: B023
-                replay.halt()  # noqa: B023
-            return {}
-
-        def see(name: str, layer: LayerCall) -> None:
-            if name in after:  # noqa: B023
-                after.remove(name)  # noqa: B023
-                replay.halt_after()  # noqa: B023
-
-        watching = Watch(tensors, names, see=see, swap=swap)
-        waits: Pause | None = pause
-        try:
-            while waits is not None:
-                replay = Replay(waits, follow=watching.views.follow, keep=manner.keep)
-                waits, outputs = go_on(model, waits, replay, manner, around=[watching])
-        except CalibrationError:
-            continue
-        if same_values(expected, outputs):
-            return manner
+        with suppress(CalibrationError):
+            if same_values(expected, _in_parts(model, wiring, begin(example), manner)):
+                return manner
     raise CalibrationError(
         f"{type(model).__name__} cannot be run in parts: its forward does not call the same functions in every run. "
         "Let it decide by its inputs only, or give refit=None"
     )
+
+
+def _in_parts(model: nn.Module, wiring: Wiring, pause: Pause, manner: Manner) -> Any:
+    """The outputs of a pass that is paused before and after some of the layers."""
+    names = list(wiring.layers)
+    before = set(names[:: max(1, len(names) // STOPS)])
+    after, replay = set(before), Replay(pause)
+
+    def swap(name: str, x: Tensor) -> Arguments:
+        if name in before:
+            before.remove(name)
+            replay.halt()
+        return {}
+
+    def see(name: str, layer: LayerCall) -> None:
+        if name in after:
+            after.remove(name)
+            replay.halt_after()
+
+    watching = Watch(named_tensors(model), names, see=see, swap=swap)
+    waits: Pause | None = pause
+    while waits is not None:
+        replay = Replay(waits, follow=watching.views.follow, keep=manner.keep)
+        waits, outputs = go_on(model, waits, replay, manner, around=[watching])
+    return outputs
 
 
 def advance(stream: TwinRun, answer: Arguments) -> Arrival | None:
