@@ -46,6 +46,8 @@ def held_out_error(reading: Reading, tensors: Mapping[str, Tensor], coefficients
     error = scale = 0.0
     for layer, halves, M in zip(reading.layers, reading.moments, coefficients, strict=True):
         moments = (halves.held if halves.held.count else halves.fit).through(layer.matrix(tensors))
+        if not moments.count:  # an expert that no row reaches
+            continue
         error += moments.error(M)
         scale += float(moments.yy) / moments.count
     return error / scale if scale > 0 else 0.0
