@@ -131,7 +131,7 @@ def _hugging_face(folder: str, **given: Any) -> Any:
     if not Path(folder).is_dir():
         raise LnrPruneError(f"hf:{folder}: there is no folder {folder!r}; give one that save_pretrained wrote")
     transformers: Any = import_transformers()
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)  # of local files only  # nosec B615
     name = next(iter(config.architectures or ()), "")
     of: Any = getattr(transformers, name, None)
     if not (isinstance(of, type) and issubclass(of, transformers.PreTrainedModel)):

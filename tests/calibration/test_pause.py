@@ -116,12 +116,13 @@ def in_parts(model: nn.Module, x: Tensor, stop: int, manner: Manner) -> Tensor:
 @pytest.mark.parametrize("name", FORWARDS)
 def test_wherever_a_pass_stops_its_outputs_are_the_same(name: str) -> None:
     model, x = net(name)
-    whole, given = run(model, ((x,), {})), x.clone()
+    whole, given, random = run(model, ((x,), {})), x.clone(), torch.get_rng_state()
     with evaluating(model), unfused_attention():
         manner = Manner(put_back=remembered(model))
         for stop in range(12):
             assert torch.equal(in_parts(model, x, stop, manner), whole), stop
     assert torch.equal(x, given)
+    assert torch.equal(torch.get_rng_state(), random)
     assert float(model.count) == 0
 
 

@@ -131,11 +131,8 @@ class Replay(TorchFunctionMode):
         if self._leaving:  # code that cleans up
             return func(*args, **kwargs)
         if self._number < self._known:
-            result = self._again(func, args, kwargs)
-            if self._number == self._known:  # the forward has got all that it needs
-                self._begin()
-            return result
-        if self._known == 0 and self._number == 0:
+            return self._again(func, args, kwargs)
+        if self._number == self._known:  # the forward has got all that it needs
             self._begin()
         if self._before is not None and self._before(func, args, kwargs):
             self.halt()
@@ -213,6 +210,7 @@ def go_on(
     leaves = {id(leaf): leaf for leaf in tree_leaves(pause.call) if isinstance(leaf, Tensor | nn.Module)}
     if manner.put_back is not None:
         manner.put_back()
+    random = noise.states()
     try:
         with ExitStack() as stack:
             for context in (*around, replay, VisibleRecurrence()):
@@ -223,6 +221,8 @@ def go_on(
     except CalibrationError:
         if not replay.halted:  # what fails while the forward is left does not matter
             raise
+    finally:
+        noise.restore(random)
     if not replay.halted:
         return None, outputs
     return Pause(pause.call, replay.functions, replay.results, replay.random), None
