@@ -142,6 +142,7 @@ def test_what_torch_jit_hides_needs_all_that_came_before() -> None:
         assert all(torch.equal(in_parts(model, x, stop, manner), model(x)) for stop in range(6))
         with pytest.raises(CalibrationError):
             [in_parts(model, x, stop, Manner()) for stop in range(6)]
+    assert torch.is_grad_enabled()
 
 
 def test_only_what_the_forward_still_holds_is_kept() -> None:

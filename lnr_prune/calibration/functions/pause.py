@@ -210,7 +210,7 @@ def go_on(
     leaves = {id(leaf): leaf for leaf in tree_leaves(pause.call) if isinstance(leaf, Tensor | nn.Module)}
     if manner.put_back is not None:
         manner.put_back()
-    random = noise.states()
+    random, gradients = noise.states(), torch.is_grad_enabled()
     try:
         with ExitStack() as stack:
             for context in (*around, replay, VisibleRecurrence()):
@@ -221,8 +221,9 @@ def go_on(
     except CalibrationError:
         if not replay.halted:  # what fails while the forward is left does not matter
             raise
-    finally:
+    finally:  # contexts that an error has ended may have been replayed instead
         noise.restore(random)
+        torch.set_grad_enabled(gradients)
     if not replay.halted:
         return None, outputs
     return Pause(pause.call, replay.functions, replay.results, replay.random), None
