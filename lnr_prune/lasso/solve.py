@@ -125,16 +125,17 @@ def solve(
     iterate: Iterate | None = None
     best: Iterate | None = None
     status = Status.STALLED
-    for iterate in solver.iterates(reduced, lam, begin, tol):
-        history.append(iterate.value)
-        if best is None or iterate.gap < best.gap:
-            best = iterate
-        if iterate.gap <= tol:
-            status = Status.CONVERGED
-            break
-        if len(history) > solver.max_iterations:
-            status = Status.MAX_ITERATIONS
-            break
+    with torch.autocast(reduced.weights.device.type, enabled=False):  # the user's is for the forwards
+        for iterate in solver.iterates(reduced, lam, begin, tol):
+            history.append(iterate.value)
+            if best is None or iterate.gap < best.gap:
+                best = iterate
+            if iterate.gap <= tol:
+                status = Status.CONVERGED
+                break
+            if len(history) > solver.max_iterations:
+                status = Status.MAX_ITERATIONS
+                break
     if iterate is None or best is None or math.isinf(best.gap):  # nothing was certified
         M = begin if iterate is None else iterate.coefficients()
         best = certified(reduced, M, reduced.products(M), lam)

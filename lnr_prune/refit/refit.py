@@ -195,9 +195,9 @@ def refit(
 
         losing = {id(tensors[whole_name(name)[0]]) for name in layers if not layer_of(name).whole}
         starts = zip(ready.calls, ready.prefixes, strict=True)
-        passes = (prefix.before(losing) or begin(call) for call, prefix in starts)
+        shared = isinstance(data, Prepared) and not makers  # a maker may come before the first layer that changes
+        passes = ((prefix.before(losing) if shared else None) or begin(call) for call, prefix in starts)
         walk = Lockstep(model, passes, wiring, ready.manner, list(layers), work.ranks)
-        del ready, starts  # what several refits share is no longer needed by the last one
         for name, arrivals in walk:
             work.step(f"refitting {layers[name].consumer.name}")
             layer, maker = layer_of(name), makers.get(name, "")
