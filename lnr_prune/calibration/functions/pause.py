@@ -16,6 +16,7 @@ out by trying, and then keeps everything.
 """
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -156,6 +157,8 @@ class Replay(TorchFunctionMode):
         """What the next function has returned before."""
         if self.functions[self._number] != func:
             self._leaving, was = True, name_of(self.functions[self._number])
+            if sys.exc_info()[0] is not None:  # an error, or Ctrl-C, is ending the forward
+                return func(*args, **kwargs)
             raise _OtherPathError(f"function {self._number} is {name_of(func)} now, and was {was} before")
         result, first = self.results[self._number], args[0] if args else None
         self._number += 1
