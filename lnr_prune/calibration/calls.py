@@ -61,11 +61,17 @@ def fresh(call: Call) -> Call:
     It is always a copy, as a forward may write into some batches only; it costs little beside the pass.
     """
     leaves = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor | nn.Module)]
-    known = {id(leaf): leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves}
+    return around_leaves(
+        call, {id(leaf): leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves}
+    )
+
+
+def around_leaves(call: Call, leaves: Mapping[int, Any]) -> Call:
+    """The call with lists, dicts and objects of its own around these leaves (id of a leaf of the call -> leaf)."""
     try:
-        return copy.deepcopy(call, dict(known))
+        return copy.deepcopy(call, dict(leaves))
     except Exception:  # an object among the arguments has no copies
-        return cast(Call, tree_map(lambda leaf: known.get(id(leaf), leaf), call))
+        return cast(Call, tree_map(lambda leaf: leaves.get(id(leaf), leaf), call))
 
 
 def run(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Any:

@@ -15,7 +15,6 @@ Functions that torch.jit has compiled are not seen, so they run on what stands i
 out by trying, and then keeps everything.
 """
 
-import copy
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lnr_prune.calibration.calls import Call, forward, fresh
+from lnr_prune.calibration.calls import Call, around_leaves, forward, fresh
 from lnr_prune.calibration.functions.views import name_of
 from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
 from lnr_prune.errors import CalibrationError
@@ -218,7 +217,7 @@ def go_on(
         with ExitStack() as stack:
             for context in (*around, replay, VisibleRecurrence()):
                 stack.enter_context(context)
-            outputs = forward(model, _restructured(pause.call, leaves), weights)
+            outputs = forward(model, around_leaves(pause.call, leaves), weights)
     except _Halt:
         outputs = None
     except CalibrationError:
@@ -254,14 +253,6 @@ class _Halt(BaseException):
 
 class _OtherPathError(Exception):
     """The forward does not call the functions that it has called before."""
-
-
-def _restructured(call: Call, leaves: Mapping[int, Any]) -> Call:
-    """The call with lists and dicts of its own, but the same tensors."""
-    try:
-        return copy.deepcopy(call, dict(leaves))
-    except Exception:  # an object among the arguments has no copies
-        return call
 
 
 def _weak(result: Any) -> Any:

@@ -29,7 +29,8 @@ class Prefix:
         """Takes the model, its arguments, its tensors by name, and how its passes are paused."""
         self._model, self._call, self._manner = model, call, manner
         self._tensors = {id(tensor): tensor for tensor in tensors.values()}
-        self._pause, self._read, self._next = begin(call), set[int](), frozenset[int]()
+        self._pause: Pause | None = None  # begun, on a copy of the call, once it is asked for
+        self._read, self._next = set[int](), frozenset[int]()
 
     def before(self, changed: Collection[int]) -> Pause | None:
         """A copy of the pass, which waits before the first function that reads one of these tensors.
@@ -45,17 +46,17 @@ class Prefix:
         changed = frozenset(changed)
         if self._read & changed:
             self._restart()
-        if not self._next & changed:
-            replay = Replay(self._pause, before=lambda *of: self._stops(changed, *of), keep=self._manner.keep)
-            waits, _ = go_on(self._model, self._pause, replay, self._manner)
-            if waits is None:
-                self._restart()
-                return None
-            self._pause = waits
+        if self._pause is None or not self._next & changed:
+            start = self._pause or begin(self._call)
+            replay = Replay(start, before=lambda *of: self._stops(changed, *of), keep=self._manner.keep)
+            self._pause, _ = go_on(self._model, start, replay, self._manner)
+        if self._pause is None:  # it has ended
+            self._restart()
+            return None
         return self._pause.copied(self._tensors.values())
 
     def _restart(self) -> None:
-        self._pause, self._read, self._next = begin(self._call), set[int](), frozenset[int]()
+        self._pause, self._read, self._next = None, set(), frozenset()
 
     def _stops(self, changed: frozenset[int], func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a function reads a changed tensor; takes note of what it reads."""
