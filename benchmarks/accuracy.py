@@ -36,7 +36,7 @@ from benchmarks.library.rows import Result, Row, compared
 from benchmarks.library.sentences import minilm
 from benchmarks.library.tasks import Judged, Task, classifier, finetune
 from lnr_prune.recipes import data as datasets
-from lnr_prune.selection import cost
+from lnr_prune.selection.costs import cost
 
 
 def measure(

@@ -26,8 +26,8 @@ from lnr_prune.calibration.outputs import outputs_of
 from lnr_prune.graph.groups import find_groups
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.runtime.optional import import_torchvision
-from lnr_prune.selection import cost
-from lnr_prune.selection.memory import memory_plan
+from lnr_prune.selection.costs import cost
+from lnr_prune.selection.costs.memory import memory_plan
 from lnr_prune.selection.selectors import SELECTORS
 
 VOCABULARY = 32_000

@@ -39,7 +39,7 @@ from lnr_prune.collapse.verify import Reference
 from lnr_prune.graph.groups import ChannelGroup, find_groups
 from lnr_prune.graph.module import named_tensors
 from lnr_prune.graph.owners import along
-from lnr_prune.selection.cost import parameters
+from lnr_prune.selection.costs.cost import parameters
 
 REMOVED = 0.3
 LIMIT = 180  # seconds a model

@@ -22,7 +22,7 @@ from lnr_prune.graph.modules.folding import folded
 from lnr_prune.graph.modules.guard import guarded
 from lnr_prune.report.html import embedded, left_whole, table, weights_made_plain, who
 from lnr_prune.report.names import add, by_reason, joined, repeated, span, whole_names
-from lnr_prune.selection.cost import counted
+from lnr_prune.selection.costs.cost import counted
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,15 @@ from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit
 from lnr_prune.runtime.digest import digest
 from lnr_prune.runtime.identity import Identity
+from lnr_prune.runtime.progress import counted
 from lnr_prune.runtime.run import Run, started
 from lnr_prune.runtime.work import Work, opened_folder
 from lnr_prune.selection.allocation import check_reach
 from lnr_prune.selection.amount import at_sizes
 from lnr_prune.selection.budget import Budget
-from lnr_prune.selection.cost_model import costs_of
-from lnr_prune.selection.memory import MemoryPlan, available_memory, memory_plan
+from lnr_prune.selection.costs.cost_model import costs_of
+from lnr_prune.selection.costs.forecast import forecast
+from lnr_prune.selection.costs.memory import MemoryPlan, available_memory, memory_plan
 from lnr_prune.selection.search import within_budget
 from lnr_prune.selection.select import as_selected, select, supports_of
 from lnr_prune.selection.selectors import Selector
@@ -139,6 +141,8 @@ def prune(
         with remembering(run, model, data, examples, settings, work) as (data, work):
             memory = fitting_memory(graph, groups, tensors, settings, run)
             samples = work.ranks.before(data.samples)[1] or 0
+            stages = forecast(model, graph, groups, data, example, amount, refit, bias=bias, passes=len(memory.passes))
+            work = replace(work, step=counted(work.step, stages))
             passes = read_in_passes(model, memory.passes, memory.lasting, data, bias=bias, work=work)  # second moments
             choices, predicted = settings.choices(graph), dict[ChannelGroup, float]()
             if isinstance(amount, Budget):  # the sizes at which the outputs suffer least

@@ -18,7 +18,7 @@ from lnr_prune.refit.regression import LayerFit
 from lnr_prune.report.report import Report
 from lnr_prune.report.rows import GroupReport
 from lnr_prune.runtime.processes import Ranks
-from lnr_prune.selection import cost
+from lnr_prune.selection.costs import cost
 from lnr_prune.selection.select import Selected
 
 

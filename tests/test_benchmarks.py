@@ -32,7 +32,7 @@ from benchmarks.library.sentences import of_equal_length, spearman_terms
 from benchmarks.library.shapes import Llama, ResNet
 from benchmarks.library.tasks import Task, classifier, finetune
 from lnr_prune.calibration.calls import run
-from lnr_prune.selection import cost
+from lnr_prune.selection.costs import cost
 
 
 def small(width: int = 12) -> Task:

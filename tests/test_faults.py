@@ -111,9 +111,9 @@ STEPS = [
     "lnr_prune.prune.output_error",
     "lnr_prune.collapse.remove.collapse",
     "lnr_prune.collapse.verify.Reference.check",
-    "lnr_prune.selection.cost.side_by_side",
+    "lnr_prune.selection.costs.cost.side_by_side",
 ]
-ONLY_OF_COPIES = ("lnr_prune.collapse.trial.copied", "lnr_prune.selection.cost.side_by_side")
+ONLY_OF_COPIES = ("lnr_prune.collapse.trial.copied", "lnr_prune.selection.costs.cost.side_by_side")
 
 
 def break_at(path: str, error: BaseException, patch: pytest.MonkeyPatch) -> None:

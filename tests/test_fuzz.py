@@ -24,8 +24,8 @@ from lnr_prune.errors import LnrPruneError
 from lnr_prune.graph.groups import find_groups
 from lnr_prune.graph.module import Example, named_tensors
 from lnr_prune.graph.weights import with_whole_stacks
-from lnr_prune.selection import cost
-from lnr_prune.selection.cost_model import cost_of
+from lnr_prune.selection.costs import cost
+from lnr_prune.selection.costs.cost_model import cost_of
 from lnr_prune.testing import PATTERNS, Network, networks, random_network
 from lnr_prune.testing.layers import Experts, Picked, Written
 from lnr_prune.testing.operations import CHANNELWISE, FREEZING, SHARED_NOISE

@@ -24,7 +24,7 @@ from lnr_prune.collapse.plan import make_plan
 from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.graph.groups import Graph, find_groups
 from lnr_prune.refit.network import refit_network
-from lnr_prune.selection.cost_model import cost_of
+from lnr_prune.selection.costs.cost_model import cost_of
 
 TORCH_PRUNING = {
     "magnitude": "GroupMagnitudeImportance",

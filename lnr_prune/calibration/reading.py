@@ -153,7 +153,7 @@ def read_in_passes(
     bias: bool,
     work: Work = Work(),
 ) -> GroupPasses:
-    """The groups with their second moments, pass by pass, see `lnr_prune.selection.memory`."""
+    """The groups with their second moments, pass by pass, see `lnr_prune.selection.costs.memory`."""
     reading = partial(read, model, data=data, bias=bias, work=work)
     return GroupPasses(passes, reading(lasting), reading)
 

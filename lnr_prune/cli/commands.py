@@ -38,7 +38,7 @@ from lnr_prune.cli.options import (
 from lnr_prune.collapse.files import load, report_of
 from lnr_prune.inspection import inspect as inspect_model
 from lnr_prune.report.html import percent
-from lnr_prune.selection import cost
+from lnr_prune.selection.costs import cost
 
 
 def inspect(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lnr_prune.graph.groups import ChannelGroup
 from lnr_prune.selection.budget import Budget, Grid
-from lnr_prune.selection.cost_model import Cost, Group, Sizes
+from lnr_prune.selection.costs.cost_model import Cost, Group, Sizes
 
 RESOLUTION = 32  # neighbouring sizes of a group that are considered differ by a 32nd, or by one channel
 
@@ -214,11 +214,13 @@ def _best_step(
     group: Group, sizes: Sizes[Group], curve: Tensor, cost: Cost[Group], levels: tuple[int, ...]
 ) -> tuple[float, int]:
     """The least error per cost saved, and the size that has it."""
-    now, size = cost(sizes), sizes[group]
+    size, errors = sizes[group], curve.tolist()
+    smaller = [level for level in reversed(levels) if level < size]  # among equally good steps, the smallest
+    now, *costs = cost.along(group, [size, *smaller], sizes)
     least, best = math.inf, size
-    for level in reversed(levels):  # among equally good steps, the smallest
-        if level < size and (saved := now - cost({**sizes, group: level})) > 0:
-            slope = max(0.0, float(curve[level] - curve[size])) / saved
+    for level, left in zip(smaller, costs, strict=True):
+        if now > left:
+            slope = max(0.0, errors[level] - errors[size]) / (now - left)
             if slope < (1 - 1e-9) * least:
                 least, best = slope, level
     return least, best

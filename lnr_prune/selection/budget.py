@@ -39,19 +39,20 @@ class Effort:
     """How carefully a budget is shared out.
 
     Attributes:
-        samples: Number of calibration samples on which the outputs are judged, three times for every group. Trials are
-            refitted to as many others. With few samples, the sizes depend on which ones they are.
+        samples: Number of calibration samples on which the outputs are judged, twice for every group. Trials are
+            refitted to a quarter as many others, but at least to 64. With few samples, the sizes depend on which ones
+            they are.
         refits: Number of groups, spread evenly along the depth, for which it is measured how much of their error is
-            left after a refit of all layers. As many as there are groups is best; 0 takes the errors as they are.
+            left after a refit of all layers. Four are nearly as good as all; 0 takes the errors as they are.
         search: Number of trials of a local search; 0 = no search. Each trial refits the whole network at other sizes
-            within the budget, and keeps them if the outputs suffer less. It costs as much as a refit to ``samples``.
+            within the budget, and keeps them if the outputs suffer less.
 
     Raises:
         ValueError, TypeError: If a value is out of range, or not an int.
     """
 
     samples: int = 256
-    refits: int = 16
+    refits: int = 4
     search: int = 0
 
     def __post_init__(self) -> None:

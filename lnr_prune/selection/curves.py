@@ -15,7 +15,7 @@ from lnr_prune.lasso.problem import debias
 from lnr_prune.runtime.work import Work
 from lnr_prune.selection.honest import held_out_errors, ridges_of
 
-SHARES = (1 / 2, 1 / 4, 1 / 8)  # shares of the channels at which the error is measured
+SHARES = (1 / 2, 1 / 8)  # shares of the channels at which the error is measured
 
 
 def error_curves(

@@ -11,7 +11,7 @@ from torch import Tensor
 from lnr_prune.graph.groups import ChannelGroup
 from lnr_prune.selection.allocation import Allocation, allocate
 from lnr_prune.selection.budget import Budget
-from lnr_prune.selection.cost_model import Cost, Group, Sizes
+from lnr_prune.selection.costs.cost_model import Cost, Group, Sizes
 from lnr_prune.selection.trials import Trials
 
 LEAST = 1e-2  # least share of an error that counts as left after a refit
@@ -35,7 +35,7 @@ def within_budget(trials: Trials, budget: Budget, costs: Mapping[str, Cost[Chann
         curves = trials.curves
         shared_out = partial(allocate, costs=costs, budget=budget, latency=trials.latency)
         if trials.refit is not None and budget.effort.refits:
-            left = partial(trials.error, "measuring what the refit leaves")
+            left = partial(trials.error, "trying a refit")
             curves = attenuated(curves, shared_out(curves).sizes, left, budget.effort.refits)
         found = search(curves, shared_out, partial(trials.error, "searching"), budget.effort.search)
         return {group.name: (size, found.errors[group]) for group, size in found.sizes.items()}

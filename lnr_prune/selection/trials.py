@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lnr_prune.calibration.calls import Call
-from lnr_prune.calibration.data import Calibration, first_of_each_half
+from lnr_prune.calibration.data import Calibration, first_of_each_half, first_samples
 from lnr_prune.calibration.divergence import output_error
 from lnr_prune.calibration.reading import GroupPasses, fit
 from lnr_prune.collapse.collapse import collapse, restore_point
@@ -22,13 +22,15 @@ from lnr_prune.refit.network import prepared_network, refit_network
 from lnr_prune.refit.refit import Prepared, Refit
 from lnr_prune.runtime.progress import silent
 from lnr_prune.runtime.work import Work
-from lnr_prune.selection import cost
 from lnr_prune.selection.allocation import Allocation
 from lnr_prune.selection.amount import at_sizes
-from lnr_prune.selection.cost_model import Sizes
+from lnr_prune.selection.costs import cost
+from lnr_prune.selection.costs.cost_model import Sizes
 from lnr_prune.selection.curves import error_curves
 from lnr_prune.selection.select import as_selected, select, supports_of
 from lnr_prune.selection.selectors import Backward, Selector
+
+TRIED = 64  # trials are refitted to so many samples, or to a quarter of those that judge, if that is more
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +43,12 @@ class Trials:
         graph: The model's channel groups.
         groups: The groups that may shrink.
         passes: These groups, with their second moments.
-        fit: Calibration data that trials are refitted to.
+        fit: Calibration data that the network is refitted to before its error is promised.
+        tried: The part of it that trials are refitted to.
         judge: Full-size weights -> how far the outputs are from the original's, on other samples.
         example: The call whose latency counts.
-        refit: How the layers will be refitted; None = not at all. Trials use plain least squares, except the last one,
-            whose error is promised.
+        refit: How the layers will be refitted; None = not at all. Trials use plain least squares on ``tried``,
+            except the last one, whose error is promised.
         bias: Whether biases are refitted.
         logits: Whether the outputs are logits.
         work: The processes, the progress, and where measurements are kept.
@@ -57,6 +60,7 @@ class Trials:
     groups: Sequence[ChannelGroup]
     passes: GroupPasses
     fit: Calibration
+    tried: Calibration
     judge: Callable[[Mapping[str, Tensor]], float]
     example: Call
     refit: Refit | None
@@ -79,7 +83,7 @@ class Trials:
 
         def measure() -> float:
             self.work.step(doing)
-            return self._judged(self._supports(sizes), Refit())
+            return self._judged(self._supports(sizes), Refit(), self._prepared)
 
         name = _named("trial", sizes)
         if name not in self._known:
@@ -103,14 +107,14 @@ class Trials:
         def measure() -> float:
             self.work.step("predicting")
             if selector == Backward() and self.refit is not None:
-                return self._judged(self._supports(allocation.sizes), self.refit)
+                return self._judged(self._supports(allocation.sizes), self.refit, self.fit)
             tensors, quiet = named_tensors(self.model), self._quiet
             choices = at_sizes(allocation.sizes, selector)
             chosen = select(
                 self.passes, choices, tensors, seed=seed, coefficients=self.refit is None, part=fit, work=quiet
             )
             if self.refit is not None:
-                return self._judged(supports_of(chosen), self.refit)
+                return self._judged(supports_of(chosen), self.refit, self.fit)
             masked = masked_weights(supports_of(chosen), tensors)
             return self.work.ranks.all_gather(self.judge({**masked, **as_selected(chosen, tensors).weights}))[0]
 
@@ -121,10 +125,10 @@ class Trials:
     def _supports(self, sizes: Sizes[ChannelGroup]) -> Supports:
         return {group: self._measured[1][group].support(size) for group, size in sizes.items()}
 
-    def _judged(self, supports: Supports, settings: Refit) -> float:
-        """Error of the outputs with these channels, and all layers refitted."""
+    def _judged(self, supports: Supports, settings: Refit, data: Calibration | Prepared) -> float:
+        """Error of the outputs with these channels, and all layers refitted to the data."""
         done = refit_network(
-            self.model, self.graph, supports, self._prepared,
+            self.model, self.graph, supports, data,
             settings=settings, bias=self.bias, logits=self.logits,
             repeated=self.passes.moments_of(self.graph.repeated), work=self._quiet,
         )  # fmt: skip
@@ -133,7 +137,7 @@ class Trials:
 
     @cached_property
     def _prepared(self) -> Prepared:
-        return prepared_network(self.model, self.graph, self.fit, bias=self.bias, work=self.work)
+        return prepared_network(self.model, self.graph, self.tried, bias=self.bias, work=self.work)
 
     @property
     def _quiet(self) -> Work:
@@ -196,8 +200,14 @@ def trials_of(
     def judge(weights: Mapping[str, Tensor]) -> float:
         return error(with_whole_stacks(weights, tensors))
 
-    refitted_to = Calibration(work.ranks.shard(fitted), lambda call: call)
-    return Trials(model, target, graph, groups, passes, refitted_to, judge, data.example(), refit, bias, logits, work)
+    few = first_samples(fitted, tried_samples(samples))
+    whole, part = (Calibration(work.ranks.shard(calls), lambda call: call) for calls in (fitted, few))
+    return Trials(model, target, graph, groups, passes, whole, part, judge, data.example(), refit, bias, logits, work)
+
+
+def tried_samples(samples: int) -> int:
+    """Number of samples that trials are refitted to, when so many judge."""
+    return min(samples, max(TRIED, samples // 4))
 
 
 def _named(what: str, sizes: Sizes[ChannelGroup]) -> str:

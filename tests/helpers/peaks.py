@@ -20,7 +20,7 @@ from lnr_prune.graph.module import named_tensors
 from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit
 from lnr_prune.selection.amount import Keep
-from lnr_prune.selection.memory import memory_plan
+from lnr_prune.selection.costs.memory import memory_plan
 from lnr_prune.selection.select import select, supports_of
 from lnr_prune.selection.selectors import SELECTORS, Backward
 from tests.helpers.models import mlp

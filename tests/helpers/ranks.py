@@ -24,7 +24,7 @@ from lnr_prune.calibration.gather import gather
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.runtime.processes import Ranks
 from lnr_prune.runtime.work import Work
-from lnr_prune.selection import memory
+from lnr_prune.selection.costs import memory
 from tests.helpers.layers import layers_of
 from tests.helpers.models import Residual, cnn, mlp, randomised
 

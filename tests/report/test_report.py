@@ -10,7 +10,7 @@ import torch
 import lnr_prune as lnr
 from lnr_prune.report.report import Report
 from lnr_prune.report.rows import GroupReport
-from lnr_prune.selection import cost
+from lnr_prune.selection.costs import cost
 
 
 def _report() -> Report:
@@ -74,15 +74,10 @@ def test_what_is_being_done_is_told() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 3))
     told: list[str] = []
     lnr.prune(model, [torch.randn(64, 6)], lnr.Budget(params=0.5), run=lnr.Run(progress=told.append))
-    steps = [
-        "measuring 0",
-        "measuring what the refit leaves",
-        "predicting",
-        "selecting 0",
-        "refitting 0",
-        "refitting 2",
-    ]
-    assert list(dict.fromkeys(told)) == ["statistics", *steps]
+    steps = ["statistics (1 of 1", "measuring 0 (1 of 1", "trying a refit (1 of 1", "predicting (1 of 1"]
+    steps += ["selecting 0 (1 of 1", "refitting 0 (1 of 2", "refitting 2 (2 of 2"]
+    assert [each.split(", ")[0] for each in told] == steps
+    assert all(each.endswith(" left)") for each in told)
 
 
 def test_names_are_no_markup() -> None:

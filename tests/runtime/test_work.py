@@ -207,7 +207,7 @@ def stopped(at: str, count: int) -> Callable[[str], None]:
     [
         ("lasso", "statistics", 4, {"batches": 4, "layers": 0}),  # of 6 batches
         ("budget", "measuring", 3, {"batches": 6, "curves": 2, "refits": 0}),
-        ("budget", "measuring what", 2, {"batches": 6, "curves": 4, "refits": 1}),
+        ("budget", "trying", 2, {"batches": 6, "curves": 4, "refits": 1}),
         ("budget", "searching", 3, {"batches": 6, "curves": 4, "refits": 4}),
         ("lasso", "selecting", 3, {"batches": 6, "groups": 2, "layers": 0}),
         ("lasso", "refitting", 5, {"batches": 6, "groups": 4, "layers": 3}),

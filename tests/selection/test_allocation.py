@@ -19,10 +19,10 @@ from lnr_prune.calibration.reading import read
 from lnr_prune.collapse.collapse import collapse
 from lnr_prune.collapse.plan import make_plan
 from lnr_prune.graph.groups import find_groups
-from lnr_prune.selection import cost
 from lnr_prune.selection.allocation import RESOLUTION, Allocation, allocate, descend
 from lnr_prune.selection.budget import Budget, Grid
-from lnr_prune.selection.cost_model import Cost, cost_of
+from lnr_prune.selection.costs import cost
+from lnr_prune.selection.costs.cost_model import Cost, cost_of
 from lnr_prune.selection.curves import error_curves, through
 from lnr_prune.selection.search import attenuated, search
 from tests.helpers.models import Residual, cnn, mlp, randomised

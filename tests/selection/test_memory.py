@@ -25,8 +25,8 @@ from lnr_prune.collapse.masks import random_weights
 from lnr_prune.collapse.verify import Reference
 from lnr_prune.graph.groups import ChannelGroup, Graph, find_groups
 from lnr_prune.graph.module import named_tensors
-from lnr_prune.selection import memory
-from lnr_prune.selection.memory import REFIT, SOLVE, MemoryPlan, available_memory, memory_plan
+from lnr_prune.selection.costs import memory
+from lnr_prune.selection.costs.memory import REFIT, SOLVE, MemoryPlan, available_memory, memory_plan
 from lnr_prune.selection.selectors import SELECTORS
 from lnr_prune.settings import Amount
 from tests.helpers import peaks

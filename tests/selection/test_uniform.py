@@ -10,7 +10,7 @@ import lnr_prune as lnr
 from lnr_prune.graph.groups import find_groups
 from lnr_prune.selection.allocation import allocate
 from lnr_prune.selection.budget import Budget, Grid
-from lnr_prune.selection.cost_model import cost_of
+from lnr_prune.selection.costs.cost_model import cost_of
 
 
 class Block(nn.Module):

@@ -149,16 +149,17 @@ def memory_plan(
 
 def _bytes(layer: AdaptedLayer, tensors: Mapping[str, Tensor], copies: tuple[int, int]) -> int:
     """Bytes of so many copies of R, (d, d), and of B, (h, d)."""
-    h, d = _shape(layer, tensors)
+    h, d = shape_of(layer, tensors)
     return FLOAT64 * (copies[0] * d * d + copies[1] * h * d)
 
 
 def _bytes_jointly(layer: AdaptedLayer, tensors: Mapping[str, Tensor], iterations: int) -> int:
-    h, d = _shape(layer, tensors)
+    h, d = shape_of(layer, tensors)
     return FLOAT64 * (JOINT[0] * (d * d + h * h) + (JOINT[1] + 2 * iterations) * h * d)
 
 
-def _shape(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+def shape_of(layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Numbers of rows and columns of a layer's matrix, (h, d)."""
     return tensor_named(tensors, layer.consumer.weight).shape[1 - layer.consumer.dim], len(layer.groups(tensors))
 
 

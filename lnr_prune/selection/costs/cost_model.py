@@ -1,16 +1,17 @@
 """What a model costs at any sizes of its groups."""
 
 import math
-from collections.abc import Container, Hashable, Mapping
+from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
 from torch import nn
 
 from lnr_prune.calibration.calls import Call, samples_in
 from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.graph.module import named_tensors
-from lnr_prune.selection.cost import counted
+from lnr_prune.selection.costs.cost import counted
 
 Group = TypeVar("Group", bound=Hashable)
 """Stands for a group: a `ChannelGroup`, or any name for one; the arithmetic is the same."""
@@ -36,6 +37,18 @@ class Cost(Generic[Group]):
             * math.prod(stays + sum(share * sizes[group] for group, share in shares.items()) for stays, shares in dims)
             for cost, dims in self.terms
         )
+
+    def along(self, group: Group, levels: Sequence[int], sizes: Sizes[Group]) -> Sequence[float]:
+        """The costs when one group has each of these sizes, and the others have theirs."""
+        costs, of_group = np.zeros(len(levels)), np.asarray(levels, dtype=np.float64)
+        for cost, dims in self.terms:
+            of_term = np.full(len(levels), cost)
+            for stays, shares in dims:
+                others = sum(share * sizes[each] for each, share in shares.items() if each != group)
+                of_term *= stays + others + shares.get(group, 0.0) * of_group
+            costs += of_term
+        found: list[float] = costs.tolist()
+        return found
 
     def of(self, group: Group) -> "Cost[Group]":
         """The terms that a group takes part in."""
