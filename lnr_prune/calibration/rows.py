@@ -47,8 +47,7 @@ def rows(
         numbers: The numbers of the call's samples, (n,).
         others: More tensors of the output's shape, without a bias; their rows are yielded after x and y.
     """
-    count = len(layer.input)
-    if count == 0:
+    if layer.output.numel() == 0:
         return
     if layer.input.device.type == "mps":  # MPS has no float64
         bias = None if layer.bias is None else layer.bias.cpu()
@@ -67,7 +66,7 @@ def rows(
 
 def all_products(reader: Reader, layers: Sequence[LayerCall], samples: int | None) -> Tensor | None:
     """``sum x x^T`` over calls whose rows are all used, if the reader can compute it without reading them."""
-    layers = [layer for layer in layers if len(layer.input)]
+    layers = [layer for layer in layers if layer.output.numel()]
     if not layers or layers[0].input.device.type == "mps":
         return None
     if any(wanted < positions for _, positions, wanted in (rows_of_sample(reader, layer, samples) for layer in layers)):

@@ -21,6 +21,7 @@ COUNTS = frozenset(
     f"{side}{noun}"
     for noun in ("channels", "features", "dim", "size", "planes")
     for side in ("in_", "out_", "num_", "n_", "hidden_", "embed_", "embedding_", "inner_", "")
+    if side + noun != "size"  # of anything: a kernel, a head, a window
 ) | {"d_model", "n_embd", "nf", "nx", "width", "num_parameters", "normalized_shape"}  # fmt: skip
 """Names of attributes that may count the channels of a layer's own tensors."""
 HEADS = frozenset(

@@ -34,9 +34,9 @@ def filled_up(support: Tensor, multiple: int, order: Tensor) -> Tensor:
     return support.index_fill(0, more, True)
 
 
-def random_weights(model: nn.Module) -> dict[str, Tensor]:
+def random_weights(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """Random values that hide no error: gates and scales away from zero, variances positive."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, tensor in own_tensors(model).items():
         if not tensor.is_floating_point():

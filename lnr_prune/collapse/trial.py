@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -75,8 +76,9 @@ def shrinkable(
         reason = f"read in training mode too, but the example does not run in it ({error})".splitlines()[0]
         passed, refused = shrinkable(model, evaluated, example, also)
         return passed, {**refused, **{name: reason for group in groups if group.training for name in group.producers}}
+    again = partial(_trial, model, groups, example, also, seed=1)
     if trial(groups) is None:
-        return _counted(model, groups, trial), {}
+        return _counted(model, groups, trial, again), {}
     families: dict[frozenset[str], list[ChannelGroup]] = {}
     for group in groups:
         families.setdefault(frozenset(held.line for held in group.held), []).append(group)
@@ -89,20 +91,31 @@ def shrinkable(
             refused |= {producer: why for group in family for producer in group.producers}
     order = {group.name: index for index, group in enumerate(groups)}
     passed, failed = _bisect(tuple(sorted(kept, key=lambda group: order[group.name])), trial)
-    return _counted(model, passed, trial), {**refused, **failed}
+    return _counted(model, passed, trial, again), {**refused, **failed}
 
 
 Trial = Callable[[Groups], str | None]
 
 
-def _counted(model: nn.Module, groups: Groups, trial: Trial) -> Groups:
-    """The groups with the ints that count their channels, see `with_counts`, as far as the forward does not mind."""
+def _counted(model: nn.Module, groups: Groups, trial: Trial, again: Callable[[], Trial]) -> Groups:
+    """The groups with the ints that count their channels, see `with_counts`, as far as the forward does not mind.
+
+    Such an int may mean something else, which a trial does not see where random weights leave nothing behind a ReLU. So
+    there is another trial, with other weights.
+    """
     counted = tuple(with_counts(model, group, tuple(ATTRIBUTES)) for group in groups)
     changed = [group.attributes.keys() != whole.attributes.keys() for group, whole in zip(counted, groups, strict=True)]
-    if not any(changed) or trial(counted) is None:
+    if not any(changed):
+        return groups
+    trials = (trial, again())
+
+    def passes(some: Groups) -> bool:
+        return all(each(some) is None for each in trials)
+
+    if passes(counted):
         return counted
     return tuple(
-        group if changes and trial((group,)) is None else whole
+        group if changes and passes((group,)) else whole
         for group, whole, changes in zip(counted, groups, changed, strict=True)
     )
 
@@ -140,20 +153,20 @@ def _bisect(groups: Groups, trial: Trial) -> tuple[Groups, dict[str, str]]:
     return first + second, {**refused, **refused_too}
 
 
-def _trial(model: nn.Module, groups: Groups, example: Call, also: Sequence[Example]) -> Trial:
+def _trial(model: nn.Module, groups: Groups, example: Call, also: Sequence[Example], seed: int = 0) -> Trial:
     """A function of some groups: why the model fails if they lose a third of their channels; None if it works.
 
     The channels are masked in all groups, so one reference serves every trial: removing what is masked changes
     nothing. A forward that uses fixed positions often uses the first or the last one, so these are removed.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     supports = {}
     for group in groups:
         support = torch.rand(group.size, generator=generator) > 0.3
         support[[0, -1]], support[group.size // 2] = False, True
         support = filled_up(support, group.multiple, torch.arange(group.size))
         supports[group.name] = support
-    masked = random_weights(model)
+    masked = random_weights(model, seed)
     masked |= with_whole_stacks(masked_weights({group: supports[group.name] for group in groups}, masked), masked)
     training = any(group.training for group in groups)
     try:

@@ -11,8 +11,7 @@ from torch import Tensor
 from lnr_prune.calibration.gather import check_finite
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.calibration.rows import CHUNK, all_products, rows_of_sample
-from lnr_prune.errors import CalibrationError
-from lnr_prune.refit.regression import LayerFit, ridge_regression, softmax_regression
+from lnr_prune.refit.regression import DEFAULT_RIDGE, LayerFit, ridge_regression, softmax_regression
 from lnr_prune.refit.target import RefitLayer, Rows, Target, pieces_of, rows_of
 
 KEPT = 2**26  # rows of up to so many elements are kept while a layer is fitted
@@ -35,6 +34,8 @@ def fitted(
     alpha = W.new_ones(len(W), 1) if target.affine is None else target.affine.alpha[:, None].to(W)
     read = _reader(layer, target, again=target.downstream.activation is not None or softmax is not False)
     fit, held = _moments(layer, target, W, read())
+    if fit.count == 0:  # an expert that no row reaches
+        return W * stays, LayerFit(0.0, 0.0, DEFAULT_RIDGE if ridge is None else ridge, 0, int(stays.sum()))
     aM, found = ridge_regression(fit, held, stays, ridged, alpha * W, ridge)
     if target.downstream.activation is not None:
         whole = fit if held is None else fit + held
@@ -122,9 +123,7 @@ def _moments(
         check_finite(name, moments, "the pruned network")
     fit, held = (each.over_ranks(target.ranks) for each in sums)
     if fit.count == 0:
-        raise CalibrationError(
-            f"layer {name!r} got no samples from {len(target.calls)} batches; leave out empty batches"
-        )
+        return held, None
     return fit, held if held.count else None
 
 

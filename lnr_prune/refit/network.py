@@ -46,6 +46,7 @@ def refit_network(
         logits=logits,
         alive=_alive(chosen, tensors),
         repeated=repeated,
+        picked=graph.estimated,
         work=work,
     )
 

@@ -1,6 +1,6 @@
 """Sequential asymmetric refit: every linear layer, inputs from the pruned network, targets from the original one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -145,6 +145,7 @@ def refit(
     logits: bool | None = False,
     alive: Mapping[str, Tensor] | None = None,
     repeated: Mapping[str, SecondMoments] | None = None,
+    picked: Collection[str] = (),
     work: Work = Work(),
 ) -> Refitted:
     """``argmin_M E||phi(z) - phi(z'(M x))||^2 + ridge ||M - W||_F^2`` on the kept columns, one layer after the other.
@@ -173,6 +174,9 @@ def refit(
         alive: Weight's name -> the rows of y that are still read, (h,) bool, for layers whose rows do not all stay.
         repeated: Weight's name -> moments of all its calls in the original network, for layers that are called
             several times in a forward pass. They are refitted to these moments at their first call.
+        picked: Names of weights, or of stacks of them, that are applied to rows which the network picks by their
+            values, such as those of experts. The pruned network may pick other rows: these layers are fitted with the
+            original one's x.
         work: The processes, the progress, and where solved layers are kept.
 
     Raises:
@@ -193,11 +197,12 @@ def refit(
             mean = wiring.layers[name].mean if takes else None
             return RefitLayer(layers[name], tensors, kept.get(name), (alive or {}).get(name), mean)
 
+        chosen = {name for name in layers if {name, whole_name(name)[0]} & set(picked)}
         losing = {id(tensors[whole_name(name)[0]]) for name in layers if not layer_of(name).whole}
         starts = zip(ready.calls, ready.prefixes, strict=True)
         shared = isinstance(data, Prepared) and not makers  # a maker may come before the first layer that changes
         passes = ((prefix.before(losing) if shared else None) or begin(call) for call, prefix in starts)
-        walk = Lockstep(model, passes, wiring, ready.manner, list(layers), work.ranks)
+        walk = Lockstep(model, passes, wiring, ready.manner, list(layers), work.ranks, chosen)
         for name, arrivals in walk:
             work.step(f"refitting {layers[name].consumer.name}")
             layer, maker = layer_of(name), makers.get(name, "")

@@ -12,7 +12,7 @@ batches are there, the layer is solved, and all go on with its new weight. A net
 This costs two passes over the data, however deep the network is, see `lnr_prune.calibration.functions.pause`.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,8 @@ class Arrival:
     Attributes:
         name: Name of the layer's weight.
         call: The call in the original network, done.
-        x: The layer's input in the pruned network, which is about to be called.
+        x: The layer's input in the pruned network, which is about to be called; the original one's, where the two
+            networks may pick different rows.
         shortcuts: What its output will be added to, in the original and in the pruned network; None = not known.
         beside: What its output will meet on the path to the next layer, in the pruned network; None = not known.
     """
@@ -79,6 +80,7 @@ class Lockstep:
         manner: Manner,
         order: Sequence[str],
         ranks: Ranks,
+        picked: Collection[str] = (),
     ) -> None:
         """Starts every batch.
 
@@ -89,10 +91,11 @@ class Lockstep:
             manner: How its passes are paused.
             order: Names of the layers' weights, in order of execution.
             ranks: The processes that prune together.
+            picked: Layers that read rows which the network picks by their values, such as experts.
         """
         self._order, self._ranks = list(order), ranks
         tensors = named_tensors(model)
-        self._runs = [both_networks(model, pause, wiring, manner, order, tensors) for pause in passes]
+        self._runs = [both_networks(model, pause, wiring, manner, order, tensors, picked) for pause in passes]
         self._waiting: dict[int, Arrival] = {}
         self._answered: dict[str, Arguments] = {}
         for batch, run in enumerate(self._runs):
@@ -144,6 +147,7 @@ def both_networks(
     manner: Manner,
     names: Sequence[str],
     tensors: Mapping[str, Tensor],
+    picked: Collection[str] = (),
 ) -> TwinRun:
     """Runs the original and the pruned network side by side; at every layer it waits for the pruned one's arguments.
 
@@ -156,6 +160,8 @@ def both_networks(
         manner: How its passes are paused.
         names: Names of the layers' weights.
         tensors: The model's tensors.
+        picked: Layers that read rows which the network picks by their values: the two networks may pick other ones, so
+            such a layer is fitted to the original one's.
     """
     answered: dict[str, Arguments] = {}
     seen: list[tuple[str, LayerCall]] = []
@@ -196,9 +202,11 @@ def both_networks(
                 continue
             shortcuts = added_at(wiring, wanted, original, layer.output)[0]
             changed, beside = added_at(wiring, wanted, pruned or original, layer.output)
-            known = None if shortcuts is None or changed is None else (shortcuts, changed)
-            arrival = Arrival(wanted, layer, reached.pop(), known, beside)
-            del layer, shortcuts, changed, beside, known
+            known, x = None if shortcuts is None or changed is None else (shortcuts, changed), reached.pop()
+            if wanted in picked or x.shape != layer.input.shape:
+                x, known, beside = layer.input, None, None
+            arrival = Arrival(wanted, layer, x, known, beside)
+            del x, layer, shortcuts, changed, beside, known
             new = yield arrival
             del arrival
             if new and one:

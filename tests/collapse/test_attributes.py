@@ -15,7 +15,7 @@ from lnr_prune.calibration.calls import Call
 from lnr_prune.calibration.outputs import outputs_of
 from lnr_prune.collapse.attributes import assign, ints
 from lnr_prune.collapse.collapse import collapse, restore_point
-from lnr_prune.collapse.masks import masked_weights
+from lnr_prune.collapse.masks import masked_weights, random_weights
 from lnr_prune.collapse.plan import Plan, make_plan
 from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.collapse.verify import Reference
@@ -118,10 +118,10 @@ def test_one_reference_and_one_trial_where_no_forward_holds_a_size(monkeypatch: 
 
     monkeypatch.setattr("lnr_prune.collapse.verify.outputs_of", counted)
     cases = [(models.cnn(), torch.randn(2, 2, 12, 12)), (patterns.PackedAttention(), TOKENS)]
-    for more, (model, x) in enumerate(cases):  # one more for an int that only counts: the heads
+    for more, (model, x) in enumerate(cases):  # three more for an int that only counts: the heads
         runs.clear()
         shrinkable(model, find_groups(model, (x,), {}).groups, ((x,), {}))
-        assert len(runs) == 2 + more
+        assert len(runs) == 2 + 3 * more
 
 
 def test_equal_blocks_share_their_trials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,3 +282,33 @@ class FrozenLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
+
+
+class TwoHeads(nn.Module):
+    """Two heads of two channels: ``width`` is no count of heads, though a table has as many columns."""
+
+    index: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.qkv, self.out = 2, nn.Linear(4, 12), nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.randn(7, 2))
+        self.register_buffer("index", torch.arange(4)[:, None] - torch.arange(4) + 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.width)).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index].permute(2, 0, 1)
+        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+        return y
+
+
+def test_an_int_that_only_looks_like_a_count_stays_though_one_trial_is_blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blind(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+        weights = random_weights(model, seed)
+        return weights if seed else {**weights, "out.weight": torch.zeros(4, 4)}
+
+    monkeypatch.setattr("lnr_prune.collapse.trial.random_weights", blind)
+    model = TwoHeads().eval()
+    call: Call = (torch.randn(3, 4, 4),), {}
+    ((group,), _) = shrinkable(model, find_groups(model, *call).groups, call)
+    assert group.attributes == {}

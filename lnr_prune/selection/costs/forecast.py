@@ -33,8 +33,8 @@ logger = logging.getLogger("lnr_prune")
 TIMED = 32  # samples of the pass that is timed
 SUFFIX = 0.6  # share of a pass that is behind a group, in the mean
 LADDER = 12.0  # Cholesky factorisations of a layer's refit
-ELIMINATION = 10.0  # of the elimination of a group, for each of its consumers
-IN_FLOAT32 = 0.5  # cost of a multiplication, in those of float64
+ELIMINATION = 20.0  # of the elimination of a group, for each of its consumers
+IN_FLOAT32 = 0.75  # cost of a multiplication, in those of float64
 WINDOW = 3.0  # passes of an iteration in which two layers are refitted together
 PRODUCT = 512  # rows of the product that is timed
 
