@@ -54,6 +54,7 @@ from lnr_prune.selection.amount import Keep, Penalty
 from lnr_prune.selection.budget import Budget, Effort, Grid
 from lnr_prune.selection.selectors import Backward, Lasso, Norm, Random
 from lnr_prune.sweep import sweep
+from lnr_prune.tolerance import Tolerance
 
 __all__ = [
     "Adapter",
@@ -92,6 +93,7 @@ __all__ = [
     "Solution",
     "Status",
     "Sweep",
+    "Tolerance",
     "VerificationError",
     "__version__",
     "apply_plan",
