@@ -13,6 +13,9 @@ are the rooms of the package, in order: each one imports only from those before 
     selection    how many channels, and which
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lnr_prune._version import __version__
 from lnr_prune.calibration.adapter import Adapter, register
 from lnr_prune.calibration.data import Batches
@@ -56,6 +59,17 @@ from lnr_prune.selection.selectors import Backward, Lasso, Norm, Random
 from lnr_prune.sweep import sweep
 from lnr_prune.tolerance import Tolerance
 
+if TYPE_CHECKING:
+    from lnr_prune.estimators import GroupLassoCV, MultiTaskGroupLasso
+else:
+
+    def __getattr__(name: str) -> Any:
+        """The estimators, which need scikit-learn: it is loaded only for them."""
+        if name in ("GroupLassoCV", "MultiTaskGroupLasso"):
+            return getattr(importlib.import_module("lnr_prune.estimators"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Adapter",
     "AdapterError",
@@ -73,11 +87,13 @@ __all__ = [
     "GraphError",
     "Grid",
     "GroupLasso",
+    "GroupLassoCV",
     "Inspection",
     "Keep",
     "Lasso",
     "LayerCall",
     "LnrPruneError",
+    "MultiTaskGroupLasso",
     "Newton",
     "Norm",
     "Penalty",
