@@ -156,8 +156,10 @@ def prune(
                 if isinstance(amount, Budget):
                     allocation = within_budget(trials, amount, costs)
                 else:
-                    value = metric.of_sizes(trials, data, settings.selector, settings.seed)
-                    allocation, walk = within_tolerance(trials, amount, costs, value, original)
+                    allocation, walk = within_tolerance(
+                        trials, amount, costs,
+                        metric.of_sizes(trials, data, settings.selector, settings.seed), original,
+                    )  # fmt: skip
                 predicted = trials.promised(allocation, settings.selector, settings.seed)
                 del trials  # frees what they remember
                 choices = at_sizes(allocation.sizes, settings.selector)

@@ -244,7 +244,7 @@ MODELS = [
 
 AMOUNTS = [
     Case("no amount", lambda of, _: lnr.prune(of, X), TypeError, "missing 1 required positional argument: 'amount'"),  # type: ignore[call-arg]
-    pruning("amount None", error=TypeError, message=r"a Keep, a Penalty or a Budget, got None; such as lnr.Keep\(0.5\)",
+    pruning("amount None", error=TypeError, message=r"a Keep, a Penalty, a Budget or a Tolerance, got None; such as lnr.Keep\(0.5\)",
             amount=None),
     pruning("amount a fraction", error=TypeError, message=r"0.5, .* things: .*Keep\(0.5\) keeps .*Budget\(macs=0.5\)",
             amount=0.5),
@@ -252,12 +252,12 @@ AMOUNTS = [
             amount=4),
     pruning("amount a fraction for a graph", error=TypeError, message="a bare number, 0.5, .*Write the one", amount=0.5,
             into="graph"),
-    pruning("amount True", error=TypeError, message="a Penalty or a Budget, got True; such as", amount=True),
+    pruning("amount True", error=TypeError, message="a Penalty, a Budget or a Tolerance, got True; such as", amount=True),
     pruning("amount of layers", error=TypeError, message=r"got {'0': 4}; write lnr.Keep\({'0': 4}\) if it names layers",
             amount={"0": 4}),
     pruning("amount of limits", error=TypeError, message=r"got {'macs': 0.5}; .* lnr.Budget\(macs=0.5\) if it limits",
             amount={"macs": 0.5}),
-    pruning("amount of limits for a graph", error=TypeError, message="must be a Keep, a Penalty or a Budget",
+    pruning("amount of limits for a graph", error=TypeError, message="must be a Keep, a Penalty, a Budget or a Tolerance",
             amount={"macs": 0.5}, into="graph"),
     pruning("amount a class", error=TypeError, message="or a Budget, got <class .*Keep'>; such as", amount=lnr.Keep),
     pruning("an amount by its name", error=TypeError, message="unexpected keyword argument 'keep'", keep=0.5),
@@ -399,7 +399,7 @@ OTHERS = [
     sweeping("a number", 3, TypeError, "must be a list of amounts.*got 3; wrap"),
     sweeping("one budget", lnr.Budget(params=0.5), TypeError, "must be a list of amounts.*; wrap it in a list"),
     sweeping("fractions", [0.5], TypeError, r"a bare number, 0.5, .*lnr.Keep\(0.5\)"),
-    sweeping("dicts", [{"keep": 0.5}], TypeError, "must be a Keep, a Penalty or a Budget, got {'keep': 0.5}"),
+    sweeping("dicts", [{"keep": 0.5}], TypeError, "must be a Keep, a Penalty, a Budget or a Tolerance, got {'keep': 0.5}"),
     sweeping("a bad second point", [HALF, lnr.Penalty(0.1)], ValueError, r"with Norm\(\), give Keep or Budget",
              selector="norm", evaluate=never),
     sweeping("an unknown argument", [HALF], TypeError, "unexpected keyword argument 'slector'", slector="norm"),
