@@ -13,6 +13,9 @@ are the rooms of the package, in order: each one imports only from those before 
     selection    how many channels, and which
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lnr_prune._version import __version__
 from lnr_prune.calibration.adapter import Adapter, register
 from lnr_prune.calibration.data import Batches
@@ -54,6 +57,18 @@ from lnr_prune.selection.amount import Keep, Penalty
 from lnr_prune.selection.budget import Budget, Effort, Grid
 from lnr_prune.selection.selectors import Backward, Lasso, Norm, Random
 from lnr_prune.sweep import sweep
+from lnr_prune.tolerance import Tolerance
+
+if TYPE_CHECKING:
+    from lnr_prune.estimators import GroupLassoCV, MultiTaskGroupLasso
+else:
+
+    def __getattr__(name: str) -> Any:
+        """The estimators, which need scikit-learn: it is loaded only for them."""
+        if name in ("GroupLassoCV", "MultiTaskGroupLasso"):
+            return getattr(importlib.import_module("lnr_prune.estimators"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Adapter",
@@ -72,11 +87,13 @@ __all__ = [
     "GraphError",
     "Grid",
     "GroupLasso",
+    "GroupLassoCV",
     "Inspection",
     "Keep",
     "Lasso",
     "LayerCall",
     "LnrPruneError",
+    "MultiTaskGroupLasso",
     "Newton",
     "Norm",
     "Penalty",
@@ -92,6 +109,7 @@ __all__ = [
     "Solution",
     "Status",
     "Sweep",
+    "Tolerance",
     "VerificationError",
     "__version__",
     "apply_plan",

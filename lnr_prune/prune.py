@@ -14,8 +14,8 @@ from lnr_prune.calibration.divergence import check_logits, output_error
 from lnr_prune.calibration.examples import examples_of, further, kinds
 from lnr_prune.calibration.reading import read_in_passes
 from lnr_prune.collapse.hugging_face.settings import described
-from lnr_prune.collapse.masks import masked_weights
-from lnr_prune.collapse.plan import plan_for
+from lnr_prune.collapse.masks import Supports, masked_weights
+from lnr_prune.collapse.plan import Plan, plan_for
 from lnr_prune.collapse.remove import remove, warn_of_unused
 from lnr_prune.collapse.trial import prunable
 from lnr_prune.graph.groups import ChannelGroup, Graph
@@ -26,7 +26,8 @@ from lnr_prune.graph.weights import with_whole_stacks
 from lnr_prune.pruned import Costs, Pruned, latencies, reported
 from lnr_prune.refit.network import refit_network
 from lnr_prune.refit.refit import Refit
-from lnr_prune.runtime.digest import digest
+from lnr_prune.report.walk import Walk
+from lnr_prune.runtime.digest import digest, printed
 from lnr_prune.runtime.identity import Identity
 from lnr_prune.runtime.progress import counted
 from lnr_prune.runtime.run import Run, started
@@ -42,6 +43,7 @@ from lnr_prune.selection.select import as_selected, select, supports_of
 from lnr_prune.selection.selectors import Selector
 from lnr_prune.selection.trials import trials_of
 from lnr_prune.settings import Amount, Settings
+from lnr_prune.tolerance import Metric, Tolerance, within_tolerance
 
 
 def prune(
@@ -76,7 +78,7 @@ def prune(
             batches of 64: a torch or Hugging Face Dataset, a data frame, a list of rows. See also `Batches`.
         amount: How much is kept. `Keep`: a count or share of the channels of every group. `Penalty`: as many as the
             group lasso keeps at a penalty. `Budget`: what the pruned model may cost; channels are removed where the
-            outputs suffer least.
+            outputs suffer least. `Tolerance`: as small as a metric of yours allows.
         selector: How channels are chosen: "group_lasso", "backward" (elimination; better at strong pruning), or the
             baselines "norm" and "random"; or settings: `Lasso`, `Backward`, `Norm`, `Random`. A `Penalty` needs a
             lasso.
@@ -141,16 +143,30 @@ def prune(
         with remembering(run, model, data, examples, settings, work) as (data, work):
             memory = fitting_memory(graph, groups, tensors, settings, run)
             samples = work.ranks.before(data.samples)[1] or 0
-            stages = forecast(model, graph, groups, data, example, amount, refit, bias=bias, passes=len(memory.passes))
+            take_out = partial(without, model, graph, examples)
+            metric = Metric(settings.evaluate, take_out, target, example, work)
+            original = metric.original()  # before anything that takes long
+            stages = forecast(
+                model, graph, groups, data, example, refit,
+                effort=settings.effort, evaluations=settings.evaluations, bias=bias, passes=len(memory.passes),
+            )  # fmt: skip
             work = replace(work, step=counted(work.step, stages))
             passes = read_in_passes(model, memory.passes, memory.lasting, data, bias=bias, work=work)  # second moments
             choices, predicted = settings.choices(graph), dict[ChannelGroup, float]()
-            if isinstance(amount, Budget):  # the sizes at which the outputs suffer least
+            walk: Walk | None = None
+            if isinstance(amount, Budget | Tolerance):  # the sizes at which the outputs suffer least
                 trials = trials_of(
                     model, model if target is None else target, graph, groups, passes, data,
                     samples=amount.effort.samples, refit=refit, bias=bias, logits=logits, work=work,
                 )  # fmt: skip
-                allocation = within_budget(trials, amount, costs_of(model, graph, groups, example))
+                costs = costs_of(model, graph, groups, example)
+                if isinstance(amount, Budget):
+                    allocation = within_budget(trials, amount, costs)
+                else:
+                    allocation, walk = within_tolerance(
+                        trials, amount, costs,
+                        metric.of_sizes(trials, data, settings.selector, settings.seed), original,
+                    )  # fmt: skip
                 predicted = trials.promised(allocation, settings.selector, settings.seed)
                 del trials  # frees what they remember
                 choices = at_sizes(allocation.sizes, settings.selector)
@@ -167,19 +183,14 @@ def prune(
                     model, graph, supports, data,
                     settings=refit, bias=bias, logits=logits, repeated=repeated, work=work,
                 )  # fmt: skip
-        plan = plan_for(model, supports)
         masked = with_whole_stacks({**masked_weights(supports, tensors), **fitted.weights}, tensors)
         error = output_error(model, first_samples(data, ranks=work.ranks), logits)(masked)
         before = Costs.of(model, example)
-        training = any(group.training for group in graph.groups)
-        small, plan = remove(
-            model, target, plan, masked, example,
-            better=described(model, plan, supports), also=others, training=training,
-        )  # fmt: skip
+        small, plan = take_out(target, supports, masked)
         warn_of_unused(graph, plan, tensors)
         after, times = Costs.of(small, example), latencies(model, small, example, work.ranks)
     report = reported(
-        graph, selected, fitted, predicted, error, (before, after), times, plainer, refitted=refit is not None
+        graph, selected, fitted, predicted, error, (before, after), times, plainer, walk, refitted=refit is not None
     )
     return Pruned(small, report, plan, masked)
 
@@ -189,7 +200,7 @@ def calibrated(
 ) -> tuple[Calibration, list[Example]]:
     """Checks the arguments; returns the data as calls of the model, and small calls, the same on all processes."""
     ranks = work.ranks
-    ranks.check_same("arguments", repr((settings, run.low_memory, run.work is None)))
+    ranks.check_same("arguments", printed((settings, run.low_memory, run.work is None)))
     found = calibrate(model, data)
     ranks.check_same("weights", ranks.checksums(model))
     check_values(model)
@@ -202,11 +213,36 @@ def calibrated(
 def shrinking_groups(model: nn.Module, graph: Graph, settings: Settings, example: Call) -> list[ChannelGroup]:
     """The groups that may lose channels; a budget that they cannot meet is refused before anything is measured."""
     amount = settings.amount
-    if not isinstance(amount, Budget):
+    if not isinstance(amount, Budget | Tolerance):
         return list(settings.choices(graph))
-    groups = amount.groups(graph)
-    check_reach(costs_of(model, graph, groups, example), groups, amount)
+    groups, budget = amount.groups(graph), amount if isinstance(amount, Budget) else amount.at(1.0)
+    check_reach(costs_of(model, graph, groups, example), groups, budget)
     return groups
+
+
+def without(
+    model: nn.Module,
+    graph: Graph,
+    examples: Sequence[Example],
+    target: nn.Module | None,
+    supports: Supports,
+    masked: Mapping[str, Tensor],
+) -> tuple[nn.Module, Plan]:
+    """The model without the channels that the supports drop, and the plan that says so; see `remove`.
+
+    Args:
+        model: The whole model.
+        graph: Its channel groups.
+        examples: Calls that are compared; the first one is traced.
+        target: The module that is shrunk; None = a graph is made instead.
+        supports: What is kept.
+        masked: Full-size weights of the masked model.
+    """
+    plan, training = plan_for(model, supports), any(group.training for group in graph.groups)
+    return remove(
+        model, target, plan, masked, examples[0].call,
+        better=described(model, plan, supports), also=examples[1:], training=training,
+    )  # fmt: skip
 
 
 @contextmanager

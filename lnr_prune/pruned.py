@@ -17,6 +17,7 @@ from lnr_prune.refit.refit import Refitted
 from lnr_prune.refit.regression import LayerFit
 from lnr_prune.report.report import Report
 from lnr_prune.report.rows import GroupReport
+from lnr_prune.report.walk import Walk
 from lnr_prune.runtime.processes import Ranks
 from lnr_prune.selection.costs import cost
 from lnr_prune.selection.select import Selected
@@ -115,6 +116,7 @@ def reported(
     costs: tuple[Costs, Costs],
     seconds: tuple[float | None, float | None],
     folded: Mapping[str, str],
+    walk: Walk | None,
     *,
     refitted: bool,
 ) -> Report:
@@ -129,6 +131,7 @@ def reported(
         costs: Costs before and after.
         seconds: Seconds of a forward pass, before and after.
         folded: Layer -> what was folded.
+        walk: What a tolerance measured.
         refitted: Whether there was a refit.
     """
     rows = tuple(row_of(g, selected.get(g), fitted.layers, predicted.get(g), refitted) for g in graph.groups)
@@ -137,7 +140,7 @@ def reported(
     before, after = costs
     return Report(
         rows, layers, error, graph.frozen,
-        before.params, after.params, before.macs, after.macs, before.size, after.size, *seconds, folded,
+        before.params, after.params, before.macs, after.macs, before.size, after.size, *seconds, folded, walk,
     )  # fmt: skip
 
 

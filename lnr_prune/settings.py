@@ -9,10 +9,11 @@ from lnr_prune.graph.groups import ChannelGroup, Graph
 from lnr_prune.refit.refit import Refit
 from lnr_prune.runtime.checks import check_flags
 from lnr_prune.selection.amount import Choice, Keep, Penalty, lasso_of
-from lnr_prune.selection.budget import Budget
+from lnr_prune.selection.budget import Budget, Effort
 from lnr_prune.selection.selectors import Random, Selector, find_selector
+from lnr_prune.tolerance import Evaluate, Tolerance
 
-Amount = Keep | Penalty | Budget
+Amount = Keep | Penalty | Budget | Tolerance
 INTO = ("copy", "model", "graph")
 
 
@@ -45,26 +46,43 @@ class Settings:
             raise ValueError(f"into must be one of {', '.join(INTO)}, got {self.into!r}")
         if isinstance(self.amount, Penalty):
             lasso_of(self.selector)
-        if isinstance(self.amount, Budget):
-            if self.amount.latency is not None and self.into == "graph":
-                raise ValueError(
-                    "a budget of latency is measured on the module that shrinks: it cannot be combined with "
-                    "into='graph'; limit the macs instead"
-                )
-            if self.amount.effort.search and self.refit is None:
-                raise ValueError(
-                    "a search refits the network in every trial: Effort(search=...) cannot be combined with refit=None"
-                )
+        if isinstance(self.amount, Budget) and self.amount.latency is not None and self.into == "graph":
+            raise ValueError(
+                "a budget of latency is measured on the module that shrinks: it cannot be combined with "
+                "into='graph'; limit the macs instead"
+            )
+        if self.effort is not None and self.effort.search and self.refit is None:
+            raise ValueError(
+                "a search refits the network in every trial: Effort(search=...) cannot be combined with refit=None"
+            )
 
     def choices(self, graph: Graph) -> dict[ChannelGroup, Choice]:
-        """How the channels of every group are chosen; empty for a budget, which must be measured first."""
-        return {} if isinstance(self.amount, Budget) else self.amount.choices(graph, self.selector)
+        """How the channels of every group are chosen; empty if the sizes must be measured first."""
+        if isinstance(self.amount, Budget | Tolerance):
+            return {}
+        return self.amount.choices(graph, self.selector)
+
+    @property
+    def effort(self) -> Effort | None:
+        """How carefully a budget is shared out; None if there is none."""
+        return self.amount.effort if isinstance(self.amount, Budget | Tolerance) else None
+
+    @property
+    def evaluate(self) -> Evaluate | None:
+        """The user's metric, if there is one."""
+        return self.amount.evaluate if isinstance(self.amount, Tolerance) else None
+
+    @property
+    def evaluations(self) -> int:
+        """Models that are pruned and measured on the way."""
+        return self.amount.evaluations if isinstance(self.amount, Tolerance) else 0
 
     @property
     def tries_refits(self) -> bool:
         """Whether networks are also refitted before the channels are chosen."""
-        effort = self.amount.effort if isinstance(self.amount, Budget) else None
-        return effort is not None and effort.refits + effort.search > 0
+        if isinstance(self.amount, Tolerance):
+            return True
+        return self.effort is not None and self.effort.refits + self.effort.search > 0
 
     @property
     def seed(self) -> int:
@@ -84,7 +102,7 @@ def check_amount(amount: Any) -> None:
     Raises:
         TypeError: The message says what could have been meant.
     """
-    if isinstance(amount, Keep | Penalty | Budget):
+    if isinstance(amount, Amount):
         return
     if isinstance(amount, numbers.Real) and not isinstance(amount, bool):
         share = amount if 0 < float(amount) <= 1 else 0.5
@@ -96,4 +114,4 @@ def check_amount(amount: Any) -> None:
     advice = "such as lnr.Keep(0.5)"
     if isinstance(amount, Mapping):
         advice = f"write lnr.Keep({amount!r}) if it names layers, lnr.Budget(macs=0.5) if it limits the whole model"
-    raise TypeError(f"the amount must be a Keep, a Penalty or a Budget, got {amount!r}; {advice}")
+    raise TypeError(f"the amount must be a Keep, a Penalty, a Budget or a Tolerance, got {amount!r}; {advice}")

@@ -1,14 +1,13 @@
 """The Pareto frontier: what a model costs against what it is worth, at several budgets."""
 
 import inspect
-import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lnr_prune.calibration.data import Batches, calibrate, first_samples
 from lnr_prune.calibration.divergence import check_logits, divergence, outputs
@@ -19,9 +18,10 @@ from lnr_prune.report.chart import LABELS
 from lnr_prune.report.frontier import Sweep, SweepPoint
 from lnr_prune.runtime.checks import check_flags, check_seed, nearest
 from lnr_prune.runtime.run import Run, check_run
-from lnr_prune.selection.amount import Keep, Penalty
-from lnr_prune.selection.budget import Budget, Effort, Grid
+from lnr_prune.selection.amount import Keep
+from lnr_prune.selection.budget import Effort, Grid
 from lnr_prune.settings import Amount, Settings
+from lnr_prune.tolerance import worth
 
 
 def sweep(
@@ -42,7 +42,7 @@ def sweep(
     Args:
         model: A trained model; it is left as it is.
         data: Unlabelled calibration inputs, as for `prune`.
-        amounts: For every point a `Keep`, a `Penalty` or a `Budget`.
+        amounts: For every point a `Keep`, a `Penalty`, a `Budget` or a `Tolerance`.
         retrain: Trains a pruned model in place, or returns a trained one. Torch's global random generator is seeded
             with ``seed`` for every point, and restored afterwards.
         evaluate: Says what a model is worth, such as its accuracy. Default: the error of its outputs,
@@ -95,12 +95,7 @@ def sweep(
         measure, given = getattr(evaluate, "__name__", "value").strip("<>"), evaluate
 
         def value(of: nn.Module) -> float:
-            result = given(of)
-            if isinstance(result, Tensor):
-                result = result.item()
-            if not isinstance(result, numbers.Real):
-                raise TypeError(f"evaluate must return a number, got {result!r}")
-            return float(result)
+            return worth(given, of)
 
     again = replace(data, data=calibration.batches) if isinstance(data, Batches) else calibration.batches
     dense, points = value(model), []
@@ -114,7 +109,7 @@ def sweep(
 
 def _checked(amounts: Iterable[Amount], options: Mapping[str, Any]) -> list[Amount]:
     """The amounts, once it is known that `prune` takes each of them."""
-    one = isinstance(amounts, Keep | Penalty | Budget | Mapping | str)
+    one = isinstance(amounts, Amount | Mapping | str)
     if one or not isinstance(amounts, Iterable):
         raise TypeError(f"amounts must be a list of amounts, one for every point, got {amounts!r}; wrap it in a list")
     asked = list(amounts)
@@ -154,7 +149,7 @@ def _words(settings: Amount | Grid | Effort) -> str:
         return f"Keep({settings.channels})"
     given = [(field, getattr(settings, field.name)) for field in fields(settings)]
     return ", ".join(
-        _words(value) if isinstance(value, Grid | Effort) else f"{field.name}={value}"
+        _words(value) if isinstance(value, Grid | Effort) else f"{field.name}={getattr(value, '__name__', value)}"
         for field, value in given
         if value != field.default
     )

@@ -226,6 +226,19 @@ def first_of_each_half(
     return fit, judge
 
 
+def each_half(data: Calibration, ranks: Ranks = ALONE) -> tuple[Calibration, Calibration]:
+    """This process's samples to fit on, and those to judge by: all of them, as in `first_of_each_half`."""
+    first, total = ranks.before(data.samples)
+    found: tuple[list[Call], list[Call]] = ([], [])
+    for call in data:
+        place = Place(first, samples_in(call), total or 0)
+        for judges, piece in halves(call, place):
+            found[judges].append(piece)
+        first += place.size
+    fit, judge = (Calibration(calls, lambda call: call) for calls in found)
+    return fit, judge
+
+
 def _shared(calls: Sequence[Call], samples: int, ranks: Ranks) -> list[Call]:
     """The first ``samples`` samples of all ranks, in order of the ranks."""
     chosen, count = list[tuple[int, int, int]](), 0

@@ -1,6 +1,6 @@
 """How far a network's outputs are from the original's."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +13,7 @@ from lnr_prune.calibration.functions.pause import Manner, Pause, Replay, go_on, 
 from lnr_prune.calibration.functions.prefix import Prefix
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
+from lnr_prune.runtime.processes import ALONE, Ranks
 
 
 def output_error(
@@ -59,6 +60,18 @@ def output_error(
         return divergence(original, found if in_parts else [outputs(model, call, new) for call in calls], logits)
 
     return error
+
+
+def agreement(model: nn.Module, calls: Iterable[Call], ranks: Ranks = ALONE) -> Callable[[Mapping[str, Tensor]], float]:
+    """A function from full-size weights to the share of all ranks' samples that get the same class as before."""
+    given = [(call, outputs(model, call).argmax(1)) for call in calls]
+    samples = sum(ranks.all_gather(sum(len(classes) for _, classes in given)))
+
+    def share(weights: Mapping[str, Tensor]) -> float:
+        same = sum(int((outputs(model, call, weights).argmax(1) == classes).sum()) for call, classes in given)
+        return sum(ranks.all_gather(same)) / samples
+
+    return share
 
 
 def outputs(model: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:

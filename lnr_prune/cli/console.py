@@ -19,6 +19,7 @@ OPTIONS = (  # what the library calls its arguments -> what they are called here
     (r"^budget (\w+) must", r"--\1 must"),
     (r"^(keep|lam|leave) (?=names|must)", r"--\1 "),
     (r"^(into|window|iterations|seed|swaps|minimum|refits|search) must", r"--\1 must"),
+    (r"^drop must", "--tolerance must"),
     (r"^round_to must", "--round-to must"),
     (r"^penalty's ratio", "--lam-ratio"),
     (r"^unknown selector", "--selector: unknown selector"),

@@ -10,6 +10,7 @@ from lnr_prune.selection.amount import Keep, Penalty
 from lnr_prune.selection.budget import Budget, Effort, Grid
 from lnr_prune.selection.selectors import Backward, Random, Selector
 from lnr_prune.settings import Amount
+from lnr_prune.tolerance import Tolerance
 
 MODEL, DATA, AMOUNT, OUTPUT = "Model", "Inputs", "How much is kept (give one)", "Output"
 FILES = (
@@ -111,30 +112,37 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
 
 
 def amount(
-    texts: dict[str, list[str] | None], limits: dict[str, float | None], grid: dict[str, Any], effort: dict[str, Any]
+    texts: dict[str, list[str] | None],
+    limits: dict[str, float | None],
+    grid: dict[str, Any],
+    effort: dict[str, Any],
+    drop: float | None = None,
 ) -> Amount:
     """The amount for prune, from the options; exactly one must be given.
 
     Args:
         texts: "keep", "lam" and "lam_ratio" as they were typed: ``["0.5"]`` or ``["conv1=8", "fc1=0.2"]``.
         limits: Limits of the budget; None = no such limit.
-        grid: Sizes that groups may have under the budget; None = default.
-        effort: How carefully the budget is shared among the groups; None = default.
+        grid: Sizes that groups may have under the budget or the tolerance; None = default.
+        effort: How carefully these are shared among the groups; None = default.
+        drop: The tolerance; None = there is none.
 
     Raises:
         ValueError: If there is no amount or more than one, or if there are details of a budget without a limit.
     """
     given = {name: _amount_of(name, values) for name, values in texts.items() if values}
     wanted, finely, carefully = (_given(of) for of in (limits, grid, effort))
-    if (details := {**finely, **carefully}) and not wanted:
+    if (details := {**finely, **carefully}) and not wanted and drop is None:
         raise ValueError(f"--{next(iter(details)).replace('_', '-')} belongs to a budget: give --params, --macs, "
-                         "--size, --latency or --error too")  # fmt: skip
-    if len(given) + bool(wanted) != 1:
-        names = "--keep, --lam, --lam-ratio or a budget (--params, --macs, --size, --latency, --error)"
-        got = " and ".join([*given, *(["budget"] if wanted else [])]) or "none"
-        raise ValueError(f"expected exactly one amount to keep. Give one of {names}; got {got}")
+                         "--size, --latency, --error or --tolerance too")  # fmt: skip
+    if len(given) + bool(wanted) + (drop is not None) != 1:
+        names = "--keep, --lam, --lam-ratio, --tolerance or a budget (--params, --macs, --size, --latency, --error)"
+        got = " and ".join([*given, *(["budget"] if wanted else []), *(["tolerance"] if drop is not None else [])])
+        raise ValueError(f"expected exactly one amount to keep. Give one of {names}; got {got or 'none'}")
     if wanted:
         return Budget(**wanted, grid=Grid(**finely), effort=Effort(**carefully))
+    if drop is not None:
+        return Tolerance(drop=drop, grid=Grid(**finely), effort=Effort(**carefully))
     if "keep" in given:
         return Keep(given["keep"])
     return Penalty(given.get("lam"), given.get("lam_ratio"))

@@ -132,6 +132,15 @@ def prune(
             rich_help_panel=AMOUNT,
         ),
     ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="The smallest model (by MACs) that still agrees with the original on all but this share of samples "
+            "that it was not fitted to: 0.01. The same class counts, or 1 - the squared error of outputs that are no "
+            "classes (--no-logits).",
+            rich_help_panel=AMOUNT,
+        ),
+    ] = None,
     round_to: Annotated[
         int | None, typer.Option(help="With a budget: keep multiples of this many channels.", rich_help_panel=AMOUNT)
     ] = None,
@@ -231,6 +240,7 @@ def prune(
             {"params": params, "macs": macs, "size": size, "latency": latency, "error": error},
             {"round_to": round_to, "minimum": minimum, "leave": tuple(leave or ()) or None},
             {"refits": refits, "search": search},
+            tolerance,
         )
         if into == "model":
             raise ValueError("--into is copy or graph, got model: the command never changes the model that it reads")

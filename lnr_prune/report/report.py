@@ -29,6 +29,7 @@ from lnr_prune.report.html import (
 from lnr_prune.report.names import add, by_reason, joined, repeated, span, whole_names
 from lnr_prune.report.plots import new_figure
 from lnr_prune.report.rows import GroupReport, LayerReport
+from lnr_prune.report.walk import Walk
 from lnr_prune.runtime.disk import put
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Report:
         latency_before, latency_after: Median seconds of five forward passes of about two samples, taken in turns: a
             rough measurement. None after pruning in place and in files. They do not count when reports are compared.
         folded: Layer -> which weight of it, computed in every forward pass, was made a plain parameter; see `fold`.
+        walk: The pruned models that a `Tolerance` measured; None for other amounts.
     """
 
     groups: tuple[GroupReport, ...]
@@ -74,6 +76,7 @@ class Report:
     latency_before: float | None = field(default=None, compare=False)
     latency_after: float | None = field(default=None, compare=False)
     folded: Mapping[str, str] = field(default_factory=dict)
+    walk: Walk | None = None
 
     @property
     def predicted(self) -> float | None:
@@ -95,7 +98,8 @@ class Report:
         try:
             groups = tuple(GroupReport(**_tuples(row)) for row in data["groups"])
             layers = tuple(LayerReport(**row) for row in data["layers"])
-            return cls(**{**data, "groups": groups, "layers": layers})
+            walk = data.get("walk") and Walk.from_dict(data["walk"])
+            return cls(**{**data, "groups": groups, "layers": layers, "walk": walk})
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is not a report of this version of lnr-prune: {error}") from error
 
@@ -153,6 +157,7 @@ class Report:
             (
                 heading,
                 _tiles(self),
+                *([self.walk.section()] if self.walk else []),
                 _groups(self),
                 _layers(self),
                 left_whole(self.frozen),
@@ -205,7 +210,7 @@ class Report:
         if self.predicted is not None:
             costs.append(f"{percent(self.predicted)} predicted for new data")
         costs += [f"{layer.name} fitted to the probabilities" for layer in self.layers if layer.softmax]
-        return ", ".join(costs)
+        return "\n".join((", ".join(costs), *([str(self.walk)] if self.walk else [])))
 
     def __str__(self) -> str:
         text = io.StringIO()

@@ -13,8 +13,8 @@ import torch
 from lnr_prune.errors import LnrPruneError
 
 
-def needed(package: str) -> ModuleType:
-    """Imports an optional package.
+def needed(package: str, install: str | None = None) -> ModuleType:
+    """Imports an optional package; ``install`` is its name in the package index, if that is another one.
 
     Raises:
         LnrPruneError: If it is not installed.
@@ -22,6 +22,7 @@ def needed(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
+        package = install or package
         raise LnrPruneError(f"this needs {package}, which is not installed: run pip install {package}") from error
 
 

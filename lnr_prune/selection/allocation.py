@@ -42,10 +42,15 @@ def check_reach(costs: Mapping[str, Cost[ChannelGroup]], groups: Iterable[Channe
     whole = {group: group.size for group in groups}
     if not whole:
         raise ValueError("leave names every channel group: nothing is left to prune; take one out")
-    smallest = {group: _levels(group, size, budget.grid)[0] for group, size in whole.items()}
+    smallest = smallest_sizes(whole, budget.grid)
     limits = {kind: getattr(budget, kind) * cost(whole) for kind, cost in costs.items() if getattr(budget, kind)}
     if any(costs[kind](smallest) > limit for kind, limit in limits.items()):
         raise _out_of_reach(costs, limits, smallest, whole)
+
+
+def smallest_sizes(whole: Sizes[Group], grid: Grid) -> dict[Group, int]:
+    """The least that every group may keep."""
+    return {group: _levels(group, size, grid)[0] for group, size in whole.items()}
 
 
 def _out_of_reach(

@@ -1,4 +1,4 @@
-"""How much of every group is kept: `Keep` and `Penalty`. The third way to say it, `Budget`, needs measurements."""
+"""How much of every group is kept: `Keep` and `Penalty`. The others, `Budget` and `Tolerance`, need measurements."""
 
 import math
 import numbers

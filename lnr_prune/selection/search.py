@@ -32,17 +32,34 @@ def within_budget(trials: Trials, budget: Budget, costs: Mapping[str, Cost[Chann
     work, names = trials.work, {group.name: group for group in trials.groups}
 
     def measured() -> dict[str, tuple[int, float]]:
-        curves = trials.curves
-        shared_out = partial(allocate, costs=costs, budget=budget, latency=trials.latency)
-        if trials.refit is not None and budget.effort.refits:
-            left = partial(trials.error, "trying a refit")
-            curves = attenuated(curves, shared_out(curves).sizes, left, budget.effort.refits)
-        found = search(curves, shared_out, partial(trials.error, "searching"), budget.effort.search)
+        found = searched(trials, refitted_curves(trials, budget, costs), budget, costs)
         return {group.name: (size, found.errors[group]) for group, size in found.sizes.items()}
 
     known = work.remembered("allocation", dict[str, tuple[int, float]], measured)
     sizes, errors = ({names[name]: entry[i] for name, entry in known.items()} for i in (0, 1))
     return Allocation(sizes, errors)  # type: ignore[arg-type]  # an int and a float of each
+
+
+def refitted_curves(
+    trials: Trials, budget: Budget, costs: Mapping[str, Cost[ChannelGroup]]
+) -> dict[ChannelGroup, Tensor]:
+    """The groups' error curves, as far as a refit leaves their errors; see `attenuated`."""
+    if trials.refit is None or not budget.effort.refits:
+        return trials.curves
+    sizes = allocate(trials.curves, costs, budget, trials.latency).sizes
+    left = partial(trials.error, "trying a refit")
+    return attenuated(trials.curves, sizes, left, budget.effort.refits)
+
+
+def searched(
+    trials: Trials,
+    curves: Mapping[ChannelGroup, Tensor],
+    budget: Budget,
+    costs: Mapping[str, Cost[ChannelGroup]],
+) -> Allocation[ChannelGroup]:
+    """The sizes within the budget that these curves give, and a `search` from there."""
+    shared_out = partial(allocate, costs=costs, budget=budget, latency=trials.latency)
+    return search(curves, shared_out, partial(trials.error, "searching"), budget.effort.search)
 
 
 def attenuated(

@@ -216,6 +216,8 @@ MISTAKES = [
     ([*DATA, "--keep", "0.5"], 2, "give --out"),
     ([*DATA, "--dry-run"], 2, "Give one of --keep"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--macs", "0.5"], 2, "got keep and budget"),
+    ([*DATA, "--dry-run", "--macs", "0.5", "--tolerance", "0.1"], 2, "got budget and tolerance"),
+    ([*DATA, "--dry-run", "--tolerance", "-1"], 2, "--tolerance must be >= 0"),
     ([*DATA, "--dry-run", "--keep", "half"], 2, "--keep takes a number"),
     ([*DATA, "--dry-run", "--keep", "0.5", "--keep", "0.2"], 2, "LAYER=NUMBER"),
     (
@@ -317,6 +319,7 @@ def test_amounts_are_those_of_the_api() -> None:
     grid, effort = {"round_to": 8, "minimum": None, "leave": ("a",)}, {"refits": 4, "search": None}
     wanted = lnr.Budget(params=0.5, size=0.4, grid=lnr.Grid(round_to=8, leave=("a",)), effort=lnr.Effort(refits=4))
     assert amount(none, limits, grid, effort) == wanted
+    assert amount(none, {}, {"round_to": 8}, {}, 0.02) == lnr.Tolerance(drop=0.02, grid=lnr.Grid(round_to=8))
 
 
 def test_selectors_are_those_of_the_api() -> None:

@@ -30,12 +30,24 @@ from tests.helpers.models import Residual, cnn, mlp, randomised
 
 SIZES = (5, 3, 8, 2, 7, 4, 6, 9)  # of the batches
 HALF = lnr.Keep(0.5)
+
+
+def of_first(model: nn.Module) -> float:
+    """A metric for which the ranks have different numbers: the first one's counts."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return float("nan")
+    return float(sum(parameter.numel() for parameter in model.parameters()) > 500)
+
+
+FEWER = lnr.Effort(refits=0)
 PRUNED: dict[str, dict[str, Any]] = {  # arguments of a prune
     "lasso": {"amount": HALF},
     "search": {"amount": lnr.Budget(params=0.5, effort=lnr.Effort(search=3))},
     "penalty": {"amount": lnr.Penalty(ratio=0.1), "refit": lnr.Refit(ridge=1e-3)},
     "random": {"amount": lnr.Keep(0.6), "selector": lnr.Random(seed=3)},
     "tandem": {"amount": lnr.Keep(0.4), "refit": lnr.Refit(window=2, iterations=3)},
+    "tolerance": {"amount": lnr.Tolerance(of_first, evaluations=3, effort=FEWER), "selector": "norm"},
+    "agreement": {"amount": lnr.Tolerance(drop=0.2, evaluations=3, effort=FEWER), "selector": "norm"},
     "not refitted": {"amount": HALF, "selector": "backward", "refit": None},
 }
 NEVER = timedelta(days=1)  # no test takes so long

@@ -23,8 +23,7 @@ from lnr_prune.graph.module import named_tensors
 from lnr_prune.refit.network import refitted_layers
 from lnr_prune.refit.refit import Refit
 from lnr_prune.runtime.progress import Stage, duration
-from lnr_prune.selection.amount import Keep, Penalty
-from lnr_prune.selection.budget import Budget
+from lnr_prune.selection.budget import Effort
 from lnr_prune.selection.costs.memory import shape_of
 from lnr_prune.selection.curves import SHARES
 from lnr_prune.selection.trials import tried_samples
@@ -83,10 +82,11 @@ def forecast(
     groups: Sequence[ChannelGroup],
     data: Calibration,
     example: Call,
-    amount: Keep | Penalty | Budget,
     refit: Refit | None,
     *,
-    bias: bool,
+    effort: Effort | None = None,
+    evaluations: int = 0,
+    bias: bool = True,
     passes: int = 1,
 ) -> list[Stage]:
     """The stages of a prune, and how long they take; they are logged, too.
@@ -97,8 +97,9 @@ def forecast(
         groups: The groups that may be pruned.
         data: The calibration data.
         example: The call that was traced.
-        amount: How much is kept.
         refit: How the layers are refitted; None = not at all.
+        effort: How carefully a budget is shared out; None = sizes are not measured.
+        evaluations: Models that are pruned and measured on the way.
         bias: Whether biases are refitted.
         passes: Passes in which the statistics are gathered.
     """
@@ -123,13 +124,15 @@ def forecast(
 
     gathered = 1.2 * samples * passes, sum(layer.products(samples) for layer in read)
     stages = [stage("statistics", passes * -(-samples // samples_in(data.example())), *gathered)]
-    if isinstance(amount, Budget):
-        effort, judging = amount.effort, min(amount.effort.samples, samples / 2)
+    if effort is not None:
+        judging = min(effort.samples, samples / 2)
         curves = len(SHARES) * len(groups) * SUFFIX * judging
         stages.append(stage("measuring", len(groups), curves, eliminated))
         passed, multiplied = refitted(min(tried_samples(effort.samples), samples / 2), SUFFIX)
         for name, trials in (("trying", min(effort.refits, len(groups)) if refit else 0), ("searching", effort.search)):
             stages.append(stage(name, trials, trials * (passed + judging), trials * multiplied))
+        passed, multiplied = refitted(samples)
+        stages.append(stage("evaluating", evaluations, evaluations * passed, evaluations * (multiplied + eliminated)))
         passed, multiplied = refitted(judging)
         stages.append(stage("predicting", 1, passed + judging, multiplied))
     stages.append(stage("selecting", len(groups), 0, eliminated))
