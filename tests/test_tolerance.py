@@ -18,7 +18,7 @@ from lnr_prune.collapse.files import report_of
 from lnr_prune.refit.network import refit_network
 from lnr_prune.report.report import Report
 from lnr_prune.report.walk import Walk, WalkStep
-from lnr_prune.selection import cost
+from lnr_prune.selection.costs import cost
 from tests.helpers.untouched import Untouched
 
 FAST = lnr.Effort(refits=0)
