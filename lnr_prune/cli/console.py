@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -96,6 +97,11 @@ def check(targets: dict[str, Path | None], sources: dict[str, Path | None]) -> N
 def write(path: Path, text: str) -> None:
     """Writes a text file, completely or not at all."""
     put(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join(["lnr-prune", *sys.argv[1:]])
 
 
 def title(name: str) -> str:

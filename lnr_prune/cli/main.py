@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lnr_prune._version import __version__
 from lnr_prune.cli import commands
+from lnr_prune.cli.console import command_line
 from lnr_prune.cli.options import Device
 from lnr_prune.cli.prune import prune
 from lnr_prune.errors import LnrPruneError
@@ -139,6 +140,7 @@ def lenet5(
             device=device,
             seed=seed,
             quick=quick,
+            command=command_line(),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

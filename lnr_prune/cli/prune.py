@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lnr_prune.cli.console import answering, check, lines, title, write
+from lnr_prune.cli.console import answering, check, command_line, lines, title, write
 from lnr_prune.cli.data import Source, batches, dtype_of
 from lnr_prune.cli.images import INTERPOLATIONS, look_of
 from lnr_prune.cli.models import build, torchvision_weights
@@ -273,7 +273,7 @@ def prune(
             done.save(out)
             written["out"] = str(out)
             if report_html is not None:
-                write(report_html, done.report.to_html(title=title(model)))
+                write(report_html, done.report.to_html(title=title(model), command=command_line()))
                 written["report_html"] = str(report_html)
         say(done.report, {**written, "report": done.report.to_dict()})
         if not as_json:

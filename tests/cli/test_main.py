@@ -63,7 +63,14 @@ def test_lenet5_from_given_weights(tmp_path: Path) -> None:
     assert not any(line.startswith("Epoch") for line in lines)
     assert lines[-5:] == [
         f"wrote {out / name}"
-        for name in ("pareto.png", "convergence.png", "results.json", "dense.safetensors", "pruned.safetensors")
+        for name in (
+            "report.html",
+            "pareto.png",
+            "convergence.png",
+            "results.json",
+            "dense.safetensors",
+            "pruned.safetensors",
+        )
     ]
     assert {path.name for path in out.iterdir()} == {Path(line).name for line in lines[-5:]}
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
