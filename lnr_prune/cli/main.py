@@ -21,7 +21,6 @@ app = typer.Typer(
     name="lnr-prune",
     help="Make trained PyTorch models smaller and faster by linear neural reconstruction, without retraining.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
@@ -30,6 +29,8 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "lnr-prune inspect my_models.py:make_net --model-arg width=64 --shape 1,28,28",
     ),
     prune: (
+        "The same run again, with another amount:",
+        "  lnr-prune prune --recipe run.yaml --macs 0.4 --out smaller.safetensors",
         "Half the multiply-accumulates of a ResNet, from a folder of images:",
         "  lnr-prune prune torchvision:resnet18 --weights resnet18.pth --data photos --macs 0.5 --out m.safetensors",
         "Half the channels of every layer of your own model, from arrays:",
@@ -40,6 +41,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "What would be done to a language model, as JSON:",
         "  lnr-prune prune hf:my-bert --data lines.txt --tokenizer my-bert --params 0.8 --dry-run --json",
     ),
+    commands.demo: ("lnr-prune demo cnn --html report.html",),
     commands.report: ("lnr-prune report m.safetensors --html report.html",),
     commands.bench: (
         "lnr-prune bench torchvision:resnet18 m.safetensors --shape 3,224,224 --batch-size 1 --threads 1",

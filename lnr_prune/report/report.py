@@ -192,13 +192,14 @@ class Report:
     def __rich__(self) -> Table:
         table = Table(title="lnr-prune", caption=self._caption(), caption_justify="left")
         whole_names(table, "producers", "consumers")
-        budget = any(group.predicted is not None for group in self.groups)
-        for column in ("channels", "kept", "error", "gap", *(["predicted"] if budget else [])):
+        lasso, budget = (any(getattr(g, what) is not None for g in self.groups) for what in ("gap", "predicted"))
+        more = [*(["gap"] if lasso else []), *(["predicted"] if budget else [])]
+        for column in ("channels", "kept", "error", *more):
             table.add_column(column, justify="right", overflow="fold")
         whole_names(table, "note")
         for rows in repeated(self.groups):
             notes = [note for note in dict.fromkeys(group.note for group in rows) if note]
-            more = f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""
+            others = f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""
             add(
                 table,
                 joined(name for group in rows for name in group.producers),
@@ -206,13 +207,13 @@ class Report:
                 str(rows[0].size),
                 span((group.kept for group in rows), str),
                 span((group.error for group in rows), percent),
-                span((group.gap for group in rows), "{:.0e}".format),
+                *([span((group.gap for group in rows), "{:.0e}".format)] if lasso else []),
                 *([span((group.predicted for group in rows), percent)] if budget else []),
-                "".join(notes[:1]) + more,
+                "".join(notes[:1]) + others,
             )
         for what, reasons in (("frozen", self.frozen), ("folded", self.folded)):
             for reason, layers in by_reason(reasons).items():
-                add(table, ", ".join(layers), *["-"] * (5 + budget), f"{what}: {reason}")
+                add(table, ", ".join(layers), *["-"] * (3 + len(more)), f"{what}: {reason}")
         return table
 
     def _caption(self) -> str:

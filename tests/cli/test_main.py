@@ -61,7 +61,7 @@ def test_lenet5_from_given_weights(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert not any(line.startswith("Epoch") for line in lines)
-    assert lines[-5:] == [
+    assert lines[-6:] == [
         f"wrote {out / name}"
         for name in (
             "report.html",
