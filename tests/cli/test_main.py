@@ -72,7 +72,7 @@ def test_lenet5_from_given_weights(tmp_path: Path) -> None:
             "pruned.safetensors",
         )
     ]
-    assert {path.name for path in out.iterdir()} == {Path(line).name for line in lines[-5:]}
+    assert {path.name for path in out.iterdir()} == {Path(line).name for line in lines[-6:]}
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["dense"]["train_accuracies"] == []
     assert results["sweeps"]["fc2"][0]["accuracy_retrained"] is None
