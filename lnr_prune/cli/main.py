@@ -1,5 +1,6 @@
 """The ``lnr-prune`` command."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+LEVELS = ("debug", "info", "warning", "error")
 EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     commands.inspect: (
         "lnr-prune inspect torchvision:resnet18 --shape 3,224,224",
@@ -69,8 +71,21 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also say what is decided on the way.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, and no warnings.")] = False,
+    log_level: Annotated[
+        str | None, typer.Option(help=f"What is said on the way: {', '.join(LEVELS)}. -v is info, -q is error.")
+    ] = None,
 ) -> None:
-    """Options of the command itself."""
+    """Options of the command itself, which stand before the name of a sub-command."""
+    asked = [*(["info"] if verbose else []), *(["error"] if quiet else []), *([log_level] if log_level else [])]
+    if len(asked) > 1:
+        raise typer.BadParameter("give one of -v, -q and --log-level")
+    for level in asked:
+        if level.lower() not in LEVELS:
+            raise typer.BadParameter(f"--log-level {level}: expected one of {', '.join(LEVELS)}")
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("lnr_prune").setLevel(level.upper())
 
 
 @app.command()

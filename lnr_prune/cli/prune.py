@@ -1,5 +1,6 @@
 """``lnr-prune prune``."""
 
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -275,7 +276,8 @@ def prune(
             data, count, batch_size, seed, tuple(array or ()), tuple(column or ()), tuple(drop or ()), look, tokenizer,
             tokens, reads_on(net) if pack is None else pack,
         )  # fmt: skip
-        shown = (None if sys.stderr.isatty() else lines()) if first else False
+        quiet = logging.getLogger("lnr_prune").getEffectiveLevel() >= logging.ERROR
+        shown = (None if sys.stderr.isatty() else lines()) if first and not quiet else False
         samples = batches(source, dtype_of(net), ranks)
         done = settings.prune(net, samples, run=Run(work, low_memory, shown))
         written = {}

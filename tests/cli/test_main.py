@@ -1,6 +1,7 @@
 """The command line: help for everything, the session from given weights, exit code 2 for mistakes."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,21 @@ def test_mistakes_exit_with_2_and_say_what_to_do(
     result = CliRunner().invoke(app, ["lenet5", *options], env=WIDE)
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "level"), [(["-v"], "INFO"), (["-q"], "ERROR"), (["--log-level", "debug"], "DEBUG")]
+)
+def test_what_is_said_on_the_way_can_be_chosen(options: list[str], level: str) -> None:
+    logger = logging.getLogger("lnr_prune")
+    before = logger.level
+    try:
+        assert CliRunner().invoke(app, [*options, "demo", "cn"], env=WIDE).exit_code == 2
+        assert logging.getLevelName(logger.level) == level
+    finally:
+        logger.setLevel(before)
+
+
+def test_levels_that_contradict_each_other_are_refused() -> None:
+    for options in (["-v", "-q"], ["--log-level", "loud"]):
+        assert CliRunner().invoke(app, [*options, "demo", "mlp"], env=WIDE).exit_code == 2
