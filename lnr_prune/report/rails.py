@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 ROW, RAIL, TEXT = 24, 11, 7.6  # heights and widths in pixels: of a line, a rail, a character
 
+MOST = 10  # rails; what would need more, as in a DenseNet, runs on the last one, over others
 END = "<output>"
 
 
@@ -95,12 +96,13 @@ def drawing(flow: Sequence[tuple[str, str]], groups: Mapping[str, Sequence[int]]
 
 
 def _free_lane(busy: list[list[tuple[int, int]]], first: int, last: int) -> int:
-    """The nearest rail that is free from a line to another; 1 is the first."""
+    """The nearest rail that is free from a line to another, or the last one; 1 is the first."""
     for lane, taken in enumerate(busy, 1):
         if all(last <= begin or end <= first for begin, end in taken):
             taken.append((first, last))
             return lane
-    busy.append([(first, last)])
+    if len(busy) < MOST:
+        busy.append([(first, last)])
     return len(busy)
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lnr_prune as lnr
-from lnr_prune.report import chart, html
+from lnr_prune.report import chart, html, rails
 from lnr_prune.report.rails import drawing
 from lnr_prune.report.report import Report
 from lnr_prune.report.rows import GroupReport, LayerReport, ModuleCost
@@ -221,6 +221,8 @@ def test_what_runs_beside_a_layer_has_a_rail_of_its_own() -> None:
     ]  # fmt: skip
     lanes = {(rail.start, rail.end): rail.lane for rail in found.rails}
     assert lanes == {(0, 1): 0, (1, 2): 0, (2, 3): 0, (3, 4): 0, (1, 3): 1}
+    everything = [(str(i), str(j)) for j in range(30) for i in range(j)]
+    assert max(rail.lane for rail in drawing(everything, {}).rails) == rails.MOST
     beside = [rail for rail in drawing([(str(i), str(i + 3)) for i in range(9)], {}).rails if rail.lane]
     for one in beside:
         for other in beside:
