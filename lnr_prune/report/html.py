@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from lnr_prune.report.names import by_reason, in_parts
 
@@ -16,9 +15,9 @@ FOLDER = Path(__file__).parent / "templates"
 GOLDEN = 0.618034  # steps of this size around the circle of hues keep neighbours apart
 
 
-def render(template: str, **values: Any) -> Markup:
-    """A part of a page, from a template."""
-    return Markup(PAGES.get_template(template).render(**values))  # the template escapes its values
+def render(template: str, **values: Any) -> str:
+    """A part of a page, from a template, which escapes the values."""
+    return PAGES.get_template(template).render(**values)
 
 
 def document(title: str, *sections: str, made_by: Mapping[str, str] | None = None) -> str:
@@ -29,15 +28,13 @@ def document(title: str, *sections: str, made_by: Mapping[str, str] | None = Non
         sections: What `render` returned.
         made_by: What to say at the end: names of programs -> their versions; "command" is a command line.
     """
-    script = (FOLDER / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digest = hashlib.sha256(render("page.js").encode()).digest()
     return render(
         "page.html",
         title=title,
         sections=sections,
         made_by=dict(made_by or {}),
-        script=Markup(script),  # our own file
-        digest=digest,  # the only script that the page may run
+        digest=base64.b64encode(digest).decode(),  # of the only script that the page may run
     )
 
 
