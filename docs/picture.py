@@ -7,14 +7,15 @@ import matplotlib
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-ROW = re.compile(r"^\| ([\d.]+) % \| \**([\d.]+)\** \| ([\d.]+) \|$", re.MULTILINE)
+NETWORK = r"^\| LeNet-5, MNIST \| ([\d.]+) % of the parameters \| "
+ROW = re.compile(NETWORK + r"[\d.]+ \| \**([\d.]+)\** \| ([\d.]+) \|$", re.MULTILINE)
 
 
 def draw(text: str, path: Path) -> None:
     """Our accuracy and the best peer's against the parameters left, all in percent."""
     rows = ROW.findall(text)
     sizes, ours, peer = (list(map(float, column)) for column in zip(*rows, strict=True))
-    dense = float(re.search(r"Dense: ([\d.]+) %", text).group(1))
+    dense = float(re.search(NETWORK + r"([\d.]+)", text, re.MULTILINE).group(2))
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.axhline(dense, color="grey", linestyle=":", label="the whole network")

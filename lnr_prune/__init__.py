@@ -49,6 +49,7 @@ from lnr_prune.lasso.solution import Solution, Status
 from lnr_prune.lasso.solve import solve
 from lnr_prune.prune import prune
 from lnr_prune.pruned import Pruned
+from lnr_prune.recipe import Recipe
 from lnr_prune.refit.refit import Refit
 from lnr_prune.report.frontier import Sweep
 from lnr_prune.report.plots import plot_convergence
@@ -103,6 +104,7 @@ __all__ = [
     "Pruned",
     "Random",
     "RankError",
+    "Recipe",
     "Refit",
     "RegularizationPath",
     "Run",

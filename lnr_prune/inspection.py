@@ -16,11 +16,11 @@ from lnr_prune.calibration.data import Batches, calibrate
 from lnr_prune.calibration.examples import examples_of, further, kinds
 from lnr_prune.collapse.trial import shrinkable
 from lnr_prune.graph import drawing
-from lnr_prune.graph.groups import ChannelGroup, find_groups, layer_name
+from lnr_prune.graph.groups import ChannelGroup, find_groups, layers_between
 from lnr_prune.graph.module import named_tensors, plain
 from lnr_prune.graph.modules.folding import folded
 from lnr_prune.graph.modules.guard import guarded
-from lnr_prune.report.html import embedded, left_whole, table, weights_made_plain, who
+from lnr_prune.report.html import embedded, render
 from lnr_prune.report.names import add, by_reason, joined, repeated, span, whole_names
 from lnr_prune.selection.costs.cost import counted
 
@@ -90,15 +90,7 @@ class Inspection:
 
     def section(self) -> str:
         """The channel groups, as a part of a web page."""
-        columns = [("layers whose channels they are", "wide", "")]
-        columns += [(name, "number", name) for name in ("channels", "parameters each", "MACs each")]
-        rows = [
-            [who(group.producers, group.consumers), f"{group.size:,}", f"{group.parameters:,}", f"{group.macs:,}"]
-            for group in self.groups
-        ]
-        lead = f"<p>{len(self.groups)} groups hold {self.reachable:.1%} of the parameters.</p>"
-        rest = left_whole(self.frozen) + weights_made_plain(self.folded)
-        return f"<h2>Channel groups</h2>{lead}{table(columns, rows)}{rest}"
+        return render("inspection.html", found=self)
 
     def _repr_html_(self) -> str:
         return embedded(self.section())
@@ -119,7 +111,7 @@ class Inspection:
             )
         for what, reasons in (("frozen", self.frozen), ("folded", self.folded)):
             for reason, layers in by_reason(reasons).items():
-                add(table, layers, f"{what}: {reason}", "-", "-", "-")
+                add(table, ", ".join(layers), f"{what}: {reason}", "-", "-", "-")
         return table
 
     def __str__(self) -> str:
@@ -178,11 +170,10 @@ def _inspected(model: nn.Module, made_plain: Mapping[str, str], example: Any, al
         macs = sum(graph.macs.get(name, 0) * part for (name, _), part in share.items())
         macs += sum(count * shares.get(group.name, 0.0) for count, shares in graph.products)
         consumers = tuple(consumer.name for consumer in (*group.consumers, *group.training))
-        weights = {layer_name(name) for name, _ in group.slots} - {*group.producers, *consumers}
-        through = tuple(layer for layer in dict.fromkeys(target for _, target in graph.flow) if layer in weights)
         return GroupCost(
-            group.name, group.size, group.producers, consumers, round(parameters), round(macs / samples), through
-        )
+            group.name, group.size, group.producers, consumers, round(parameters), round(macs / samples),
+            layers_between(group, graph.flow),
+        )  # fmt: skip
 
     reachable = sum(size for name, size in trained.items() if name in reached) / max(1, sum(trained.values()))
     frozen, costs = {**graph.frozen, **fixed}, tuple(cost(group) for group in groups)

@@ -1,22 +1,26 @@
 """What a prune returns."""
 
 import os
+import platform
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lnr_prune._version import __version__
 from lnr_prune.calibration.calls import Call
 from lnr_prune.collapse import files
 from lnr_prune.collapse.hugging_face import folder as folders
 from lnr_prune.collapse.plan import Plan
-from lnr_prune.graph.groups import ChannelGroup, Graph
+from lnr_prune.graph.groups import ChannelGroup, Graph, layers_between
 from lnr_prune.refit.refit import Refitted
 from lnr_prune.refit.regression import LayerFit
 from lnr_prune.report.report import Report
-from lnr_prune.report.rows import GroupReport
+from lnr_prune.report.rows import GroupReport, ModuleCost
 from lnr_prune.report.walk import Walk
 from lnr_prune.runtime.processes import Ranks
 from lnr_prune.selection.costs import cost
@@ -88,16 +92,23 @@ class Costs:
         params: Number of parameters.
         macs: Multiply-accumulates for one sample.
         size: Bytes of the parameters and buffers.
+        modules: Module -> its own parameters, and its own multiply-accumulates; in the model's order.
     """
 
     params: int
     macs: int
     size: int
+    modules: Mapping[str, tuple[int, int]]
 
     @classmethod
     def of(cls, model: nn.Module, example: Call) -> "Costs":
         """The costs of a model; ``example`` is a call of it."""
-        return cls(cost.parameters(model), cost.macs(model, example), cost.size(model))
+        macs, by_module = cost.macs_by_module(model, example)
+        params = Counter[str]()
+        for name, parameter in model.named_parameters():
+            params[name.rpartition(".")[0]] += parameter.numel()
+        modules = {name: (params[name], by_module.get(name, 0)) for name in dict.fromkeys((*params, *by_module))}
+        return cls(cost.parameters(model), macs, cost.size(model), modules)
 
 
 def latencies(model: nn.Module, small: nn.Module, example: Call, ranks: Ranks) -> tuple[float | None, float | None]:
@@ -137,11 +148,27 @@ def reported(
     rows = tuple(row_of(g, selected.get(g), fitted.layers, predicted.get(g), refitted) for g in graph.groups)
     fits = fitted.layers
     layers = tuple(fit.row(layer.name) for layer in graph.layers if (fit := fits.get(layer.weight)))
+    rows = tuple(replace(row, through=layers_between(g, graph.flow)) for row, g in zip(rows, graph.groups, strict=True))
     before, after = costs
     return Report(
         rows, layers, error, graph.frozen,
-        before.params, after.params, before.macs, after.macs, before.size, after.size, *seconds, folded, walk,
+        before.params, after.params, before.macs, after.macs, before.size, after.size, *seconds, folded,
+        modules_of(before, after), graph.flow, versions(), walk=walk,
     )  # fmt: skip
+
+
+def modules_of(before: Costs, after: Costs) -> tuple[ModuleCost, ...]:
+    """What every module costs; a graph has the parameters of the original's modules, but not the modules."""
+    known = any(macs for name, (_, macs) in after.modules.items() if name)
+    found = [(name, now, after.modules.get(name, (0, 0))) for name, now in before.modules.items()]
+    return tuple(
+        ModuleCost(name, params, later[0], macs, later[1] if known else None) for name, (params, macs), later in found
+    )
+
+
+def versions() -> dict[str, str]:
+    """The programs that make a pruned model."""
+    return {"lnr-prune": __version__, "torch": str(torch.__version__), "Python": platform.python_version()}
 
 
 def row_of(

@@ -1,4 +1,4 @@
-"""``lnr-prune inspect``, ``report`` and ``bench``."""
+"""``lnr-prune inspect``, ``report``, ``bench`` and ``demo``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from rich.table import Table
 from lnr_prune.calibration.calls import Call
 from lnr_prune.calibration.data import calibrate
 from lnr_prune.calibration.examples import short_example
-from lnr_prune.cli.console import answering, check, title, write
+from lnr_prune.cli.console import answering, check, command_line, title, write
 from lnr_prune.cli.data import Source, batches, dtype_of, random_batch
 from lnr_prune.cli.images import Look, look_of
 from lnr_prune.cli.models import build
@@ -37,6 +37,8 @@ from lnr_prune.cli.options import (
 )
 from lnr_prune.collapse.files import load, report_of
 from lnr_prune.inspection import inspect as inspect_model
+from lnr_prune.recipes.demo import NETWORKS
+from lnr_prune.recipes.demo import run as run_demo
 from lnr_prune.report.html import percent
 from lnr_prune.selection.costs import cost
 
@@ -82,6 +84,23 @@ def report(saved: Saved, html: Html = None, as_json: Json = False) -> None:
         if html is not None:
             check({"--html": html}, {"PRUNED": saved})
             write(html, found.to_html(title=title(str(saved))))
+        say(found, found.to_dict())
+
+
+def demo(
+    name: Annotated[str, typer.Argument(help=f"The network: {', '.join(NETWORKS)}.", show_default=False)],
+    macs: Annotated[float, typer.Option(help="Share of the multiply-accumulates that is left.")] = 0.25,
+    seed: Seed = 0,
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Train a small network on handwritten digits, prune it, and compare: done within seconds, nothing is needed."""
+    with answering(as_json) as say:
+        if html is not None:
+            check({"--html": html}, {})
+        found = run_demo(name, macs, seed=seed)
+        if html is not None:
+            write(html, found.to_html(title=title(name), command=command_line()))
         say(found, found.to_dict())
 
 

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -14,6 +16,7 @@ from rich.console import Console
 
 from lnr_prune.errors import LnrPruneError
 from lnr_prune.runtime.disk import put
+from lnr_prune.runtime.progress import EVERY
 
 OPTIONS = (  # what the library calls its arguments -> what they are called here
     (r"^budget (\w+) must", r"--\1 must"),
@@ -66,16 +69,16 @@ def in_options(message: str) -> str:
     return message
 
 
-def lines() -> Callable[[str], None]:
-    """Prints what is being done if there is no terminal: one line per kind of step."""
-    last = ""
+def lines(clock: Callable[[], float] = time.monotonic) -> Callable[[str], None]:
+    """Prints what is being done if there is no terminal: each kind of step, and every ten seconds the step itself."""
+    last, since = "", 0.0
 
     def show(doing: str) -> None:
-        nonlocal last
+        nonlocal last, since
         kind = doing.partition(" ")[0]
-        if kind != last:
-            typer.echo(f"{kind} ...", err=True)
-            last = kind
+        if kind != last or clock() - since >= EVERY:
+            typer.echo(doing if kind == last else f"{kind} ...", err=True)
+            last, since = kind, clock()
 
     return show
 
@@ -97,6 +100,11 @@ def check(targets: dict[str, Path | None], sources: dict[str, Path | None]) -> N
 def write(path: Path, text: str) -> None:
     """Writes a text file, completely or not at all."""
     put(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join(["lnr-prune", *sys.argv[1:]])
 
 
 def title(name: str) -> str:

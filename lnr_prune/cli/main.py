@@ -1,5 +1,6 @@
 """The ``lnr-prune`` command."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from lnr_prune._version import __version__
 from lnr_prune.cli import commands
+from lnr_prune.cli.console import command_line
 from lnr_prune.cli.options import Device
 from lnr_prune.cli.prune import prune
 from lnr_prune.errors import LnrPruneError
@@ -20,15 +22,17 @@ app = typer.Typer(
     name="lnr-prune",
     help="Make trained PyTorch models smaller and faster by linear neural reconstruction, without retraining.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+LEVELS = ("debug", "info", "warning", "error")
 EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     commands.inspect: (
         "lnr-prune inspect torchvision:resnet18 --shape 3,224,224",
         "lnr-prune inspect my_models.py:make_net --model-arg width=64 --shape 1,28,28",
     ),
     prune: (
+        "The same run again, with another amount:",
+        "  lnr-prune prune --recipe run.yaml --macs 0.4 --out smaller.safetensors",
         "Half the multiply-accumulates of a ResNet, from a folder of images:",
         "  lnr-prune prune torchvision:resnet18 --weights resnet18.pth --data photos --macs 0.5 --out m.safetensors",
         "Half the channels of every layer of your own model, from arrays:",
@@ -39,6 +43,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "What would be done to a language model, as JSON:",
         "  lnr-prune prune hf:my-bert --data lines.txt --tokenizer my-bert --params 0.8 --dry-run --json",
     ),
+    commands.demo: ("lnr-prune demo cnn --html report.html",),
     commands.report: ("lnr-prune report m.safetensors --html report.html",),
     commands.bench: (
         "lnr-prune bench torchvision:resnet18 m.safetensors --shape 3,224,224 --batch-size 1 --threads 1",
@@ -66,8 +71,21 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also say what is decided on the way.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, and no warnings.")] = False,
+    log_level: Annotated[
+        str | None, typer.Option(help=f"What is said on the way: {', '.join(LEVELS)}. -v is info, -q is error.")
+    ] = None,
 ) -> None:
-    """Options of the command itself."""
+    """Options of the command itself, which stand before the name of a sub-command."""
+    asked = [*(["info"] if verbose else []), *(["error"] if quiet else []), *([log_level] if log_level else [])]
+    if len(asked) > 1:
+        raise typer.BadParameter("give one of -v, -q and --log-level")
+    for level in asked:
+        if level.lower() not in LEVELS:
+            raise typer.BadParameter(f"--log-level {level}: expected one of {', '.join(LEVELS)}")
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("lnr_prune").setLevel(level.upper())
 
 
 @app.command()
@@ -139,6 +157,7 @@ def lenet5(
             device=device,
             seed=seed,
             quick=quick,
+            command=command_line(),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

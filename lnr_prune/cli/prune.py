@@ -1,5 +1,6 @@
 """``lnr-prune prune``."""
 
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from lnr_prune.cli.console import answering, check, lines, title, write
+from lnr_prune.calibration.data import calibrate
+from lnr_prune.calibration.examples import short_example
+from lnr_prune.cli.console import answering, check, command_line, lines, title, write
 from lnr_prune.cli.data import Source, batches, dtype_of
+from lnr_prune.cli.export import check_export, export
 from lnr_prune.cli.images import INTERPOLATIONS, look_of
 from lnr_prune.cli.models import build, torchvision_weights
 from lnr_prune.cli.options import (
@@ -32,14 +36,17 @@ from lnr_prune.cli.options import (
     refit_of,
     selector_of,
 )
+from lnr_prune.cli.recipe import Recipe
+from lnr_prune.cli.recipe import write as write_recipe
 from lnr_prune.cli.texts import reads_on
-from lnr_prune.prune import prune as prune_model
+from lnr_prune.recipe import Recipe as Settings
 from lnr_prune.runtime.processes import launched
 from lnr_prune.runtime.run import Run
 from lnr_prune.selection.selectors import SELECTORS
 
 
 def prune(
+    context: typer.Context,
     model: Model,
     *,
     model_arg: ModelArg = None,
@@ -214,6 +221,16 @@ def prune(
         typer.Option(help="File for the pruned model (safetensors). Needed unless --dry-run.", rich_help_panel=OUTPUT),
     ] = None,
     report_html: Html = None,
+    exported: Annotated[
+        Path | None,
+        typer.Option(
+            "--export",
+            help="Also write the pruned model as a program that needs no code of the model: a .pt2 (torch.export) or "
+            ".onnx file, whose outputs are compared.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    recipe: Recipe = None,
     work: Annotated[
         Path | None,
         typer.Option(
@@ -244,11 +261,15 @@ def prune(
         )
         if into == "model":
             raise ValueError("--into is copy or graph, got model: the command never changes the model that it reads")
-        targets = {"--out": out, "--report-html": report_html}
+        targets = {"--out": out, "--report-html": report_html, "--export": exported}
+        if exported is not None:
+            check_export(exported)
         if first and not dry_run:
             if out is None:
                 raise ValueError("there is no output file: give --out FILE.safetensors, or --dry-run to write nothing")
             check(targets, {"--weights": weights, "--data": data})
+        how = selector_of(selector, swaps, seed), refit_of(window, iterations)
+        settings = Settings(wanted, *how, logits=logits, into=into)
         net = build(model, model_arg or (), weights, device)
         look, origin = look_of(net, model, torchvision_weights(model_arg or ()))
         given: dict[str, Any] = {
@@ -265,17 +286,10 @@ def prune(
             data, count, batch_size, seed, tuple(array or ()), tuple(column or ()), tuple(drop or ()), look, tokenizer,
             tokens, reads_on(net) if pack is None else pack,
         )  # fmt: skip
-        shown = (None if sys.stderr.isatty() else lines()) if first else False
-        done = prune_model(
-            net,
-            batches(source, dtype_of(net), ranks),
-            wanted,
-            selector=selector_of(selector, swaps, seed),
-            refit=refit_of(window, iterations),
-            logits=logits,
-            into=into,
-            run=Run(work, low_memory, shown),
-        )
+        quiet = logging.getLogger("lnr_prune").getEffectiveLevel() >= logging.ERROR
+        shown = (None if sys.stderr.isatty() else lines()) if first and not quiet else False
+        samples = batches(source, dtype_of(net), ranks)
+        done = settings.prune(net, samples, run=Run(work, low_memory, shown))
         written = {}
         if not first:
             return
@@ -283,8 +297,14 @@ def prune(
             done.save(out)
             written["out"] = str(out)
             if report_html is not None:
-                write(report_html, done.report.to_html(title=title(model)))
+                write(report_html, done.report.to_html(title=title(model), command=command_line()))
                 written["report_html"] = str(report_html)
+            if exported is not None:
+                export(exported, done.model, short_example(net, calibrate(net, samples)))
+                written["export"] = str(exported)
+            if recipe is not None and not recipe.exists():
+                write_recipe(context, recipe, settings)
+                written["recipe"] = str(recipe)
         say(done.report, {**written, "report": done.report.to_dict()})
         if not as_json:
             for path in written.values():

@@ -73,7 +73,7 @@ def pruned_graph(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor], ex
     traced, checked = _with_samples(example, 2), _with_samples(example, 3)
     if traced is not None and checked is not None:
         try:
-            program = export(model, *traced, dynamic_shapes=_free_batch(model, example))
+            program = export(model, *traced, dynamic_shapes=free_batch(model, example))
             graph = _verified(program, model, plan, weights, checked)
         except (CalibrationError, GraphError, VerificationError):
             logger.warning("the forward of %s fixes the batch size, so the graph does, too", type(model).__name__)
@@ -99,7 +99,7 @@ def _with_samples(call: Call, count: int) -> Call | None:
     return resized
 
 
-def _free_batch(model: nn.Module, call: Call) -> dict[str, Any]:
+def free_batch(model: nn.Module, call: Call) -> dict[str, Any]:
     """torch.export's dynamic shapes: the first axis of every tensor is left free."""
     arguments = inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
     return {

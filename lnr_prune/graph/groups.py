@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -292,3 +292,10 @@ def _explain(paths: Paths, groups: list[ChannelGroup], label: Tensor, reasons: M
             reason = stated(torch.cat(known), "shares its channels with a layer that stays") if known else UNUSED
             why.setdefault(layer_name(name), owners.untouched.get(name, reason))
     return why
+
+
+def layers_between(group: ChannelGroup, flow: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Layers that neither make a group's channels nor read them, but work on each, such as depthwise convolutions."""
+    ends = {*group.producers, *(consumer.name for consumer in (*group.consumers, *group.training))}
+    own = {layer_name(name) for name, _ in group.slots} - ends
+    return tuple(layer for layer in dict.fromkeys(target for _, target in flow) if layer in own)

@@ -26,6 +26,7 @@ from lnr_prune.recipes.data import Data
 from lnr_prune.recipes.lenet5 import LeNet5, accuracy, adam, initialised, load_weights, mass_distribution, train_epoch
 from lnr_prune.recipes.results import Compression, Point, solver_table, summary, sweep_table
 from lnr_prune.recipes.settings import Settings
+from lnr_prune.report.frontier import Sweep, SweepPoint
 from lnr_prune.runtime.run import Run
 from lnr_prune.selection.amount import Penalty
 
@@ -65,7 +66,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
 
         calibration = data.train_images[: numbers["calibration"]].split(CALIBRATION_BATCH)
         compressions, smallest = _compressions(settings, model, data, calibration, console, advance)
-        sweeps = _sweeps(settings, model, data, calibration, console, advance)
+        sweeps, frontiers = _sweeps(settings, model, data, calibration, dense_accuracy, console, advance)
         solvers = _solvers(settings, out, console, advance)
 
     plots.pareto(
@@ -89,8 +90,18 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
         "seconds": time.perf_counter() - begin,
     }
     (out / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+    smallest.report.with_metric("test accuracy", dense_accuracy, compressions[-1].accuracy).to_html(
+        out / "report.html", title="LeNet-5, the whole network pruned", also=frontiers, command=settings.command
+    )
     console.print(summary(_channels(model), dense_accuracy, compressions))
-    for name in ("pareto.png", "convergence.png", "results.json", "dense.safetensors", "pruned.safetensors"):
+    for name in (
+        "report.html",
+        "pareto.png",
+        "convergence.png",
+        "results.json",
+        "dense.safetensors",
+        "pruned.safetensors",
+    ):
         console.print(f"wrote {out / name}", soft_wrap=True, highlight=False)
     return results
 
@@ -176,9 +187,10 @@ def _sweeps(
     model: LeNet5,
     data: Data,
     calibration: Sequence[Tensor],
+    dense_accuracy: float,
     console: Console,
     advance: Advance,
-) -> dict[str, list[Point]]:
+) -> tuple[dict[str, list[Point]], list[Sweep]]:
     columns, count = model.fc2.in_features + 1, settings.numbers["sweep"]
     reach_zero = 0.0, Penalty(ratio={"fc1": 1.0})  # in the reference's range, some models keep channels to the end
     penalties: dict[str, list[tuple[float, Penalty]]] = {
@@ -186,8 +198,9 @@ def _sweeps(
         "whole network": [(ratio, Penalty(ratio=ratio)) for ratio in _spaced(*LAM_RATIO_EXPONENTS, count)],
     }
     sweeps: dict[str, list[Point]] = {}
+    frontiers = []
     for title, cases in penalties.items():
-        sweeps[title] = []
+        sweeps[title], swept = [], list[SweepPoint]()
         for number, penalty in cases:
             if sweeps[title] and sweeps[title][-1].all_zero:
                 break
@@ -201,9 +214,11 @@ def _sweeps(
             rate = pruned.report.params_after / pruned.report.params_before
             all_zero = any("keeps nothing" in group.note for group in done)
             sweeps[title].append(Point(lam, _widths(pruned), rate, before, retrained, all_zero))
+            swept.append(SweepPoint(f"{lam:.2e}", pruned.model, pruned.report, before, retrained))
             advance(f"sweep of {title}")
         console.print(sweep_table(title, sweeps[title]))
-    return sweeps
+        frontiers.append(Sweep(tuple(swept), "test accuracy", True, "params", dense_accuracy, f"Sweep: {title}"))
+    return sweeps, frontiers
 
 
 def _solvers(settings: Settings, out: Path, console: Console, advance: Advance) -> dict[str, list[dict[str, Any]]]:

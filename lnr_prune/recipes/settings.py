@@ -26,6 +26,7 @@ class Settings:
         device: Where it runs.
         seed: Seed of initialisation, shuffling and the toy problem.
         quick: A small session, for tests.
+        command: The command that it was started by, for the page; "" if there was none.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -45,6 +46,7 @@ class Settings:
     device: str = "cpu"
     seed: int = 0
     quick: bool = False
+    command: str = ""
 
     def __post_init__(self) -> None:
         if self.data not in datasets.NAMES:

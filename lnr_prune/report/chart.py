@@ -1,8 +1,8 @@
-"""One chart as SVG: curves over a cost, as a share of the original model's cost."""
+"""Where the parts of a chart are: curves over a cost, as a share of the original model's cost."""
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 
 LABELS = {"params": "parameters left", "macs": "MACs left", "size": "bytes left", "latency": "latency left"}
 WIDTH, HEIGHT = 400, 270
@@ -47,8 +47,34 @@ class Axis:
         return [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 
-def svg(curves: Mapping[str, Points], x_label: str, y_label: str, level: float | None = None) -> str:
-    """At most two curves of (share, value), and a dotted line at ``level``; points must be finite to be drawn."""
+@dataclass(frozen=True)
+class Chart:
+    """A chart, ready to be drawn by a template: all positions are in units of ``size``.
+
+    Attributes:
+        x_label, y_label: What the axes show.
+        x_ticks, y_ticks: Positions, and the values there as text.
+        curves: At most two curves, as corners.
+        level: Where a dotted line is; None = nowhere.
+        size: Width and height.
+        left, right, top, bottom: The ends of the axes.
+    """
+
+    x_label: str
+    y_label: str
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    curves: Mapping[str, Points]
+    level: float | None
+    size: tuple[int, int] = (WIDTH, HEIGHT)
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
+
+
+def chart(curves: Mapping[str, Points], x_label: str, y_label: str, level: float | None = None) -> Chart | None:
+    """Curves of (share, value), and a line at ``level``; None if no point is finite."""
     finite = {
         name: sorted((x, y) for x, y in points if math.isfinite(x) and math.isfinite(y))
         for name, points in curves.items()
@@ -56,32 +82,16 @@ def svg(curves: Mapping[str, Points], x_label: str, y_label: str, level: float |
     shares = [x for points in finite.values() for x, _ in points]
     values = [y for points in finite.values() for _, y in points]
     if not shares:
-        return "<p>No point to draw.</p>"
+        return None
+    if level is not None and not math.isfinite(level):
+        level = None
     x = Axis(shares, LEFT, WIDTH - RIGHT)
     y = Axis(values if level is None else [*values, level], HEIGHT - BOTTOM, TOP)
-    parts = [
-        f'<line class="grid" x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text x="{x(at):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{100 * at:.3g}%</text>'
-        for at in x.ticks()
-    ] + [
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(at):.1f}" y2="{y(at):.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{y(at) + 4:.1f}" text-anchor="end">{at:.3g}</text>'
-        for at in y.ticks()
-    ]
-    if level is not None:
-        line = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"'
-        parts.append(f'<line {line} stroke="currentColor" stroke-dasharray="2 4"/>')
-    for place, (style, (name, points)) in enumerate(zip("ab", finite.items(), strict=False)):
-        corners = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in points)
-        dots = "".join(f'<circle class="{style}" cx="{x(at):.1f}" cy="{y(v):.1f}" r="3.5"/>' for at, v in points)
-        legend = f'<circle class="{style}" cx="{LEFT + 8 + 130 * place}" cy="12" r="4"/>'
-        legend += f'<text x="{LEFT + 18 + 130 * place}" y="16">{escape(name)}</text>'
-        parts.append(f'<polyline class="{style}" points="{corners}"/>{dots}{legend}')
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
+    return Chart(
+        x_label,
+        y_label,
+        tuple((round(x(at), 1), f"{100 * at:.3g}%") for at in x.ticks()),
+        tuple((round(y(at), 1), f"{at:.3g}") for at in y.ticks()),
+        {name: [(round(x(at), 1), round(y(value), 1)) for at, value in points] for name, points in finite.items()},
+        None if level is None else round(y(level), 1),
     )
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    turned = f'transform="rotate(-90 12 {middle})" text-anchor="middle"'
-    parts.append(f'<text x="12" y="{middle}" {turned}>{escape(y_label)}</text>')
-    label = escape(f"{y_label} against {x_label}")
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

@@ -3,7 +3,7 @@
 import io
 import math
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lnr_prune.report.chart import LABELS, svg
-from lnr_prune.report.html import embedded, percent, table
+from lnr_prune.report.chart import LABELS, chart
+from lnr_prune.report.html import document, embedded, render
 from lnr_prune.report.plots import figure_of, new_figure
-from lnr_prune.report.report import Report
+from lnr_prune.report.report import Report, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,6 +60,7 @@ class Sweep:
         maximize: Whether larger values are better.
         cost: The cost that is compared: "params", "macs", "size" or "latency".
         dense: The original model's value.
+        title: What it is called on a page.
     """
 
     points: tuple[SweepPoint, ...]
@@ -67,6 +68,7 @@ class Sweep:
     maximize: bool
     cost: str
     dense: float
+    title: str = "Sweep"
 
     @property
     def pareto(self) -> tuple[SweepPoint, ...]:
@@ -123,28 +125,34 @@ class Sweep:
         settings = {"measure": self.measure, "maximize": self.maximize, "cost": self.cost, "dense": self.dense}
         return {**settings, "points": points}
 
-    def section(self) -> str:
+    def to_html(self, path: str | Path | None = None, *, title: str | None = None, command: str = "") -> str:
+        """The frontier, and the report of every point, as one web page that needs nothing else.
+
+        Args:
+            path: File to write it to; None = write nothing.
+            title: Title of the page; None = that of the sweep.
+            command: The command that made it, which is then shown, too.
+
+        Returns:
+            The page.
+
+        Raises:
+            OSError: If the file cannot be written; one that was there stays as it was.
+        """
+        reports = [point.report.section(point.amount) for point in self.points]
+        versions = next((point.report.versions for point in self.points), {})
+        return written(
+            document(title or self.title, self.section(title), *reports, made_by={"command": command, **versions}), path
+        )
+
+    def section(self, title: str | None = None) -> str:
         """The frontier, as a part of a web page."""
+        retrained = any(point.retrained is not None for point in self.points)
         curves = {"as pruned": [(point.share(self.cost), point.value) for point in self.points]}
-        if any(point.retrained is not None for point in self.points):
+        if retrained:
             curves["retrained"] = [(point.share(self.cost), point.final) for point in self.points]
-        best = set(map(id, self.pareto))
-        columns = [("asked for", "wide", "")]
-        columns += [(name, "number", name) for name in ("parameters", "MACs", self.measure, *list(curves)[1:])]
-        columns += [("", "", "")]
-        rows = [
-            [
-                f"<code>{escape(point.amount)}</code>",
-                percent(point.share("params")),
-                percent(point.share("macs")),
-                f"{point.value:.4g}",
-                *([f"{point.final:.4g}"] if "retrained" in curves else []),
-                "on the frontier" if id(point) in best else "",
-            ]
-            for point in self.points
-        ]
-        drawing = svg(curves, LABELS[self.cost], self.measure, self.dense)
-        return f"<h2>Sweep</h2>{drawing}{table(columns, rows)}"
+        drawn = chart(curves, LABELS[self.cost], self.measure, self.dense)
+        return render("sweep.html", sweep=self, title=title or self.title, chart=drawn, retrained=retrained)
 
     def _repr_html_(self) -> str:
         return embedded(self.section())

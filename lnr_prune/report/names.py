@@ -36,10 +36,15 @@ Row = TypeVar("Row", bound=Group)
 
 def joined(names: Iterable[str]) -> str:
     """The names, separated by commas; those that differ in the numbers of blocks only are written as one."""
+    return ", ".join(in_parts(names))
+
+
+def in_parts(names: Iterable[str]) -> list[str]:
+    """The names; those that differ in the numbers of blocks only are written as one."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in dict.fromkeys(names):
         kinds[_kind(name)].append(name)
-    return ", ".join(part for alike in kinds.values() for part in _as_one(alike))
+    return [part for alike in kinds.values() for part in _as_one(alike)]
 
 
 def repeated(groups: Sequence[Row]) -> list[list[Row]]:
@@ -60,12 +65,12 @@ def span(values: Iterable[float | None], form: Callable[[float], str]) -> str:
     return " .. ".join(ends)
 
 
-def by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Reason -> the layers that it holds for."""
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> the layers that it holds for, as `in_parts` writes them."""
     layers: dict[str, list[str]] = defaultdict(list)
     for layer, reason in reasons.items():
         layers[reason].append(layer)
-    return {reason: joined(names) for reason, names in layers.items()}
+    return {reason: in_parts(names) for reason, names in layers.items()}
 
 
 def whole_names(table: Table, *columns: str) -> None:

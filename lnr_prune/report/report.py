@@ -1,35 +1,25 @@
 """What a prune did, group by group."""
 
 import io
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from html import escape
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
 
-from lnr_prune.report.html import (
-    bar,
-    document,
-    embedded,
-    error_bars,
-    folded,
-    in_bytes,
-    in_seconds,
-    left_whole,
-    maybe,
-    percent,
-    short,
-    table,
-    weights_made_plain,
-    who,
-)
+from lnr_prune.errors import PlanError
+from lnr_prune.report.html import document, embedded, in_bytes, in_seconds, percent, render, short
 from lnr_prune.report.names import add, by_reason, joined, repeated, span, whole_names
 from lnr_prune.report.plots import new_figure
-from lnr_prune.report.rows import GroupReport, LayerReport
+from lnr_prune.report.rails import drawing
+from lnr_prune.report.rows import GroupReport, LayerReport, ModuleCost
+from lnr_prune.report.stages import stages
 from lnr_prune.report.walk import Walk
+from lnr_prune.runtime.codec import typed
 from lnr_prune.runtime.disk import put
 
 if TYPE_CHECKING:
@@ -60,6 +50,10 @@ class Report:
         latency_before, latency_after: Median seconds of five forward passes of about two samples, taken in turns: a
             rough measurement. None after pruning in place and in files. They do not count when reports are compared.
         folded: Layer -> which weight of it, computed in every forward pass, was made a plain parameter; see `fold`.
+        modules: What every module costs, in the model's order; empty if unknown.
+        flow: Pairs of layers: what the first computes goes into the second, as `Inspection.flow` has it.
+        versions: Name of a program that made it -> its version.
+        metrics: Name -> what the model was worth before and after; see `with_metric`.
         walk: The pruned models that a `Tolerance` measured; None for other amounts.
     """
 
@@ -76,6 +70,10 @@ class Report:
     latency_before: float | None = field(default=None, compare=False)
     latency_after: float | None = field(default=None, compare=False)
     folded: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[ModuleCost, ...] = ()
+    flow: tuple[tuple[str, str], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     walk: Walk | None = None
 
     @property
@@ -96,22 +94,29 @@ class Report:
             ValueError: If something is missing or unknown.
         """
         try:
-            groups = tuple(GroupReport(**_tuples(row)) for row in data["groups"])
-            layers = tuple(LayerReport(**row) for row in data["layers"])
-            walk = data.get("walk") and Walk.from_dict(data["walk"])
-            return cls(**{**data, "groups": groups, "layers": layers, "walk": walk})
-        except (KeyError, TypeError) as error:
+            return typed(json.loads(json.dumps(data)), cls, "the report")
+        except (PlanError, TypeError) as error:
             raise ValueError(f"this is not a report of this version of lnr-prune: {error}") from error
 
+    def with_metric(self, name: str, before: float, after: float) -> "Report":
+        """The report with what you measured of both models, such as their accuracies, which it then shows."""
+        return replace(self, metrics={**self.metrics, name: (float(before), float(after))})
+
     def to_html(
-        self, path: str | Path | None = None, *, title: str = "lnr-prune report", also: Iterable["Section"] = ()
+        self,
+        path: str | Path | None = None,
+        *,
+        title: str = "lnr-prune report",
+        also: Iterable["Section"] = (),
+        command: str = "",
     ) -> str:
-        """The report as one web page that needs nothing else: no network, no scripts.
+        """The report as one web page that needs nothing else, such as the network.
 
         Args:
             path: File to write it to; None = write nothing.
             title: Heading of the page.
             also: What else to show on the page, such as a `Sweep`.
+            command: The command that made it, which is then shown, too.
 
         Returns:
             The page.
@@ -119,10 +124,8 @@ class Report:
         Raises:
             OSError: If the file cannot be written; one that was there stays as it was.
         """
-        text = document(title, self.section(title), *(other.section() for other in also))
-        if path is not None:
-            put(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
-        return text
+        sections = (self.section(title), *(other.section() for other in also))
+        return written(document(title, *sections, made_by={"command": command, **self.versions}), path)
 
     def plot(self) -> "Figure":
         """Channels kept, and errors before and after the refit, in two panels with one bar per group, by matplotlib.
@@ -150,20 +153,41 @@ class Report:
 
     def section(self, title: str = "lnr-prune report") -> str:
         """The whole report, as a part of a web page."""
-        pruned = sum(group.kept < group.size for group in self.groups)
-        lead = f"{pruned} of {len(self.groups)} channel groups lost channels, {len(self.layers)} layers were refitted."
-        heading = f"<h1>{escape(title)}</h1><p>{lead}</p>"
-        return "\n".join(
-            (
-                heading,
-                _tiles(self),
-                *([self.walk.section()] if self.walk else []),
-                _groups(self),
-                _layers(self),
-                left_whole(self.frozen),
-                weights_made_plain(self.folded),
-            )
+        known = (error for group in self.groups for error in (group.error, group.before_refit) if error is not None)
+        numbers: dict[str, list[int]] = defaultdict(list)
+        kept: dict[str, str] = {}
+        for number, group in enumerate(self.groups):
+            for layer in (*group.producers, *group.through):
+                numbers[layer].append(number)
+                kept[layer] = f"{layer}: {group.kept:,} of {group.size:,}"
+        network = drawing(self.flow, numbers)
+        return render(
+            "report.html",
+            report=self,
+            title=title,
+            pruned=sum(group.kept < group.size for group in self.groups),
+            costs=[cost for cost in self._costs(short) if cost[1]],
+            stages=stages(self.modules),
+            budget=any(group.predicted is not None for group in self.groups),
+            largest=max(known, default=0.0),
+            largest_layer=max((layer.error for layer in self.layers), default=0.0),
+            drawing=network,
+            kept={stop.name: kept.get(stop.name, stop.name) for stop in network.stops},
         )
+
+    def _costs(self, form: Callable[[float], str]) -> list[tuple[str, float, float, Callable[[float], str]]]:
+        """Name, value before and after, and how it is written, of each cost that is known."""
+        counts = [
+            ("parameters", self.params_before, self.params_after, form),
+            ("MACs per sample", self.macs_before, self.macs_after, form),
+            ("size", self.size_before, self.size_after, in_bytes),
+            ("latency (rough)", self.latency_before, self.latency_after, in_seconds),
+        ]
+        return [
+            (name, before, after, write)
+            for name, before, after, write in counts
+            if before is not None and after is not None
+        ]
 
     def _repr_html_(self) -> str:
         return embedded(self.section())
@@ -171,13 +195,14 @@ class Report:
     def __rich__(self) -> Table:
         table = Table(title="lnr-prune", caption=self._caption(), caption_justify="left")
         whole_names(table, "producers", "consumers")
-        budget = any(group.predicted is not None for group in self.groups)
-        for column in ("channels", "kept", "error", "gap", *(["predicted"] if budget else [])):
+        lasso, budget = (any(getattr(g, what) is not None for g in self.groups) for what in ("gap", "predicted"))
+        more = [*(["gap"] if lasso else []), *(["predicted"] if budget else [])]
+        for column in ("channels", "kept", "error", *more):
             table.add_column(column, justify="right", overflow="fold")
         whole_names(table, "note")
         for rows in repeated(self.groups):
             notes = [note for note in dict.fromkeys(group.note for group in rows) if note]
-            more = f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""
+            others = f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""
             add(
                 table,
                 joined(name for group in rows for name in group.producers),
@@ -185,30 +210,24 @@ class Report:
                 str(rows[0].size),
                 span((group.kept for group in rows), str),
                 span((group.error for group in rows), percent),
-                span((group.gap for group in rows), "{:.0e}".format),
+                *([span((group.gap for group in rows), "{:.0e}".format)] if lasso else []),
                 *([span((group.predicted for group in rows), percent)] if budget else []),
-                "".join(notes[:1]) + more,
+                "".join(notes[:1]) + others,
             )
         for what, reasons in (("frozen", self.frozen), ("folded", self.folded)):
             for reason, layers in by_reason(reasons).items():
-                add(table, layers, *["-"] * (5 + budget), f"{what}: {reason}")
+                add(table, ", ".join(layers), *["-"] * (3 + len(more)), f"{what}: {reason}")
         return table
 
     def _caption(self) -> str:
-        counts = [
-            ("parameters", self.params_before, self.params_after, "{:,}".format),
-            ("MACs", self.macs_before, self.macs_after, "{:,}".format),
-            ("size", self.size_before, self.size_after, in_bytes),
-            ("latency (rough)", self.latency_before, self.latency_after, in_seconds),
-        ]
         costs = [
             f"{name} {form(before)} -> {form(after)} ({_share(after, before)})"
-            for name, before, after, form in counts
-            if before is not None and after is not None
+            for name, before, after, form in self._costs("{:,}".format)
         ]
         costs.append(f"squared error of the outputs {percent(self.error)} on the calibration data")
         if self.predicted is not None:
             costs.append(f"{percent(self.predicted)} predicted for new data")
+        costs += [f"{name} {before:.4g} -> {after:.4g}" for name, (before, after) in self.metrics.items()]
         costs += [f"{layer.name} fitted to the probabilities" for layer in self.layers if layer.softmax]
         return "\n".join((", ".join(costs), *([str(self.walk)] if self.walk else [])))
 
@@ -218,88 +237,12 @@ class Report:
         return text.getvalue()
 
 
-def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+def written(text: str, path: str | Path | None) -> str:
+    """The text, which is also written to a file if there is a path."""
+    if path is not None:
+        put(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
+    return text
 
 
 def _share(after: float, before: float) -> str:
     return f"{after / before:.2%}" if before else "-"
-
-
-def _tiles(of: Report) -> str:
-    counts = [
-        ("Parameters", of.params_before, of.params_after, short),
-        ("MACs per sample", of.macs_before, of.macs_after, short),
-        ("Size", of.size_before, of.size_after, in_bytes),
-        ("Latency (rough)", of.latency_before, of.latency_after, in_seconds),
-    ]
-    tiles = [
-        f'<div class="tile">{name}<b>{percent(after / before)}</b>{bar(after / before, percent(after / before))}'
-        f'<span class="quiet">{form(before)} → {form(after)}</span></div>'
-        for name, before, after, form in counts
-        if before and after is not None
-    ]
-    expected = of.predicted
-    note = "squared, relative, on the calibration data"
-    if expected is not None:
-        note += f"; {percent(expected)} predicted for new data"
-    tiles.append(
-        f'<div class="tile">Error of the outputs<b>{percent(of.error)}</b>{bar(of.error, percent(of.error))}'
-        f'<span class="quiet">{note}</span></div>'
-    )
-    return f'<div class="tiles">{"".join(tiles)}</div>'
-
-
-def _groups(of: Report) -> str:
-    known = (error for group in of.groups for error in (group.error, group.before_refit) if error is not None)
-    largest, budget = max(known, default=0.0), any(group.predicted is not None for group in of.groups)
-    columns = [
-        ("layers that make the channels", "wide", ""),
-        ("channels kept", "drawn", ""),
-        ("", "number", "kept"),
-        ("errors", "drawn", ""),
-        ("before the refit", "number", "before the refit"),
-        ("after", "number", "after it"),
-        *([("at the outputs", "number", "at the outputs")] if budget else []),
-    ]
-    rows = []
-    for group in of.groups:
-        note = f'<div class="quiet">{escape(group.note)}</div>' if group.note else ""
-        row = [
-            who(group.producers, group.consumers) + note,
-            bar(group.kept / max(1, group.size), f"{group.kept} of {group.size} channels kept"),
-            f"{group.kept:,} of {group.size:,}",
-            error_bars(group.before_refit, group.error, largest),
-            maybe(group.before_refit),
-            maybe(group.error),
-            *([maybe(group.predicted)] if budget else []),
-        ]
-        rows.append(row)
-    about = (
-        "Errors are <code>E‖y − M x‖² / E‖y‖²</code> of the layers that read the channels: with the selector's "
-        "coefficients in the original network (orange), and after the refit in the pruned one (blue)."
-    )
-    if budget:
-        about += " At the outputs: the error that the group is predicted to cause there on new data."
-    return f'<h2>Channels</h2><p class="quiet">{about}</p>{table(columns, rows)}'
-
-
-def _layers(of: Report) -> str:
-    if not of.layers:
-        return "<h2>Refitted layers</h2><p>None: the coefficients are as the selector left them.</p>"
-    largest = max(layer.error for layer in of.layers)
-    columns = [("layer", "wide", ""), ("error", "drawn", ""), ("", "number", "error")]
-    columns += [(name, "number", name) for name in ("ridge", "samples", "columns")]
-    rows = [
-        [
-            folded([layer.name]) + ('<div class="quiet">fitted to the probabilities</div>' if layer.softmax else ""),
-            error_bars(None, layer.error, largest),
-            percent(layer.error),
-            f"{layer.ridge:.2g}",
-            f"{layer.samples:,}",
-            f"{layer.columns:,}",
-        ]
-        for layer in of.layers
-    ]
-    about = "What remains after each layer is fitted from the pruned network's inputs to the original one's outputs."
-    return f'<h2>Refitted layers</h2><p class="quiet">{about}</p>{table(columns, rows)}'

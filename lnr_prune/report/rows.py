@@ -1,4 +1,4 @@
-"""The rows of a report: one per channel group, and one per refitted layer."""
+"""The rows of a report: one per channel group, one per refitted layer, and one per module."""
 
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ class GroupReport:
         lam: Penalty of the group lasso; None if another selector was used.
         gap: Relative duality gap of its solve; None if another selector was used.
         note: What else to know about the group; "" if nothing.
+        through: Layers in between that work channel by channel, such as depthwise convolutions.
     """
 
     name: str
@@ -35,6 +36,7 @@ class GroupReport:
     predicted: float | None = None
     before_refit: float | None = None
     note: str = ""
+    through: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,21 @@ class LayerReport:
     samples: int
     columns: int
     softmax: bool = False
+
+
+@dataclass(frozen=True)
+class ModuleCost:
+    """What one module of the network costs by itself, without those inside of it.
+
+    Attributes:
+        name: Name of the module, "" for the network itself.
+        params_before, params_after: Number of parameters.
+        macs_before, macs_after: Multiply-accumulates for one sample; macs_after is None for a graph,
+            which has no modules.
+    """
+
+    name: str
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int | None

@@ -1,12 +1,9 @@
 """The walk of a tolerance: which budgets were tried, and what the pruned models were worth."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
-from typing import Any
 
-from lnr_prune.report.chart import LABELS, svg
-from lnr_prune.report.html import percent, table
+from lnr_prune.report.chart import LABELS, Chart, chart
+from lnr_prune.report.html import percent
 
 
 @dataclass(frozen=True)
@@ -42,39 +39,26 @@ class Walk:
     drop: float
     steps: tuple[WalkStep, ...]
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Walk":
-        """The walk from plain data, as `Report.to_dict` returns it."""
-        return cls(**{**data, "steps": tuple(WalkStep(**step) for step in data["steps"])})
-
     @property
     def kept(self) -> WalkStep | None:
         """The smallest model within the tolerance; None if there was none, and the model stayed whole."""
         return min((step for step in self.steps if step.within), key=lambda step: step.share, default=None)
 
-    def section(self) -> str:
-        """The walk, as a part of a web page."""
-        label = LABELS[self.cost]
-        columns = [(label, "number", label), (self.measure, "number", self.measure), ("", "", "")]
-        rows = [
-            [percent(step.share), f"{step.value:.4g}", self._verdict(step)]
-            for step in sorted(self.steps, key=lambda step: -step.share)
-        ]
-        about = (
-            f"The smallest model whose {escape(self.measure)} is at least {self.original - self.drop:.4g}: that of the "
-            f"original, {self.original:.4g}, less {self.drop:g}."
-        )
-        drawing = svg({"pruned": [(step.share, step.value) for step in self.steps]}, label, self.measure, self.original)
-        return f'<h2>Tolerance</h2><p class="quiet">{about}</p>{drawing}{table(columns, rows)}'
+    @property
+    def chart(self) -> Chart | None:
+        """What the models were worth against what they cost."""
+        points = [(step.share, step.value) for step in self.steps]
+        return chart({"pruned": points}, LABELS[self.cost], self.measure, self.original)
+
+    def verdict(self, step: WalkStep) -> str:
+        """What became of a model: "kept", "within" the tolerance, or "below" it."""
+        if step == self.kept:
+            return "kept"
+        return "within" if step.within else "below"
 
     def __str__(self) -> str:
-        walked = "; ".join(f"{percent(step.share)} {step.value:.4g} {self._verdict(step)}" for step in self.steps)
+        walked = "; ".join(f"{percent(step.share)} {step.value:.4g} {self.verdict(step)}" for step in self.steps)
         return (
             f"{self.measure} at the {LABELS[self.cost]} (original {self.original:.4g}, allowed drop {self.drop:g}): "
             f"{walked or 'nothing to try'}"
         )
-
-    def _verdict(self, step: WalkStep) -> str:
-        if step == self.kept:
-            return "kept"
-        return "within" if step.within else "below"

@@ -1,6 +1,7 @@
 """The command line: help for everything, the session from given weights, exit code 2 for mistakes."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,18 @@ def test_lenet5_from_given_weights(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert not any(line.startswith("Epoch") for line in lines)
-    assert lines[-5:] == [
+    assert lines[-6:] == [
         f"wrote {out / name}"
-        for name in ("pareto.png", "convergence.png", "results.json", "dense.safetensors", "pruned.safetensors")
+        for name in (
+            "report.html",
+            "pareto.png",
+            "convergence.png",
+            "results.json",
+            "dense.safetensors",
+            "pruned.safetensors",
+        )
     ]
-    assert {path.name for path in out.iterdir()} == {Path(line).name for line in lines[-5:]}
+    assert {path.name for path in out.iterdir()} == {Path(line).name for line in lines[-6:]}
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["dense"]["train_accuracies"] == []
     assert results["sweeps"]["fc2"][0]["accuracy_retrained"] is None
@@ -95,3 +103,21 @@ def test_mistakes_exit_with_2_and_say_what_to_do(
     result = CliRunner().invoke(app, ["lenet5", *options], env=WIDE)
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "level"), [(["-v"], "INFO"), (["-q"], "ERROR"), (["--log-level", "debug"], "DEBUG")]
+)
+def test_what_is_said_on_the_way_can_be_chosen(options: list[str], level: str) -> None:
+    logger = logging.getLogger("lnr_prune")
+    before = logger.level
+    try:
+        assert CliRunner().invoke(app, [*options, "demo", "cn"], env=WIDE).exit_code == 2
+        assert logging.getLevelName(logger.level) == level
+    finally:
+        logger.setLevel(before)
+
+
+def test_levels_that_contradict_each_other_are_refused() -> None:
+    for options in (["-v", "-q"], ["--log-level", "loud"]):
+        assert CliRunner().invoke(app, [*options, "demo", "mlp"], env=WIDE).exit_code == 2

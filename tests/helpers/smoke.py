@@ -29,6 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pruned.save(f"{folder}/m.safetensors")
         assert torch.equal(lnr.load(f"{folder}/m.safetensors", network())(x), pruned.model(x))
+    assert "<svg" in pruned.report.to_html()  # with the templates of the wheel
     command = Path(sysconfig.get_path("scripts"), "lnr-prune")
     assert "Usage" in subprocess.run([command, "--help"], check=True, capture_output=True, text=True).stdout
 

@@ -74,7 +74,7 @@ def test_repeated_blocks_are_one_row_with_the_range_of_widths() -> None:
     assert text.count("frozen") == 1
     few = printed(_deep(2), 300)
     assert few.count("500") == few.count("501") == 1  # two are not folded
-    assert by_reason(_deep(3).frozen) == {"read by the output": "model.layers.{0..2}.mlp.down_proj"}
+    assert by_reason(_deep(3).frozen) == {"read by the output": ["model.layers.{0..2}.mlp.down_proj"]}
 
 
 @pytest.mark.parametrize("width", [72, 80, 120])

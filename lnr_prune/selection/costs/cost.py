@@ -35,10 +35,24 @@ def macs(model: nn.Module, example: Call) -> int:
 
     One sample is one entry of the first axis of the first tensor of ``example``.
     """
+    return macs_by_module(model, example)[0]
+
+
+def macs_by_module(model: nn.Module, example: Call) -> tuple[int, dict[str, int]]:
+    """`macs`, and those of every module by itself, without the modules inside of it, in order of execution."""
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # torch knows the GPUs'
     with FlopCounterMode(display=False, custom_mapping=attention) as counter, VisibleRecurrence():
         run(model, example)
-    return int(counter.get_total_flops() // (2 * max(1, samples_in(example))))
+    of_one = 2 * max(1, samples_in(example))
+    root = type(model).__name__  # which torch's names begin with
+    counts = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
+    found = {name.removeprefix(root).removeprefix("."): count for name, count in counts.items() if name != "Global"}
+    inside = Counter[str]()
+    for name, count in found.items():
+        if name:
+            inside[name.rpartition(".")[0]] += count
+    each = {name: (count - inside[name]) // of_one for name, count in found.items()}
+    return int(counter.get_total_flops() // of_one), each
 
 
 def _attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
