@@ -70,6 +70,7 @@ def _gathered(
     place = Place(first, 0, samples or 0)
 
     def add(name: str, layer: LayerCall) -> None:
+        layer = layer.counting(place.counts)
         if len(layer.input) == 0:  # an expert that no row has reached
             _both(sums, name, readers[name].inputs(layer).shape[1], layer.input.device)
             return
@@ -87,7 +88,7 @@ def _gathered(
 
     batch = -1
     for batch, call in enumerate(data):
-        place = Place(first, max(1, samples_in(call)), samples or 0)
+        place = Place(first, max(1, samples_in(call)), samples or 0, data.counts(call))
         first += samples_in(call)
         if batch < done:
             continue

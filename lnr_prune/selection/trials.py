@@ -191,12 +191,12 @@ def trials_of(
         work: The processes, the progress, and where measurements are kept.
     """
     fitted, judging = first_of_each_half(data, samples, work.ranks)  # all ranks have all
-    error, tensors = output_error(model, judging or fitted, logits), named_tensors(model)
+    error, tensors = output_error(model, judging or fitted, logits, data.counts), named_tensors(model)
 
     def judge(weights: Mapping[str, Tensor]) -> float:
         return error(with_whole_stacks(weights, tensors))
 
-    refitted_to = Calibration(work.ranks.shard(fitted), lambda call: call)
+    refitted_to = Calibration(work.ranks.shard(fitted), lambda call: call, data.counts)
     return Trials(model, target, graph, groups, passes, refitted_to, judge, data.example(), refit, bias, logits, work)
 
 
