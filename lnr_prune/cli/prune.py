@@ -1,16 +1,16 @@
 """``lnr-prune prune``."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lnr_prune.cli.console import answering, check, lines, title, write
-from lnr_prune.cli.data import Source, batches, dtype_of
+from lnr_prune.cli.data import Source, batches, dtype_of, test_texts
 from lnr_prune.cli.images import INTERPOLATIONS, look_of
-from lnr_prune.cli.models import build, torchvision_weights
+from lnr_prune.cli.models import build, new_folder, save_folder, tokenizer_of, torchvision_weights
 from lnr_prune.cli.options import (
     AMOUNT,
     DATA,
@@ -32,7 +32,7 @@ from lnr_prune.cli.options import (
     refit_of,
     selector_of,
 )
-from lnr_prune.cli.texts import reads_on
+from lnr_prune.cli.texts import predicted, reads_on, without_cache
 from lnr_prune.prune import prune as prune_model
 from lnr_prune.runtime.processes import launched
 from lnr_prune.runtime.run import Run
@@ -81,10 +81,22 @@ def prune(
     std: Annotated[
         str | None, typer.Option(help="Standard deviation of the colours, as in training.", rich_help_panel=DATA)
     ] = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Packed texts to judge by. Default: the last tenth of the lines, which are then not fitted to.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, help="Folder of a Hugging Face tokenizer, for text.", rich_help_panel=DATA
+            exists=True,
+            file_okay=False,
+            help="Folder of a Hugging Face tokenizer, for text. Default: that of hf:FOLDER.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     tokens: Annotated[
@@ -202,7 +214,10 @@ def prune(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="File for the pruned model (safetensors). Needed unless --dry-run.", rich_help_panel=OUTPUT),
+        typer.Option(
+            help="File for the pruned model (safetensors); of hf:FOLDER, another folder. Needed unless --dry-run.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     report_html: Html = None,
     work: Annotated[
@@ -234,7 +249,8 @@ def prune(
         )
         if into == "model":
             raise ValueError("--into is copy or graph, got model: the command never changes the model that it reads")
-        targets = {"--out": out, "--report-html": report_html}
+        folder = new_folder(model, out) if first and not dry_run else None
+        targets = {"--out": None if folder else out, "--report-html": report_html}
         if first and not dry_run:
             if out is None:
                 raise ValueError("there is no output file: give --out FILE.safetensors, or --dry-run to write nothing")
@@ -252,13 +268,13 @@ def prune(
         if first and data.is_dir():
             typer.echo(f"images: {look} ({origin})", err=True)
         source = Source(
-            data, count, batch_size, seed, tuple(array or ()), tuple(column or ()), tuple(drop or ()), look, tokenizer,
-            tokens, reads_on(net) if pack is None else pack,
+            data, count, batch_size, seed, tuple(array or ()), tuple(column or ()), tuple(drop or ()), look,
+            tokenizer or tokenizer_of(model), tokens, reads_on(net) if pack is None else pack, test,
         )  # fmt: skip
         shown = (None if sys.stderr.isatty() else lines()) if first else False
         done = prune_model(
             net,
-            batches(source, dtype_of(net), ranks),
+            without_cache(net, batches(source, dtype_of(net), ranks)),
             wanted,
             selector=selector_of(selector, swaps, seed),
             refit=refit_of(window, iterations),
@@ -266,16 +282,23 @@ def prune(
             into=into,
             run=Run(work, low_memory, shown),
         )
-        written = {}
+        texts = test_texts(source) if first and reads_on(net) else []
+        judged = predicted(net, done.model, texts) if texts else None
+        written, found = {}, {"text": asdict(judged)} if judged else {}
         if not first:
             return
         if not dry_run and out is not None:
-            done.save(out)
+            if folder is None:
+                done.save(out)
+            else:
+                save_folder(done, folder, source.tokenizer)
             written["out"] = str(out)
             if report_html is not None:
                 write(report_html, done.report.to_html(title=title(model)))
                 written["report_html"] = str(report_html)
-        say(done.report, {**written, "report": done.report.to_dict()})
+        say(done.report, {**written, **found, "report": done.report.to_dict()})
         if not as_json:
+            if judged:
+                say(str(judged), None)
             for path in written.values():
                 say(f"wrote {path}", None)

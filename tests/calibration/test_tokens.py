@@ -15,6 +15,7 @@ from lnr_prune.calibration.functions.ending import before_last
 from lnr_prune.calibration.functions.pause import Manner, Pause, Replay, go_on
 from lnr_prune.graph.module import evaluating, named_tensors
 from lnr_prune.refit import fit
+from lnr_prune.refit.regression import softmax_regression
 from lnr_prune.runtime.optional import import_torchvision
 from tests.helpers.language import WORDS, TinyLlama, padded, sentences, unpadded
 from tests.helpers.models import mlp
@@ -125,11 +126,10 @@ def test_a_fit_of_logits_stays_in_its_bounds(monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(0)
     model, x = mlp(6, 24, 4), torch.randn(40, 10, 6)
     seen = list[torch.Size]()
-    regression = fit.softmax_regression
 
     def watched(x: Tensor, *rest: Any, **options: Any) -> Tensor | None:
         seen.append(x.shape)
-        return regression(x, *rest, **options)
+        return softmax_regression(x, *rest, **options)
 
     monkeypatch.setattr(fit, "softmax_regression", watched)
     monkeypatch.setattr(fit, "PROBABLE", 100 * (24 + 1 + 4))
