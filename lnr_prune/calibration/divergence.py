@@ -155,7 +155,7 @@ def as_rows(found: Any, logits: bool | None = False, mask: Tensor | None = None)
     if len(real) == 1 and real[0].dim() > 1:
         (leaf,), (on,) = real, masks
         if on is not None:
-            leaf = leaf.flatten(0, on.dim() - 1)[on.flatten()]
+            leaf = leaf.flatten(0, on.dim() - 1)[on.flatten().to(leaf.device)]
         return leaf.flatten(0, -2) if logits or (named_logits(found) and real[0].dim() == 3) else leaf.flatten(1)
     real = [leaf if on is None else without(leaf, ~on, torch.nan) for leaf, on in zip(real, masks, strict=True)]
     if len({leaf.shape[:1] for leaf in real}) == 1 and all(leaf.dim() > 1 for leaf in real):

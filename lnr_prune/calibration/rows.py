@@ -62,7 +62,7 @@ def rows(
         if wanted < positions:
             drawn = _positions(positions, wanted, of_chunk).to(layer.input.device)
         if chunk.counts is not None:
-            here = _counting(chunk.counts, positions * len(of_chunk))
+            here = _counting(chunk.counts, positions * len(of_chunk)).to(layer.input.device)
             drawn = here.nonzero()[:, 0] if drawn is None else drawn[here[drawn]]
         calls = chunk, *(replace(chunk, output=other, bias=None) for other in rest)
         yield reader.inputs(chunk, drawn), *(reader.outputs(call, drawn) for call in calls)

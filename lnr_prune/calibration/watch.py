@@ -78,7 +78,8 @@ def on_axes(mask: Tensor | None, axes: Sequence[int]) -> Tensor | None:
 
 def without(values: Tensor, left_out: Tensor, value: float) -> Tensor:
     """The values with another one wherever the mask says so, which is that of their first axes."""
-    return values.masked_fill(left_out.view(*left_out.shape, *[1] * (values.dim() - left_out.dim())), value)
+    shape = (*left_out.shape, *[1] * (values.dim() - left_out.dim()))
+    return values.masked_fill(left_out.view(shape).to(values.device), value)
 
 
 See = Callable[[str, LayerCall], None]

@@ -66,6 +66,12 @@ def test_a_function_says_what_counts() -> None:
         lnr.Batches(causal, lambda ids: ((ids,), {}), 3)  # type: ignore[arg-type]
 
 
+def test_data_that_is_all_padding_is_refused() -> None:
+    batches = [{**batch, "attention_mask": 0 * batch["attention_mask"]} for batch in padded(sentences(2))]
+    with pytest.raises(lnr.CalibrationError, match="nothing of the calibration data counts"):
+        lnr.prune(language_model(), batches, lnr.Keep(0.5), refit=None)
+
+
 def test_padding_does_not_count_where_two_layers_are_refitted_together() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
