@@ -249,7 +249,7 @@ def prune(
         )
         if into == "model":
             raise ValueError("--into is copy or graph, got model: the command never changes the model that it reads")
-        folder = new_folder(model, out) if first and not dry_run else None
+        folder = new_folder(model, out) if first and not dry_run and into == "copy" else None
         targets = {"--out": None if folder else out, "--report-html": report_html}
         if first and not dry_run:
             if out is None:
@@ -271,6 +271,9 @@ def prune(
             data, count, batch_size, seed, tuple(array or ()), tuple(column or ()), tuple(drop or ()), look,
             tokenizer or tokenizer_of(model), tokens, reads_on(net) if pack is None else pack, test,
         )  # fmt: skip
+        texts = test_texts(source) if reads_on(net) and into == "copy" else []
+        if test is not None and not texts:
+            raise ValueError("--test is for packed texts of a model that predicts the next token")
         shown = (None if sys.stderr.isatty() else lines()) if first else False
         done = prune_model(
             net,
@@ -282,9 +285,7 @@ def prune(
             into=into,
             run=Run(work, low_memory, shown),
         )
-        texts = test_texts(source) if first and reads_on(net) else []
-        judged = predicted(net, done.model, texts) if texts else None
-        written, found = {}, {"text": asdict(judged)} if judged else {}
+        written = {}
         if not first:
             return
         if not dry_run and out is not None:
@@ -296,7 +297,9 @@ def prune(
             if report_html is not None:
                 write(report_html, done.report.to_html(title=title(model)))
                 written["report_html"] = str(report_html)
-        say(done.report, {**written, **found, "report": done.report.to_dict()})
+        judged = predicted(net, done.model, texts) if texts else None
+        of_text = {"text": asdict(judged)} if judged else {}
+        say(done.report, {**written, **of_text, "report": done.report.to_dict()})
         if not as_json:
             if judged:
                 say(str(judged), None)

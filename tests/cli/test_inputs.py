@@ -234,6 +234,7 @@ def test_a_language_model_goes_from_folder_to_folder(folder: Path) -> None:
     assert small.config.use_cache
     assert small.config.intermediate_size == 6
     assert transformers.AutoTokenizer.from_pretrained("small")("a text")["input_ids"] == [2, 5]
+    assert "--test is for packed texts" in run(*command, "--dry-run", "--pad", "--test", "text.txt").output
     for out, message in (("whole", "is the folder of the model"), ("small", "expected a new or an empty folder")):
         result = run(*command, "--out", out)
         assert result.exit_code == 2
