@@ -358,7 +358,8 @@ def test_scores_of_language_models_are_those_of_the_papers() -> None:
     mlp = nn.ModuleDict({"gate_proj": nn.Linear(3, 4), "up_proj": nn.Linear(3, 4), "down_proj": nn.Linear(4, 3)})
     x = torch.randn(50, 4) + torch.tensor([0.0, 0.0, 5.0, 0.0])
     inputs = {"mlp.down_proj": language.Inputs(x.double().mean(0), x.double().square().mean(0))}
-    model, W = nn.ModuleDict({"mlp": mlp}), mlp["down_proj"].weight.detach().double()
+    model = nn.ModuleDict({"mlp": mlp})
+    W = model.get_parameter("mlp.down_proj.weight").detach().double()
     found = {peer: language.scores_of(peer, model, inputs)["mlp.down_proj"] for peer in language.PEERS}
     torch.testing.assert_close(found["Wanda-sp"], (W.abs() * x.double().square().mean(0).sqrt()).sum(0))
     flap = W.square().sum(0) * x.double().var(0, correction=0)
