@@ -75,7 +75,8 @@ def prune(
             model the one inside is pruned, and nothing is compiled meanwhile.
         data: Unlabelled calibration inputs, an iterable of batches: tensors or arrays, ``(input, label)`` pairs (labels
             are ignored), tuples of arguments, or dicts of keyword arguments. Or a data set of samples, which is read in
-            batches of 64: a torch or Hugging Face Dataset, a data frame, a list of rows. See also `Batches`.
+            batches of 64: a torch or Hugging Face Dataset, a data frame, a list of rows. See also `Batches`. Where an
+            ``attention_mask`` among the arguments is zero, a batch is padding, which counts nowhere.
         amount: How much is kept. `Keep`: a count or share of the channels of every group. `Penalty`: as many as the
             group lasso keeps at a penalty. `Budget`: what the pruned model may cost; channels are removed where the
             outputs suffer least. `Tolerance`: as small as a metric of yours allows.
@@ -85,7 +86,8 @@ def prune(
         refit: How the layers are refitted. None = the coefficients stay as the selector left them: shrunk by the lasso,
             or the original ones.
         bias: Whether the consumers' biases are refitted, too.
-        logits: Whether the model's output is the logits of classes. If so, the layer that gives them is fitted to the
+        logits: Whether the model's output, or its entry ``logits``, is the logits of classes, on the last axis: of
+            samples, or of the tokens of a language model. If so, the layer that gives them is fitted to the
             probabilities, and errors of the outputs are Kullback-Leibler divergences of the probabilities instead of
             squares. None = a layer that gives one output (samples, classes) is fitted to the probabilities if held-out
             samples then fit better, without fitting worse by squares; errors are measured by squares.
@@ -184,7 +186,7 @@ def prune(
                     settings=refit, bias=bias, logits=logits, repeated=repeated, work=work,
                 )  # fmt: skip
         masked = with_whole_stacks({**masked_weights(supports, tensors), **fitted.weights}, tensors)
-        error = output_error(model, first_samples(data, ranks=work.ranks), logits)(masked)
+        error = output_error(model, first_samples(data, ranks=work.ranks), logits, data.counts)(masked)
         before = Costs.of(model, example)
         small, plan = take_out(target, supports, masked)
         warn_of_unused(graph, plan, tensors)
@@ -253,7 +255,7 @@ def remembering(
     if run.work is None:
         yield data, work
         return
-    fixed = FixedCalibration(data.batches, data.as_call)
+    fixed = FixedCalibration(data.batches, data.as_call, data.counts)
 
     def identity() -> Identity:
         digests = work.ranks.all_gather(fixed.digests)

@@ -128,9 +128,7 @@ class Recipe:
             raise ValueError(f"unknown option {next(iter(left))!r}; {nearest(str(next(iter(left))), option_names())}")
         if len(amounts) != 1:
             got = " and ".join(type(amount).__name__ for amount in amounts) or "none"
-            raise ValueError(
-                f"expected one amount: keep, lam, lam_ratio, tolerance, or a budget (macs, params ...); got {got}"
-            )
+            raise ValueError(f"expected one amount: keep, lam, lam_ratio, tolerance or a budget (macs ...); got {got}")
         return cls(amounts[0], chosen, refit, **rest)
 
 

@@ -2,12 +2,12 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lnr_prune.calibration.data import Batches, calibrate, first_samples
 from lnr_prune.calibration.divergence import check_logits, divergence, outputs
@@ -85,12 +85,14 @@ def sweep(
         with guarded(model), plain(model) as module:
             calls = first_samples(calibration)
             logits = check_logits(module, calls[0], options.get("logits"))
-            original = [outputs(module, call) for call in calls]
         maximize, measure = False, "error of the outputs"
 
+        def rows_of(net: nn.Module) -> Iterator[Tensor]:
+            return (outputs(net, call, None, logits, calibration.counts) for call in calls)
+
         def value(of: nn.Module) -> float:
-            with guarded(of), plain(of) as module:
-                return divergence(original, [outputs(module, call) for call in calls], logits)
+            with guarded(model), plain(model) as whole, guarded(of), plain(of) as module:
+                return divergence(rows_of(whole), rows_of(module), logits)
     else:
         measure, given = getattr(evaluate, "__name__", "value").strip("<>"), evaluate
 

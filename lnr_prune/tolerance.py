@@ -179,7 +179,7 @@ class Metric:
         fitted, judging = each_half(data, self.work.ranks)
         if not any(self.work.ranks.all_gather(judging.samples)):
             judging = fitted  # there is a single sample
-        same = None if trials.logits is False else agreement(trials.model, judging, self.work.ranks)
+        same = None if trials.logits is False else agreement(trials.model, judging, judging.counts, self.work.ranks)
 
         def agrees(sizes: Sizes[ChannelGroup]) -> float:
             _, weights = pruned_weights(trials, sizes, selector, seed, fit, fitted)

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from torch import distributed, nn
 
 import lnr_prune as lnr
-from benchmarks import accelerator, promises
+from benchmarks import accelerator, language, promises
 from benchmarks.accuracy import levels_of, table
 from benchmarks.library import peers
 from benchmarks.library.accuracy_plots import plot
@@ -351,3 +351,26 @@ def test_networks_are_timed_by_turns() -> None:
     assert order == [1, 2] * (len(order) // 2)
     assert 0.04 <= first < second
     assert spread_of_both >= 0
+
+
+def test_scores_of_language_models_are_those_of_the_papers() -> None:
+    torch.manual_seed(0)
+    mlp = nn.ModuleDict({"gate_proj": nn.Linear(3, 4), "up_proj": nn.Linear(3, 4), "down_proj": nn.Linear(4, 3)})
+    x = torch.randn(50, 4) + torch.tensor([0.0, 0.0, 5.0, 0.0])
+    inputs = {"mlp.down_proj": language.Inputs(x.double().mean(0), x.double().square().mean(0))}
+    model = nn.ModuleDict({"mlp": mlp})
+    W = model.get_parameter("mlp.down_proj.weight").detach().double()
+    found = {peer: language.scores_of(peer, model, inputs)["mlp.down_proj"] for peer in language.PEERS}
+    torch.testing.assert_close(found["Wanda-sp"], (W.abs() * x.double().square().mean(0).sqrt()).sum(0))
+    flap = W.square().sum(0) * x.double().var(0, correction=0)
+    torch.testing.assert_close(found["FLAP"], (flap - flap.mean()) / flap.std())
+    scores = {"a": torch.tensor([3.0, 2.0, 1.0]), "b": torch.tensor([0.5, 0.4, 0.3])}
+    assert language.widths("FLAP", scores, 0.5) == {"a": 3, "b": 1}
+    assert language.widths("Wanda-sp", scores, 1 / 3) == {"a": 2, "b": 2}
+
+
+def test_ratios_of_perplexities_are_paired() -> None:
+    rows = [
+        language.Row(name, 0.2, 1.0, losses, 1.0, 1.0) for name, losses in (("dense", (1.0, 3.0)), ("x", (1.1, 3.1)))
+    ]
+    assert language.table(rows).splitlines()[-1] == "| x | 20% | 100.0% | 8.17 | 1.105 ± 0.000 | 1 | 1.00 |"

@@ -73,7 +73,7 @@ def test_logits_are_compared_as_in_the_reports() -> None:
     swept = lnr.sweep(model, data, [lnr.Keep(0.5)], logits=True)
     assert swept.points[0].value == pytest.approx(swept.points[0].report.error)
     assert swept.points[0].value != pytest.approx(lnr.sweep(model, data, [lnr.Keep(0.5)]).points[0].value)
-    with pytest.raises(ValueError, match=r"one tensor \(samples, classes\), got \(6,\)"):
+    with pytest.raises(ValueError, match=r"one tensor \(samples, ..., classes\), got \(6,\)"):
         lnr.sweep(torch.nn.Sequential(model, torch.nn.Flatten(0)), torch.randn(2, 6), [lnr.Keep(0.5)], logits=True)
 
 

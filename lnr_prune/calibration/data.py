@@ -2,9 +2,9 @@
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from lnr_prune.calibration.calls import Call, Inputs, _checked, _moved, samples_in, shortened
 from lnr_prune.calibration.forms.samples import batched
 from lnr_prune.calibration.forms.values import as_tensors, remedy
-from lnr_prune.calibration.places import Place, halves
+from lnr_prune.calibration.places import Counts, Place, attended, everything, halves
 from lnr_prune.errors import CalibrationError
 from lnr_prune.graph.module import check_model
 from lnr_prune.runtime.digest import digest
@@ -31,10 +31,12 @@ class Calibration:
     Attributes:
         batches: The data, re-iterable.
         as_call: Turns a batch into the model's arguments.
+        counts: Says which positions of a call count.
     """
 
     batches: Iterable[Any]
     as_call: Inputs
+    counts: Counts = everything
 
     def __iter__(self) -> Iterator[Call]:
         for batch in self.batches:
@@ -68,9 +70,11 @@ class Batches:
     Attributes:
         data: An iterable of batches.
         inputs: Turns a batch into ``(args, kwargs)`` of the model.
+        counts: Called with the model's arguments, it says which positions count, (samples, positions) bool; all others
+            are padding. Default: where ``attention_mask``, if the model has such an argument, is not zero.
 
     Raises:
-        TypeError: If inputs cannot be called.
+        TypeError: If inputs or counts cannot be called.
 
     Example:
         >>> import torch
@@ -79,8 +83,13 @@ class Batches:
 
     data: Any
     inputs: Inputs
+    counts: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if not (self.counts is None or callable(self.counts)):
+            raise TypeError(
+                f"counts must be a function of the model's arguments that returns a mask, got {self.counts!r}"
+            )
         if not callable(self.inputs):
             raise TypeError(f"inputs must be a function of a batch that returns (args, kwargs), got {self.inputs!r}")
 
@@ -103,7 +112,9 @@ def calibrate(model: nn.Module, data: Any) -> Calibration:
         CalibrationError: If data is not iterable; while iterating, if a batch cannot be read.
     """
     check_model(model)
+    counts = _attended(model)
     if isinstance(data, Batches):
+        counts = counts if data.counts is None else partial(_counted, data.counts)
         read, data, wide = data.inputs, data.data, False
     else:
         discrete = any(isinstance(part, nn.Embedding | nn.EmbeddingBag) for part in model.modules())
@@ -128,7 +139,25 @@ def calibrate(model: nn.Module, data: Any) -> Calibration:
         call: Call = tree_map(moved, _checked(read(batch)))
         return call
 
-    return Calibration(batches, as_call)
+    return Calibration(batches, as_call, counts)
+
+
+def _attended(model: nn.Module) -> Counts:
+    """What `attended` says of a call, of which some arguments are given by their places."""
+    names = list(inspect.signature(model.forward).parameters)
+    return lambda call: attended({**dict(zip(names, call[0], strict=False)), **call[1]})
+
+
+def _counted(given: Callable[..., Tensor], call: Call) -> Tensor:
+    """What the user's function says of a call, once it is known to be a mask."""
+    mask, samples = given(*call[0], **call[1]), samples_in(call)
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.shape[:1] != (samples,) or mask.dim() > 2:
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise CalibrationError(
+            f"counts() returned {got}, expected a bool tensor of shape (samples, positions), here ({samples}, ...): "
+            "True where a position counts"
+        )
+    return mask != 0
 
 
 def _narrow_type(model: nn.Module) -> torch.dtype | None:
@@ -169,16 +198,20 @@ class FixedCalibration(Calibration):
     @cached_property
     def digests(self) -> tuple[str, ...]:
         """SHA-256 of every batch, as a call of the model, taken in the first pass."""
-        return tuple(map(digest, super().__iter__()))
+        return tuple(map(self._digest, super().__iter__()))
 
     def __iter__(self) -> Iterator[Call]:
         number = -1
         for number, call in enumerate(super().__iter__()):
-            if self.digests[number : number + 1] != (digest(call),):
+            if self.digests[number : number + 1] != (self._digest(call),):
                 raise self._other(number)
             yield call
         if number + 1 < len(self.digests):
             raise self._other(number + 1)
+
+    def _digest(self, call: Call) -> str:
+        mask = self.counts(call)
+        return digest(call) if mask is None else digest((call, mask))
 
     def _other(self, number: int) -> CalibrationError:
         return CalibrationError(
@@ -235,7 +268,7 @@ def each_half(data: Calibration, ranks: Ranks = ALONE) -> tuple[Calibration, Cal
         for judges, piece in halves(call, place):
             found[judges].append(piece)
         first += place.size
-    fit, judge = (Calibration(calls, lambda call: call) for calls in found)
+    fit, judge = (Calibration(calls, lambda call: call, data.counts) for calls in found)
     return fit, judge
 
 

@@ -70,6 +70,7 @@ def _gathered(
     place = Place(first, 0, samples or 0)
 
     def add(name: str, layer: LayerCall) -> None:
+        layer = layer.counting(place.counts)
         if len(layer.input) == 0:  # an expert that no row has reached
             _both(sums, name, readers[name].inputs(layer).shape[1], layer.input.device)
             return
@@ -85,10 +86,11 @@ def _gathered(
                 both = _both(sums, name, x.shape[1], x.device)
                 both[part] = both[part].with_rows(x, x.new_empty(len(x), 0))
 
-    batch = -1
+    batch, some = -1, False
     for batch, call in enumerate(data):
-        place = Place(first, max(1, samples_in(call)), samples or 0)
+        place = Place(first, max(1, samples_in(call)), samples or 0, data.counts(call))
         first += samples_in(call)
+        some = some or place.counts is None or bool(place.counts.any())
         if batch < done:
             continue
         watch(model, call, readers, add)
@@ -99,6 +101,10 @@ def _gathered(
         work.step("statistics")
     if batch < 0:
         raise CalibrationError("the calibration data holds no batch; give at least one batch of inputs")
+    if not any(work.ranks.all_gather(some)):
+        raise CalibrationError(
+            "nothing of the calibration data counts: its attention_mask is zero everywhere, or counts() is never True"
+        )
     seen = work.ranks.all_gather({name: len(fit.xx) for name, (fit, _) in sums.items()})
     columns = {name: d for of_rank in seen for name, d in of_rank.items()}
     unseen = [name for name in readers if name not in columns]

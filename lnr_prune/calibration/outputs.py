@@ -67,6 +67,16 @@ def _run_training(model: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -
             raise CalibrationError(f"{type(model).__name__} does not run in training mode: {error}") from error
 
 
+def judged(outputs: Any) -> Any:
+    """What counts of a model's outputs: its logits, if one of several is named so; caches and hidden states do not."""
+    return outputs["logits"] if named_logits(outputs) else outputs
+
+
+def named_logits(outputs: Any) -> bool:
+    """Whether one of a model's outputs is named logits, as transformers names those of classes and of tokens."""
+    return isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor)
+
+
 class _OneByOne(TorchFunctionMode):
     """Gives every function float64 copies of other tensors in place of some; only the last copy is kept."""
 

@@ -5,8 +5,9 @@ split, not rows: the patches of one image are much alike. Neighbouring samples (
 are alike, too, so they stay together in stretches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +29,13 @@ class Place:
         first: Number of its first sample.
         size: Number of its samples.
         samples: Number of samples in all.
+        counts: Which positions of the batch count, (samples, positions) bool; None = all.
     """
 
     first: int
     size: int
     samples: int
+    counts: Tensor | None = None
 
     def start(self, rows: int) -> int:
         """Number of the first of this batch's ``rows`` in a layer, when every sample has equally many."""
@@ -58,12 +61,34 @@ class Place:
                 yield part, index
 
 
-def places_of(calls: Sequence[Call], ranks: Ranks = ALONE) -> Iterator[Place]:
+Counts = Callable[[Call], Tensor | None]
+"""Which positions of a batch count, (samples, positions) bool; None = all."""
+
+
+def everything(call: Call) -> Tensor | None:
+    """All positions of a batch count."""
+    return None
+
+
+def attended(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Where a batch is text and no padding, (samples, positions) bool: its ``attention_mask``; None if there is none.
+
+    It is that of an encoder. A decoder's activations are known by another number of positions; if it is the same,
+    everything counts.
+    """
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
+        return None
+    decoded = [leaf for name, leaf in arguments.items() if name.startswith("decoder_") and isinstance(leaf, Tensor)]
+    return None if any(leaf.shape[:2] == mask.shape for leaf in decoded) else mask != 0
+
+
+def places_of(calls: Sequence[Call], ranks: Ranks = ALONE, counts: Counts = everything) -> Iterator[Place]:
     """Where each of this process's batches stands."""
     sizes = [samples_in(call) for call in calls]
     first, samples = ranks.before(sum(sizes))
-    for size in sizes:
-        yield Place(first, size, samples or 0)
+    for call, size in zip(calls, sizes, strict=True):
+        yield Place(first, size, samples or 0, counts(call))
         first += size
 
 

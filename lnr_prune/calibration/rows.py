@@ -38,7 +38,7 @@ def rows(
 
     The many patches of one image are much alike. If the data has more than `ROWS_PER_COLUMN` times d rows, only
     some of them are read, equally many of each sample. Which ones depends on the sample's number only, not on its
-    batch.
+    batch. Rows that do not count, such as padding, are left out.
 
     Args:
         reader: How to read the call.
@@ -60,6 +60,9 @@ def rows(
         drawn = None
         if wanted < positions:
             drawn = _positions(positions, wanted, of_chunk).to(layer.input.device)
+        if chunk.counts is not None:
+            here = _counting(chunk.counts, positions * len(of_chunk)).to(layer.input.device)
+            drawn = here.nonzero()[:, 0] if drawn is None else drawn[here[drawn]]
         calls = chunk, *(replace(chunk, output=other, bias=None) for other in rest)
         yield reader.inputs(chunk, drawn), *(reader.outputs(call, drawn) for call in calls)
 
@@ -70,6 +73,8 @@ def all_products(reader: Reader, layers: Sequence[LayerCall], samples: int | Non
     if not layers or layers[0].input.device.type == "mps":
         return None
     if any(wanted < positions for _, positions, wanted in (rows_of_sample(reader, layer, samples) for layer in layers)):
+        return None
+    if any(layer.counts is not None and not bool(layer.counts.all()) for layer in layers):
         return None
     d, positions, _ = rows_of_sample(reader, layers[0], samples)
     with full_precision():
@@ -84,6 +89,11 @@ def rows_of_sample(reader: Reader, layer: LayerCall, samples: int | None) -> tup
     d, h = reader.inputs(one, row).shape[1], reader.outputs(one, row).shape[1]
     positions = layer.output.numel() // (h * len(layer.input))
     return d, positions, positions if samples is None else min(positions, math.ceil(ROWS_PER_COLUMN * d / samples))
+
+
+def _counting(counts: Tensor, rows: int) -> Tensor:
+    """Which of a call's rows count, (rows,) bool; each entry of ``counts`` stands for equally many."""
+    return counts.flatten().repeat_interleave(rows // max(1, counts.numel()))
 
 
 def _positions(positions: int, wanted: int, numbers: Tensor) -> Tensor:

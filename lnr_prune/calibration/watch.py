@@ -1,11 +1,10 @@
 """Watch the layers' calls in a forward pass, whoever makes them, and give them other weights."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -30,6 +29,7 @@ class LayerCall:
         bias: The bias it used, or None.
         options: The call's other arguments (stride, padding, dilation, groups).
         function: Input, weight and bias -> output.
+        counts: What counts, bool, one entry for each index of the first axes of input and output; None = everything.
     """
 
     input: Tensor
@@ -38,6 +38,7 @@ class LayerCall:
     bias: Tensor | None
     options: Mapping[str, Any]
     function: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    counts: Tensor | None = None
 
     def again(self, **arguments: Tensor) -> Tensor:
         """The output for another "input", "weight" or "bias"; what is not given stays as it was."""
@@ -49,12 +50,36 @@ class LayerCall:
         if len(index) == len(self.input):
             return self
         index = index.to(self.input.device)
-        return replace(self, input=self.input[index], output=self.output[index])
+        counts = None if self.counts is None else self.counts[index.to(self.counts.device)]
+        return replace(self, input=self.input[index], output=self.output[index], counts=counts)
 
     def split(self, samples: int) -> Iterator["LayerCall"]:
         """The call in pieces of ``samples`` samples each, as torch.split cuts them."""
-        for x, y in zip(torch.split(self.input, samples), torch.split(self.output, samples), strict=True):
-            yield replace(self, input=x, output=y)
+        for start in range(0, max(1, len(self.input)), samples):
+            some = slice(start, start + samples)
+            counts = None if self.counts is None else self.counts[some]
+            yield replace(self, input=self.input[some], output=self.output[some], counts=counts)
+
+    def counting(self, mask: Tensor | None) -> "LayerCall":
+        """The call with a mask of what counts, (samples, positions), if these are the first axes of its activations.
+
+        They may be one axis, too. Of other activations, such as those behind a pooling or of a convolution, everything
+        counts.
+        """
+        return self if self.weight.dim() != 2 else replace(self, counts=on_axes(mask, self.input.shape[:-1]))
+
+
+def on_axes(mask: Tensor | None, axes: Sequence[int]) -> Tensor | None:
+    """A mask of what counts, if a tensor's axes begin with those of the mask, each by itself or all in one."""
+    if mask is None or tuple(axes[: mask.dim()]) == mask.shape:
+        return mask
+    return mask.flatten() if tuple(axes[:1]) == (mask.numel(),) else None
+
+
+def without(values: Tensor, left_out: Tensor, value: float) -> Tensor:
+    """The values with another one wherever the mask says so, which is that of their first axes."""
+    shape = (*left_out.shape, *[1] * (values.dim() - left_out.dim()))
+    return values.masked_fill(left_out.view(shape).to(values.device), value)
 
 
 See = Callable[[str, LayerCall], None]

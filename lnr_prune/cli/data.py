@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lnr_prune.calibration.forms.values import of_frame
 from lnr_prune.cli.images import Look, files_in, image_batches
-from lnr_prune.cli.texts import lines_of, packed, padded, tokenizer_in
+from lnr_prune.cli.texts import cut, lines_of, packed, padded, tokenizer_in
 from lnr_prune.errors import CalibrationError, LnrPruneError
 from lnr_prune.runtime.checks import nearest
 from lnr_prune.runtime.optional import needed
 from lnr_prune.runtime.processes import ALONE, Ranks
 
 TABLES = (".csv", ".tsv", ".parquet")
+OTHERS = (".npy", ".npz", ".safetensors", *TABLES)  # files that hold no text
 INDEX = "Unnamed: "  # what pandas calls the column of row numbers that it wrote itself
 
 
@@ -40,7 +41,9 @@ class Source:
         look: How images are made ready.
         tokenizer: Folder of a Hugging Face tokenizer, for text.
         tokens: Length of the longest text, in tokens.
-        pack: Whether texts are packed one after the other, instead of filled up to the same length.
+        pack: Whether texts are packed one after the other, instead of filled up to the same length. Then the last ones
+            are left out, see `test_texts`.
+        test: A file of texts to judge by, instead of the last ones.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class Source:
     tokenizer: Path | None = None
     tokens: int = 128
     pack: bool = False
+    test: Path | None = None
 
     def shuffled(self, count: int) -> Tensor:
         """Indices of all samples, in random order."""
@@ -90,6 +94,17 @@ def batches(source: Source, dtype: torch.dtype = torch.float32, ranks: Ranks = A
             f"{', '.join(TABLES)} table, or a text file and --tokenizer"
         )
     return _split(_texts(source, source.tokenizer), source.batch_size, ranks)
+
+
+def test_texts(source: Source) -> list[dict[str, Tensor]]:
+    """Packed texts that nothing is fitted to; none if the source has no such texts."""
+    if not source.pack or source.tokenizer is None or source.path.is_dir() or source.path.suffix in OTHERS:
+        return []
+    lines = cut(lines_of(source.path))[1] if source.test is None else lines_of(source.test)
+    if not lines:
+        return []
+    found = packed(tokenizer_in(source.tokenizer), lines, source.tokens, source.samples)["input_ids"]
+    return [{"input_ids": some} for some in found.split(source.batch_size)]
 
 
 def random_batch(model: nn.Module, size: int, shape: Sequence[int] | None, tokens: int | None, seed: int = 0) -> Any:
@@ -187,6 +202,7 @@ def _table(source: Source) -> Tensor:
 
 def _texts(source: Source, tokenizer: Path) -> dict[str, Tensor]:
     lines, of = lines_of(source.path), tokenizer_in(tokenizer)
+    lines = cut(lines)[0] if source.pack and source.test is None else lines
     chosen = [lines[index] for index in source.shuffled(len(lines))]
     if source.pack:
         return packed(of, chosen, source.tokens, source.samples)

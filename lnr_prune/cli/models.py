@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from lnr_prune.cli.texts import tokenizer_in
 from lnr_prune.errors import LnrPruneError
+from lnr_prune.pruned import Pruned
 from lnr_prune.runtime.checks import nearest
 from lnr_prune.runtime.optional import import_torchvision, import_transformers, needed
 
@@ -64,6 +66,33 @@ def torchvision_weights(arguments: Iterable[str]) -> str | None:
     """The name of torchvision's weights among a factory's arguments."""
     name = dict(map(_argument, arguments)).get("weights")
     return name if isinstance(name, str) else None
+
+
+def tokenizer_of(spec: str) -> Path | None:
+    """The folder of a Hugging Face model, if it holds a tokenizer, too."""
+    folder = Path(spec.removeprefix("hf:"))
+    held = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return folder if spec.startswith("hf:") and held else None
+
+
+def new_folder(spec: str, out: Path | None) -> Path | None:
+    """Where a Hugging Face model is written as a folder: ``out``, unless this names a file.
+
+    Raises:
+        ValueError: If nothing can be written there, or it is the folder of the model.
+    """
+    if out is None or not spec.startswith("hf:") or out.suffix == ".safetensors":
+        return None
+    if out.resolve() == Path(spec.removeprefix("hf:")).resolve():
+        raise ValueError(f"--out {out} is the folder of the model; name another one")
+    if (out.exists() and (not out.is_dir() or any(out.iterdir()))) or not out.parent.is_dir():
+        raise ValueError(f"--out {out}: expected a new or an empty folder, in a folder that exists")
+    return out
+
+
+def save_folder(pruned: Pruned, folder: Path, tokenizer: Path | None) -> None:
+    """Writes a Hugging Face model, with its tokenizer."""
+    pruned.save_pretrained(folder, None if tokenizer is None else tokenizer_in(tokenizer))
 
 
 def _factory(spec: str) -> Callable[..., Any]:

@@ -75,6 +75,51 @@ Drop = Annotated[
     list[str] | None,
     typer.Option(help="Column of a table that is left out, such as the target. May be repeated.", rich_help_panel=DATA),
 ]
+TestTexts = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="Packed texts to judge by. Default: the last tenth of the lines, which are then not fitted to.",
+        rich_help_panel=DATA,
+    ),
+]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        file_okay=False,
+        help="Folder of a Hugging Face tokenizer, for text. Default: that of hf:FOLDER.",
+        rich_help_panel=DATA,
+    ),
+]
+Pack = Annotated[
+    bool | None,
+    typer.Option(
+        "--pack/--pad",
+        help="Whether texts are cut from one stream of tokens, or each filled up to the longest one. Default: "
+        "packed for models that predict the next token.",
+        rich_help_panel=DATA,
+    ),
+]
+Agreement = Annotated[
+    float | None,
+    typer.Option(
+        help="The smallest model (by MACs) that still agrees with the original on all but this share of samples "
+        "that it was not fitted to: 0.01. The same class counts, or 1 - the squared error of outputs that are no "
+        "classes (--no-logits).",
+        rich_help_panel=AMOUNT,
+    ),
+]
+Export = Annotated[
+    Path | None,
+    typer.Option(
+        "--export",
+        help="Also write the pruned model as a program that needs no code of the model: a .pt2 (torch.export) or "
+        ".onnx file, whose outputs are compared.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Seed = Annotated[
     int, typer.Option(help="Seed of all that is drawn: the same seed, the same result.", rich_help_panel=DATA)
 ]

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,25 +11,30 @@ import typer
 from lnr_prune.calibration.data import calibrate
 from lnr_prune.calibration.examples import short_example
 from lnr_prune.cli.console import answering, check, command_line, lines, title, write
-from lnr_prune.cli.data import Source, batches, dtype_of
+from lnr_prune.cli.data import Source, batches, dtype_of, test_texts
 from lnr_prune.cli.export import check_export, export
 from lnr_prune.cli.images import INTERPOLATIONS, look_of
-from lnr_prune.cli.models import build, torchvision_weights
+from lnr_prune.cli.models import build, new_folder, save_folder, tokenizer_of, torchvision_weights
 from lnr_prune.cli.options import (
     AMOUNT,
     DATA,
     FILES,
     OUTPUT,
+    Agreement,
     Array,
     BatchSize,
     Column,
     Device,
     Drop,
+    Export,
     Html,
     Json,
     Model,
     ModelArg,
+    Pack,
     Seed,
+    TestTexts,
+    Tokenizer,
     Weights,
     amount,
     numbers,
@@ -38,7 +43,7 @@ from lnr_prune.cli.options import (
 )
 from lnr_prune.cli.recipe import Recipe
 from lnr_prune.cli.recipe import write as write_recipe
-from lnr_prune.cli.texts import reads_on
+from lnr_prune.cli.texts import predicted, reads_on, without_cache
 from lnr_prune.recipe import Recipe as Settings
 from lnr_prune.runtime.processes import launched
 from lnr_prune.runtime.run import Run
@@ -88,24 +93,12 @@ def prune(
     std: Annotated[
         str | None, typer.Option(help="Standard deviation of the colours, as in training.", rich_help_panel=DATA)
     ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, file_okay=False, help="Folder of a Hugging Face tokenizer, for text.", rich_help_panel=DATA
-        ),
-    ] = None,
+    test: TestTexts = None,
+    tokenizer: Tokenizer = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Longest text in tokens, or of every packed sample.", rich_help_panel=DATA)
     ] = 128,
-    pack: Annotated[
-        bool | None,
-        typer.Option(
-            "--pack/--pad",
-            help="Whether texts are cut from one stream of tokens, or each filled up to the longest one. Default: "
-            "packed for models that predict the next token.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    pack: Pack = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -139,15 +132,7 @@ def prune(
             rich_help_panel=AMOUNT,
         ),
     ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            help="The smallest model (by MACs) that still agrees with the original on all but this share of samples "
-            "that it was not fitted to: 0.01. The same class counts, or 1 - the squared error of outputs that are no "
-            "classes (--no-logits).",
-            rich_help_panel=AMOUNT,
-        ),
-    ] = None,
+    tolerance: Agreement = None,
     round_to: Annotated[
         int | None, typer.Option(help="With a budget: keep multiples of this many channels.", rich_help_panel=AMOUNT)
     ] = None,
@@ -218,18 +203,13 @@ def prune(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="File for the pruned model (safetensors). Needed unless --dry-run.", rich_help_panel=OUTPUT),
-    ] = None,
-    report_html: Html = None,
-    exported: Annotated[
-        Path | None,
         typer.Option(
-            "--export",
-            help="Also write the pruned model as a program that needs no code of the model: a .pt2 (torch.export) or "
-            ".onnx file, whose outputs are compared.",
+            help="File for the pruned model (safetensors); of hf:FOLDER, another folder. Needed unless --dry-run.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    report_html: Html = None,
+    exported: Export = None,
     recipe: Recipe = None,
     work: Annotated[
         Path | None,
@@ -261,7 +241,8 @@ def prune(
         )
         if into == "model":
             raise ValueError("--into is copy or graph, got model: the command never changes the model that it reads")
-        targets = {"--out": out, "--report-html": report_html, "--export": exported}
+        folder = new_folder(model, out) if first and not dry_run and into == "copy" else None
+        targets = {"--out": None if folder else out, "--report-html": report_html, "--export": exported}
         if exported is not None:
             check_export(exported)
         if first and not dry_run:
@@ -283,18 +264,24 @@ def prune(
         if first and data.is_dir():
             typer.echo(f"images: {look} ({origin})", err=True)
         source = Source(
-            data, count, batch_size, seed, tuple(array or ()), tuple(column or ()), tuple(drop or ()), look, tokenizer,
-            tokens, reads_on(net) if pack is None else pack,
+            data, count, batch_size, seed, tuple(array or ()), tuple(column or ()), tuple(drop or ()), look,
+            tokenizer or tokenizer_of(model), tokens, reads_on(net) if pack is None else pack, test,
         )  # fmt: skip
+        texts = test_texts(source) if reads_on(net) and into == "copy" else []
+        if test is not None and not texts:
+            raise ValueError("--test is for packed texts of a model that predicts the next token")
         quiet = logging.getLogger("lnr_prune").getEffectiveLevel() >= logging.ERROR
         shown = (None if sys.stderr.isatty() else lines()) if first and not quiet else False
-        samples = batches(source, dtype_of(net), ranks)
+        samples = without_cache(net, batches(source, dtype_of(net), ranks))
         done = settings.prune(net, samples, run=Run(work, low_memory, shown))
         written = {}
         if not first:
             return
         if not dry_run and out is not None:
-            done.save(out)
+            if folder is None:
+                done.save(out)
+            else:
+                save_folder(done, folder, source.tokenizer)
             written["out"] = str(out)
             if report_html is not None:
                 write(report_html, done.report.to_html(title=title(model), command=command_line()))
@@ -305,7 +292,11 @@ def prune(
             if recipe is not None and not recipe.exists():
                 write_recipe(context, recipe, settings)
                 written["recipe"] = str(recipe)
-        say(done.report, {**written, "report": done.report.to_dict()})
+        judged = predicted(net, done.model, texts) if texts else None
+        of_text = {"text": asdict(judged)} if judged else {}
+        say(done.report, {**written, **of_text, "report": done.report.to_dict()})
         if not as_json:
+            if judged:
+                say(str(judged), None)
             for path in written.values():
                 say(f"wrote {path}", None)

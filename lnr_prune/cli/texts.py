@@ -1,15 +1,21 @@
-"""Lines of text as tokens: padded to the longest one, or packed one after the other."""
+"""Lines of text as tokens, padded to the longest one or packed one after the other, and how well they are predicted."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lnr_prune.calibration.calls import run
+from lnr_prune.calibration.outputs import judged
 from lnr_prune.errors import CalibrationError
 from lnr_prune.runtime.optional import needed
 
+TEST = 10  # one in so many lines, the last ones, is left out to judge
+CHUNK = 256  # tokens whose probabilities are computed together
 CAUSAL = ("ForCausalLM", "LMHeadModel")  # how Hugging Face names models that read from left to right
 
 
@@ -18,7 +24,17 @@ def reads_on(model: nn.Module) -> bool:
     return type(model).__name__.endswith(CAUSAL)
 
 
-def lines_of(path: Path) -> list[str]:
+def without_cache(model: nn.Module, batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches, such that a Hugging Face model that predicts the next token keeps no keys and values of them.
+
+    Only generating needs these, and they take much memory.
+    """
+    if not reads_on(model) or "use_cache" not in inspect.signature(model.forward).parameters:
+        return batches
+    return [{**batch, "use_cache": False} if isinstance(batch, Mapping) else batch for batch in batches]
+
+
+def lines_of(path: Path) -> Sequence[str]:
     """The lines of a text file that are not empty.
 
     Raises:
@@ -64,3 +80,49 @@ def packed(tokenizer: Any, lines: Sequence[str], length: int, samples: int) -> d
             break
     rows = max(1, min(samples, len(stream) // length))
     return {"input_ids": torch.tensor(stream[: rows * length]).view(rows, -1)}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How well two language models predict the same text.
+
+    Attributes:
+        tokens: Number of tokens that are predicted.
+        before: Perplexity of the original: the exponential of the mean negative logarithm of a token's probability.
+        after: That of the pruned model.
+        divergence: ``E KL(p || p')`` of a token, in nats.
+    """
+
+    tokens: int
+    before: float
+    after: float
+    divergence: float
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.before:.4g} -> {self.after:.4g} on {self.tokens:,} tokens that nothing was fitted to; "
+            f"divergence {self.divergence:.3g} nats per token"
+        )
+
+
+def predicted(before: nn.Module, after: nn.Module, batches: Iterable[dict[str, Any]]) -> Prediction:
+    """Compares two models that predict the next token, on packed texts."""
+    device = next(before.parameters()).device
+    batches = without_cache(before, batches)
+    tokens, sums = 0, torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        here = {**batch, "input_ids": batch["input_ids"].to(device)}
+        wanted, tokens = here["input_ids"][:, 1:].reshape(-1), tokens + here["input_ids"][:, 1:].numel()
+        logits = [judged(run(net, ((), here)))[:, :-1].flatten(0, 1) for net in (before, after)]
+        for ids, *pieces in zip(wanted.split(CHUNK), *(each.split(CHUNK) for each in logits), strict=True):
+            p, q = (piece.double().log_softmax(1) for piece in pieces)
+            missed = [-each.gather(1, ids[:, None]).sum() for each in (p, q)]
+            sums += torch.stack([*missed, (p.exp() * (p - q)).sum()]).cpu()
+    old, new, divergence = sums / max(1, tokens)
+    return Prediction(tokens, float(old.exp()), float(new.exp()), float(divergence))
+
+
+def cut(lines: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The lines to fit to, and the last ones, to judge by; there are none if there are too few lines."""
+    judging = len(lines) // TEST
+    return lines[: len(lines) - judging], lines[len(lines) - judging :]

@@ -1,6 +1,6 @@
 """The least squares that fits a layer to its target."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from lnr_prune.refit.regression import DEFAULT_RIDGE, LayerFit, ridge_regression
 from lnr_prune.refit.target import RefitLayer, Rows, Target, pieces_of, rows_of
 
 KEPT = 2**26  # rows of up to so many elements are kept while a layer is fitted
+PROBABLE = 2**25  # elements of the rows whose logits are fitted by divergence: some thousands of 10,000 classes
+LARGEST = 2**23  # entries of a matrix that is fitted by divergence; it takes 40 times its memory
 STEP = 1.5  # lengthens the step towards the fixed point behind an activation; with 1, it takes three steps
 
 
@@ -43,7 +45,7 @@ def fitted(
         aM, _ = ridge_regression(moments, None, stays, ridged, alpha * W, found.ridge)
     M = (aM / alpha).where(alpha != 0, W * stays)  # rows that nobody reads stay
     if softmax is not False:
-        probable = _divergence_fitted(layer, target, M, found.ridge, read(), squares=softmax is None)
+        probable = _divergence_fitted(layer, target, M, found.ridge, read(), found.samples, squares=softmax is None)
         if probable is not None:
             return probable[0], replace(found, error=probable[1], softmax=True)
     return M, found
@@ -67,15 +69,30 @@ def fitted_to_all_calls(layer: RefitLayer, moments: SecondMoments, ridge: float 
     return ridge_regression(moments.through(W), None, layer.stays(), layer.ridged(), W, ridge)
 
 
+def _some(read: Iterable[Rows], elements: int) -> Iterator[tuple[bool, Tensor, Tensor]]:
+    """Rows of x and y that have no more than `PROBABLE` elements together: one in so many, of each part."""
+    every, seen = -(-elements // PROBABLE), [0, 0]
+    for part, x, y, _ in read:
+        some = slice(-seen[part] % every, None, every)
+        seen[part] += len(x)
+        yield part, *((x, y) if every == 1 else (x[some].clone(), y[some].clone()))
+
+
 def _divergence_fitted(
-    layer: RefitLayer, target: Target, M: Tensor, ridge: float, read: Iterable[Rows], *, squares: bool
+    layer: RefitLayer, target: Target, M: Tensor, ridge: float, read: Iterable[Rows], rows: int, *, squares: bool
 ) -> tuple[Tensor, float] | None:
     """M fitted again, for a target of logits, by the divergence of their softmax, see `softmax_regression`.
+
+    If there are too many rows, one in so many is used; M stays as it is if it is too large, see `PROBABLE` and
+    `LARGEST`.
 
     Returns:
         M and ``E||y - M x||^2``, or None if this serves nobody better.
     """
-    parts = [(torch.full((len(x),), part, device=x.device), x, y) for part, x, y, _ in read]
+    h, d = M.shape
+    if h * d > LARGEST:
+        return None
+    parts = [(torch.full((len(x),), part, device=x.device), x, y) for part, x, y in _some(read, rows * (h + d))]
     of_all = [rows for of_rank in target.ranks.all_gather(parts) for rows in of_rank]
     held, x, y = (torch.cat(each) for each in zip(*of_all, strict=True))
     stays = layer.stays()

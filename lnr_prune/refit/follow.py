@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from lnr_prune.calibration.calls import Call, forward, fresh
 from lnr_prune.calibration.functions.application import applied
 from lnr_prune.calibration.functions.views import Views
+from lnr_prune.calibration.outputs import judged
 from lnr_prune.calibration.visible.attention import visible_attention
 from lnr_prune.calibration.visible.recurrent import VisibleRecurrence
 from lnr_prune.graph.module import evaluating, named_tensors, unfused_attention
@@ -55,7 +56,7 @@ def wiring_of(model: nn.Module, names: Iterable[str], example: Call) -> Wiring:
         outputs = forward(model, call)
     names = list(names)
     trail = _Trail(record.calls, named_tensors(model), names)
-    given = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    given = [leaf for leaf in tree_leaves(judged(outputs)) if isinstance(leaf, Tensor)]
     last = next((name for name in names if len(given) == 1 and trail.makes_alone(name, given[0])), None)
     return Wiring(tuple(call.function for call in record.calls), {name: trail.follow(name) for name in names}, last)
 

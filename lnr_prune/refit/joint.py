@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lnr_prune.calibration.moments import SecondMoments
 from lnr_prune.calibration.rows import rows, shifts
-from lnr_prune.calibration.watch import LayerCall
+from lnr_prune.calibration.watch import LayerCall, without
 from lnr_prune.errors import ran_out_of_memory
 from lnr_prune.refit.downstream import Steps
 from lnr_prune.refit.side_by_side import Arrival
@@ -44,10 +44,10 @@ class Passed:
     way: Callable[[Tensor], Tensor]
 
     @classmethod
-    def of(cls, arrival: Arrival, way: Steps) -> "Passed":
-        """A batch that is about to pass a layer; ``way`` leads to the next layer."""
-        shape = torch.empty_like(arrival.call.output, device="meta")
-        return cls(replace(arrival.call, input=arrival.x, output=shape), partial(way, added=arrival.beside or ()))
+    def of(cls, arrival: Arrival, way: Steps, counts: Tensor | None) -> "Passed":
+        """A batch that is about to pass a layer; ``way`` leads to the next layer, and ``counts`` says what counts."""
+        call = replace(arrival.call, input=arrival.x, output=torch.empty_like(arrival.call.output, device="meta"))
+        return cls(call.counting(counts), partial(way, added=arrival.beside or ()))
 
     def onwards(self, arguments: Mapping[str, Tensor]) -> Tensor:
         """The next layer's input if this layer is called with these arguments."""
@@ -168,7 +168,7 @@ class _Block:
         added = self.target.shortcuts[batch][network] if self.target.shortcuts else []
         z = self.target.downstream.affine(y, added)
         if self.logits:
-            return z.log_softmax(1)
+            return z.log_softmax(-1)
         return z if self.target.downstream.activation is None else self.target.downstream.activation(z)
 
     def wanted(self, batch: int) -> Tensor:
@@ -188,11 +188,15 @@ class _Block:
             (mask,) = torch.autograd.grad(some.sum(), one)
         return mask.flatten()
 
+    def counted(self, batch: int, values: Tensor) -> Tensor:
+        """Zero where a batch's output does not count."""
+        counts = self.target.calls[batch].counts
+        return values if counts is None else without(values, ~counts, 0.0)
+
     @cached_property
     def held(self) -> dict[int, Tensor]:
         """Per batch, which samples are held out, (n,) bool."""
-        calls, places = self.target.calls, self.target.places
-        return {batch: places[batch].held(len(calls[batch].input)) for batch in self.batches}
+        return {batch: self.target.places[batch].held(len(self.target.calls[batch].input)) for batch in self.batches}
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ def _error(block: _Block, N: Tensor, M: Tensor) -> tuple[_Error, list[Tensor]]:
     for batch in block.batches:
         wanted, made = block.wanted(batch), block.run(batch, N, M)[-1]
         parts = wanted.exp() * (wanted - made) if block.logits else (wanted - made).square()
-        errors, held = (parts.flatten(1) @ block.alive[batch]).double(), block.held[batch]
+        errors, held = (block.counted(batch, parts).flatten(1) @ block.alive[batch]).double(), block.held[batch]
         fit = errors[~held].sum()
         for total, part in zip(gradients, torch.autograd.grad(fit, (N, M)), strict=True):
             total += part
@@ -261,7 +265,8 @@ def _moments(block: _Block, M: Tensor, stays: Sequence[Tensor]) -> _Moments | No
         with torch.enable_grad():
             *ys, phi = block.run(batch, *starts)
             fisher = (phi / 2).exp().detach() if block.logits else 1.0
-            gradients = _derived(((phi * _random(phi, numbers) * fisher).flatten(1) @ alive).sum(), ys)
+            drawn = block.counted(batch, phi * _random(phi, numbers) * fisher)
+            gradients = _derived((drawn.flatten(1) @ alive).sum(), ys)
         if gradients is None:
             derived = False
             break
@@ -271,7 +276,7 @@ def _moments(block: _Block, M: Tensor, stays: Sequence[Tensor]) -> _Moments | No
                 inputs[index] = inputs[index].with_rows(layer.inputs(x)[:, stays[index]], x.new_empty(len(x), 0))
                 outputs[index] = outputs[index].with_rows(g, g.new_empty(len(g), 0))
         wanted = block.wanted(batch)
-        power = (-(wanted.exp() * wanted) if block.logits else wanted.square()).flatten(1) @ alive
+        power = block.counted(batch, -(wanted.exp() * wanted) if block.logits else wanted.square()).flatten(1) @ alive
         counts = [len(call.input), *(y.numel() // len(start) for y, start in zip(ys, starts, strict=True))]
         sums += torch.stack([*sums.new_tensor(counts), power.sum().to(sums)])
     if not all(block.target.ranks.all_gather(derived)):

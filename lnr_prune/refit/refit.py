@@ -124,7 +124,7 @@ def prepared(model: nn.Module, names: Iterable[str], data: Calibration, ranks: R
         wiring, calls = wiring_of(model, names, example), list(data)
         manner, tensors = manner_of(model, wiring, example), named_tensors(model)
         prefixes = [Prefix(model, call, tensors, manner) for call in calls]
-        return Prepared(calls, list(places_of(calls, ranks)), wiring, manner, prefixes)
+        return Prepared(calls, list(places_of(calls, ranks, data.counts)), wiring, manner, prefixes)
 
 
 @contextmanager
@@ -229,7 +229,9 @@ def refit(
             if name in makers.values():
                 way = wiring.layers[name].way
                 passed[name] = {
-                    batch: Passed.of(arrival, way) for batch, arrival in arrivals.items() if arrival.beside is not None
+                    batch: Passed.of(arrival, way, places[batch].counts)
+                    for batch, arrival in arrivals.items()
+                    if arrival.beside is not None
                 }
             walk.go_on(name, arrivals, called[name], inputs)
     return Refitted(weights, fits)

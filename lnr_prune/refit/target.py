@@ -169,7 +169,8 @@ def target_of(
         places: Where they stand.
         ranks: The processes that hold the rest of the batches.
     """
-    calls = [replace(arrival.call, input=arrival.x) for arrival in arrivals]
+    pairs = zip(arrivals, places, strict=True)
+    calls = [replace(arrival.call, input=arrival.x).counting(place.counts) for arrival, place in pairs]
     shortcuts = [arrival.shortcuts for arrival in arrivals if arrival.shortcuts is not None]
     known = len(shortcuts) == len(calls)
     first = [call for call in calls if len(call.input)][:1]  # none if this process has no samples

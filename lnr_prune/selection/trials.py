@@ -195,13 +195,13 @@ def trials_of(
         work: The processes, the progress, and where measurements are kept.
     """
     fitted, judging = first_of_each_half(data, samples, work.ranks)  # all ranks have all
-    error, tensors = output_error(model, judging or fitted, logits), named_tensors(model)
+    error, tensors = output_error(model, judging or fitted, logits, data.counts), named_tensors(model)
 
     def judge(weights: Mapping[str, Tensor]) -> float:
         return error(with_whole_stacks(weights, tensors))
 
     few = first_samples(fitted, tried_samples(samples))
-    whole, part = (Calibration(work.ranks.shard(calls), lambda call: call) for calls in (fitted, few))
+    whole, part = (Calibration(work.ranks.shard(calls), lambda call: call, data.counts) for calls in (fitted, few))
     return Trials(model, target, graph, groups, passes, whole, part, judge, data.example(), refit, bias, logits, work)
 
 

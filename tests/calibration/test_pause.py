@@ -211,3 +211,22 @@ def test_errors_of_the_outputs_are_those_of_whole_passes(name: str) -> None:
             pairs = [(outputs(model, call), outputs(model, call, weights)) for call in calls]
             expected = divergence([a for a, _ in pairs], [b for _, b in pairs])
             assert error(weights) == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+def test_flags_among_the_arguments_are_no_tensors_of_the_pass() -> None:
+    """There is only one False: a pass that goes on turns gradients off, too."""
+
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, cache: bool = True) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    model, call = Flagged().eval(), ((torch.randn(2, 4),), {"cache": False})
+    prefix = Prefix(model, call, named_tensors(model), Manner())
+    with evaluating(model):
+        pause = prefix.before({id(model.second.weight)})
+        assert pause is not None
+        assert not go_on(model, pause, Replay(pause), Manner())[1].requires_grad

@@ -2,19 +2,20 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from lnr_prune.cli.data import Source, batches
 from lnr_prune.cli.images import Look, look_of
 from lnr_prune.cli.main import app
-from lnr_prune.cli.texts import packed, reads_on
+from lnr_prune.cli.texts import cut, packed, predicted, reads_on
 from lnr_prune.errors import CalibrationError
 from lnr_prune.runtime.optional import import_torchvision
 from tests.helpers.models import mlp
@@ -174,3 +175,67 @@ def test_packed_texts_have_no_padding() -> None:
     assert packed(endless, lines, 5, 9)["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
     assert reads_on(type("LlamaForCausalLM", (nn.Module,), {})())
     assert not reads_on(mlp(2, 2))
+
+
+def test_perplexities_and_divergences_are_those_of_the_tokens() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6)).requires_grad_(False) for _ in range(2)]
+
+    class Named(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.inside(input_ids), "hidden": input_ids.double()}
+
+    ids = torch.randint(6, (5, 200))
+    found = predicted(Named(models[0]), Named(models[1]), [{"input_ids": some} for some in ids.split(2)])
+    p, q = (model(ids[:, :-1]).double().log_softmax(-1).flatten(0, 1) for model in models)
+    losses = [nn.functional.nll_loss(each, ids[:, 1:].flatten()) for each in (p, q)]
+    assert found.tokens == 5 * 199
+    assert [found.before, found.after] == pytest.approx([float(loss.exp()) for loss in losses])
+    assert found.divergence == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()))
+    assert "on 995 tokens" in str(found)
+
+
+def test_the_last_lines_judge() -> None:
+    lines = [str(number) for number in range(25)]
+    assert cut(lines) == (lines[:23], lines[23:])
+    assert cut(lines[:5]) == (lines[:5], [])
+
+
+def test_a_language_model_goes_from_folder_to_folder(folder: Path) -> None:
+    import_torchvision()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    parts: Any = pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    words = {word: number for number, word in enumerate(["<s>", "</s>", "a", "line", "of", "text"])}
+    plain = parts.Tokenizer(parts.models.WordLevel(words, unk_token="<s>"))
+    plain.pre_tokenizer = parts.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", bos_token="<s>")
+    settings = transformers.LlamaConfig(
+        vocab_size=6, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(settings).save_pretrained("whole")
+    tokenizer.save_pretrained("whole")
+    (folder / "text.txt").write_text("a line of text\nof a text\nline\n" * 40, encoding="utf-8")
+    command = ["prune", "hf:whole", "--data", "text.txt", "--tokens", "8", "--batch-size", "4", "--keep", "0.5"]
+    result = run(*command, "--out", "small", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["text"]["before"] > 1
+    assert said["text"]["after"] > 1
+    assert said["text"]["tokens"] == 5 * 7
+    small = transformers.AutoModelForCausalLM.from_pretrained("small")
+    assert small.config.use_cache
+    assert small.config.intermediate_size == 6
+    assert transformers.AutoTokenizer.from_pretrained("small")("a text")["input_ids"] == [2, 5]
+    assert "--test is for packed texts" in run(*command, "--dry-run", "--pad", "--test", "text.txt").output
+    for out, message in (("whole", "is the folder of the model"), ("small", "expected a new or an empty folder")):
+        result = run(*command, "--out", out)
+        assert result.exit_code == 2
+        assert message in result.output

@@ -112,7 +112,7 @@ class Replay(TorchFunctionMode):
         self.halted, self._leaving, self._due = False, False, False
         self._known, self._number = len(self.functions), 0
         self._before, self._follow, self._keep = before, follow, keep
-        self._mine = {id(leaf) for leaf in tree_leaves(pause.call)}  # tensors that belong to this pass
+        self._mine = _tensors_in(pause.call)  # that belong to this pass
 
     def halt(self) -> None:
         """Ends the forward here, before the function that is about to be computed."""
@@ -166,7 +166,7 @@ class Replay(TorchFunctionMode):
         written = result is None or (result is first and result is not GONE)
         if written and id(first) not in self._mine:  # a setting of torch's, or a tensor of the model
             return func(*args, **kwargs)
-        self._mine |= {id(result)} if isinstance(result, Tensor) else {id(leaf) for leaf in tree_leaves(result)}
+        self._mine |= _tensors_in(result)
         return result
 
 
@@ -253,6 +253,12 @@ class _Halt(BaseException):
 
 class _OtherPathError(Exception):
     """The forward does not call the functions that it has called before."""
+
+
+def _tensors_in(value: Any) -> set[int]:
+    """Ids of tensors; there is only one True and one None, so those would say nothing."""
+    leaves = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    return {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def _weak(result: Any) -> Any:
