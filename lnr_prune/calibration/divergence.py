@@ -84,7 +84,7 @@ def output_error(
 def agreement(
     model: nn.Module, calls: Iterable[Call], counts: Counts = everything, ranks: Ranks = ALONE
 ) -> Callable[[Mapping[str, Tensor]], float]:
-    """A function from full-size weights to the share of all ranks' samples, or tokens, with the same class as before."""
+    """A function from full-size weights to the share of all samples, or tokens, with the same class as before."""
 
     def classes_of(call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         return outputs(model, call, weights, True, counts).argmax(1)
