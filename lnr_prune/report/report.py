@@ -216,7 +216,7 @@ class Report:
             )
         for what, reasons in (("frozen", self.frozen), ("folded", self.folded)):
             for reason, layers in by_reason(reasons).items():
-                add(table, ", ".join(layers), *["-"] * (3 + len(more)), f"{what}: {reason}")
+                add(table, ", ".join(layers), *["-"] * (4 + len(more)), f"{what}: {reason}")
         return table
 
     def _caption(self) -> str:

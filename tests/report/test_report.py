@@ -80,6 +80,14 @@ def test_what_is_being_done_is_told() -> None:
     assert all(each.endswith(" left)") for each in told)
 
 
+@pytest.mark.parametrize("more", [{}, {"predicted": 0.1}, {"gap": 1e-6}, {"gap": 1e-6, "predicted": 0.1}])
+def test_reasons_are_in_the_last_column(more: dict[str, Any]) -> None:
+    row = GroupReport("a", ("a",), ("b",), 4, 2, note="why", **more)
+    lines = str(Report((row,), (), 0.0, {"c": "said"}, 1, 1, 1, 1)).splitlines()
+    of_group, frozen = (next(line for line in lines if word in line) for word in ("why", "frozen: said"))
+    assert of_group.index("why") == frozen.index("frozen")
+
+
 def test_names_are_no_markup() -> None:
     row = GroupReport("[red]a[/]", ("[red]a[/]",), ("[/b]",), 4, 2, note="[link=x]")
     text = str(Report((row,), (), 0.0, {"[i]c": "[/]"}, 1, 1, 1, 1))
