@@ -6,6 +6,7 @@ arithmetic were measured, too, on two cores; so the forecast says how long, roug
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ from lnr_prune.selection.trials import tried_samples
 
 logger = logging.getLogger("lnr_prune")
 TIMED = 32  # samples of the pass that is timed
+GATHER = 1.2  # passes in which the statistics are gathered
+REFIT = 2.5  # passes of a refit: two networks, and what they wait for
 SUFFIX = 0.6  # share of a pass that is behind a group, in the mean
 LADDER = 12.0  # Cholesky factorisations of a layer's refit
 ELIMINATION = 20.0  # of the elimination of a group, for each of its consumers
@@ -113,46 +116,47 @@ def forecast(
     read = arithmetic({layer.consumer.weight: layer for g in groups for layer in adapted_layers(g, bias)}.values())
     solved = arithmetic(refitted_layers(graph, groups, bias).values()) if refit else []
     eliminated = ELIMINATION * sum(layer.factorisation for layer in read)
-    speed = measured_speed(model, data)
+    speed = measured_speed(model, first_samples(data, TIMED) or [example])
 
     def stage(name: str, steps: int, passed: float, multiplied: float) -> Stage:
         return Stage(name, steps, passed * speed.sample + multiplied * speed.multiplication)
 
-    def refitted(fitted: float, share: float = 1.0) -> tuple[float, float]:
+    def refitted(settings: Refit | None, fitted: float, share: float = 1.0) -> tuple[float, float]:
         ladders = LADDER * sum(layer.factorisation for layer in solved)
-        return 2.5 * share * fitted, share * (ladders + sum(layer.products(fitted) for layer in solved))
+        windows = WINDOW * settings.joint_iterations if settings else 0.0
+        passed = (REFIT + windows) * share * fitted if settings else 0.0
+        return passed, share * (ladders + sum(layer.products(fitted) for layer in solved))
 
-    gathered = 1.2 * samples * passes, sum(layer.products(samples) for layer in read)
-    stages = [stage("statistics", passes * -(-samples // samples_in(data.example())), *gathered)]
+    gathered = GATHER * samples * passes, sum(layer.products(samples) for layer in read)
+    batches = -(-samples // samples_in(next(iter(data), example)))  # a process may have none
+    stages = [stage("statistics", passes * batches, *gathered)]
     if effort is not None:
         judging = min(effort.samples, samples / 2)
         curves = len(SHARES) * len(groups) * SUFFIX * judging
         stages.append(stage("measuring", len(groups), curves, eliminated))
-        passed, multiplied = refitted(min(tried_samples(effort.samples), samples / 2), SUFFIX)
+        passed, multiplied = refitted(Refit(), min(tried_samples(effort.samples), samples / 2), SUFFIX)
         for name, trials in (("trying", min(effort.refits, len(groups)) if refit else 0), ("searching", effort.search)):
             stages.append(stage(name, trials, trials * (passed + judging), trials * multiplied))
-        passed, multiplied = refitted(samples)
+        passed, multiplied = refitted(refit, samples)
         stages.append(stage("evaluating", evaluations, evaluations * passed, evaluations * (multiplied + eliminated)))
-        passed, multiplied = refitted(judging)
+        passed, multiplied = refitted(refit, judging)
         stages.append(stage("predicting", 1, passed + judging, multiplied))
     stages.append(stage("selecting", len(groups), 0, eliminated))
-    passed, multiplied = refitted(samples)
-    windows = WINDOW * refit.joint_iterations * samples if refit else 0.0
-    stages.append(stage("refitting", len(solved), passed + windows, multiplied))
+    passed, multiplied = refitted(refit, samples)
+    stages.append(stage("refitting", len(solved), passed, multiplied))
     stages = [stage for stage in stages if stage.steps]
     _log(stages, samples, speed)
     return stages
 
 
 def _log(stages: Sequence[Stage], samples: int, speed: Speed) -> None:
-    one, total = samples * speed.sample, sum(stage.seconds for stage in stages)
+    one, total = samples * speed.sample or math.inf, sum(stage.seconds for stage in stages)
     parts = " + ".join(f"{stage.name} {stage.seconds / one:.1f}" for stage in stages)
     logger.info("plan: %s forward passes of %d samples, about %s here", parts, samples, duration(total))
 
 
-def measured_speed(model: nn.Module, data: Calibration) -> Speed:
+def measured_speed(model: nn.Module, calls: Sequence[Call]) -> Speed:
     """Times a forward pass of a few samples, and a product."""
-    calls = first_samples(data, TIMED)
     device = next(iter(named_tensors(model).values()), torch.empty(0)).device
     A = torch.ones(PRODUCT, PRODUCT, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     _seconds(lambda: [run(model, call) for call in calls[:1]])  # what is done once only
