@@ -9,7 +9,7 @@ import logging
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,26 +19,20 @@ from torch import Tensor, nn
 from lnr_prune.calibration.calls import Call
 from lnr_prune.calibration.data import Calibration, each_half
 from lnr_prune.calibration.divergence import agreement
-from lnr_prune.calibration.reading import Part, fit, whole
-from lnr_prune.collapse.masks import Supports, masked_weights
+from lnr_prune.calibration.reading import fit, whole
+from lnr_prune.collapse.masks import Supports
 from lnr_prune.collapse.plan import Plan
 from lnr_prune.collapse.verify import copied
 from lnr_prune.errors import GraphError
 from lnr_prune.graph.groups import ChannelGroup, Graph
-from lnr_prune.graph.module import named_tensors
 from lnr_prune.graph.modules.guard import users_device
-from lnr_prune.graph.weights import with_whole_stacks
-from lnr_prune.refit.network import refit_network
 from lnr_prune.report.walk import Walk, WalkStep
 from lnr_prune.runtime.checks import check_count, check_size, nearest
-from lnr_prune.runtime.progress import silent
 from lnr_prune.runtime.work import Work
 from lnr_prune.selection.allocation import Allocation, smallest_sizes
-from lnr_prune.selection.amount import at_sizes
 from lnr_prune.selection.budget import Budget, Effort, Grid
 from lnr_prune.selection.costs.cost_model import Cost, Sizes
 from lnr_prune.selection.search import refitted_curves, searched
-from lnr_prune.selection.select import as_selected, select, supports_of
 from lnr_prune.selection.selectors import Selector
 from lnr_prune.selection.trials import Trials
 
@@ -175,14 +169,14 @@ class Metric:
     ) -> Callable[[Sizes[ChannelGroup]], float]:
         """A function of the groups' sizes: what the model that is pruned to them is worth."""
         if (evaluate := self.evaluate) is not None:
-            return lambda sizes: self._value(evaluate, *pruned_weights(trials, sizes, selector, seed, whole, data))
+            return lambda sizes: self._value(evaluate, *trials.weights(sizes, selector, seed, whole, data))
         fitted, judging = each_half(data, self.work.ranks)
         if not any(self.work.ranks.all_gather(judging.samples)):
             judging = fitted  # there is a single sample
         same = None if trials.logits is False else agreement(trials.model, judging, judging.counts, self.work.ranks)
 
         def agrees(sizes: Sizes[ChannelGroup]) -> float:
-            _, weights = pruned_weights(trials, sizes, selector, seed, fit, fitted)
+            _, weights = trials.weights(sizes, selector, seed, fit, fitted)
             return same(weights) if same else 1.0 - trials.judge(weights)
 
         return agrees
@@ -204,36 +198,6 @@ class Metric:
                 f"({error.__cause__ or 'a copy runs on the parameters of the original'}): leave evaluate out, which "
                 "needs no copies, or give a Budget"
             ) from error
-
-
-def pruned_weights(
-    trials: Trials, sizes: Sizes[ChannelGroup], selector: Selector, seed: int, part: Part, data: Calibration
-) -> tuple[Supports, Mapping[str, Tensor]]:
-    """What is kept, and the masked model's full-size weights, when the model is pruned to these sizes.
-
-    Args:
-        trials: The network.
-        sizes: Channels that every group keeps.
-        selector: Chooses the channels.
-        seed: Seed of what is drawn.
-        part: Picks the samples whose moments are used.
-        data: The samples that the layers are refitted to.
-    """
-    tensors, quiet = named_tensors(trials.model), replace(trials.work.forgetful(), step=silent)
-    selected = select(
-        trials.passes, at_sizes(sizes, selector), tensors,
-        seed=seed, coefficients=trials.refit is None, part=part, work=quiet,
-    )  # fmt: skip
-    supports = supports_of(selected)
-    if trials.refit is None:
-        fitted = as_selected(selected, tensors)
-    else:
-        fitted = refit_network(
-            trials.model, trials.graph, supports, data,
-            settings=trials.refit, bias=trials.bias, logits=trials.logits,
-            repeated=trials.passes.moments_of(trials.graph.repeated), work=quiet,
-        )  # fmt: skip
-    return supports, with_whole_stacks({**masked_weights(supports, tensors), **fitted.weights}, tensors)
 
 
 def within_tolerance(

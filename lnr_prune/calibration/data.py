@@ -243,16 +243,12 @@ def first_of_each_half(
         ranks: The processes that prune together.
     """
     wanted = data.samples if samples is None else samples
-    first, total = ranks.before(data.samples)
     found: tuple[list[Call], list[Call]] = ([], [])
     counts = [0, 0]
-    for call in data:
-        place = Place(first, samples_in(call), total or 0)
-        for judges, piece in halves(call, place):
-            if counts[judges] < wanted:
-                found[judges].append(piece)
-                counts[judges] += samples_in(piece)
-        first += place.size
+    for judges, piece in _pieces(data, ranks):
+        if counts[judges] < wanted:
+            found[judges].append(piece)
+            counts[judges] += samples_in(piece)
         if min(counts) >= wanted:
             break
     fit, judge = (_shared(calls, wanted, ranks) for calls in found)
@@ -261,15 +257,20 @@ def first_of_each_half(
 
 def each_half(data: Calibration, ranks: Ranks = ALONE) -> tuple[Calibration, Calibration]:
     """This process's samples to fit on, and those to judge by: all of them, as in `first_of_each_half`."""
-    first, total = ranks.before(data.samples)
     found: tuple[list[Call], list[Call]] = ([], [])
-    for call in data:
-        place = Place(first, samples_in(call), total or 0)
-        for judges, piece in halves(call, place):
-            found[judges].append(piece)
-        first += place.size
+    for judges, piece in _pieces(data, ranks):
+        found[judges].append(piece)
     fit, judge = (Calibration(calls, lambda call: call, data.counts) for calls in found)
     return fit, judge
+
+
+def _pieces(data: Calibration, ranks: Ranks) -> Iterator[tuple[bool, Call]]:
+    """This process's batches, each cut into samples that judge (True) and others."""
+    first, total = ranks.before(data.samples)
+    for call in data:
+        place = Place(first, samples_in(call), total or 0)
+        yield from halves(call, place)
+        first += place.size
 
 
 def _shared(calls: Sequence[Call], samples: int, ranks: Ranks) -> list[Call]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lnr_prune.calibration.calls import Call
 from lnr_prune.calibration.data import Calibration, first_of_each_half, first_samples
 from lnr_prune.calibration.divergence import output_error
-from lnr_prune.calibration.reading import GroupPasses, fit
+from lnr_prune.calibration.reading import GroupPasses, Part, fit
 from lnr_prune.collapse.collapse import collapse, restore_point
 from lnr_prune.collapse.masks import Supports, masked_weights
 from lnr_prune.collapse.plan import make_plan
@@ -108,32 +108,53 @@ class Trials:
             self.work.step("predicting")
             if selector == Backward() and self.refit is not None:
                 return self._judged(self._supports(allocation.sizes), self.refit, self.fit)
-            tensors, quiet = named_tensors(self.model), self._quiet
-            choices = at_sizes(allocation.sizes, selector)
-            chosen = select(
-                self.passes, choices, tensors, seed=seed, coefficients=self.refit is None, part=fit, work=quiet
-            )
-            if self.refit is not None:
-                return self._judged(supports_of(chosen), self.refit, self.fit)
-            masked = masked_weights(supports_of(chosen), tensors)
-            return self.work.ranks.all_gather(self.judge({**masked, **as_selected(chosen, tensors).weights}))[0]
+            _, weights = self.weights(allocation.sizes, selector, seed, fit, self.fit)
+            return self.work.ranks.all_gather(self.judge(weights))[0]
 
         total = self.work.remembered("promise", float, measure)
         scale = total / allocation.error if allocation.error > 0 else 1.0
         return {group: error * scale for group, error in allocation.errors.items()}
+
+    def weights(
+        self, sizes: Sizes[ChannelGroup], selector: Selector, seed: int, part: Part, data: Calibration
+    ) -> tuple[Supports, Mapping[str, Tensor]]:
+        """What is kept, and the masked model's full-size weights, when the model is pruned to these sizes.
+
+        Args:
+            sizes: Channels that every group keeps.
+            selector: Chooses the channels.
+            seed: Seed of what is drawn.
+            part: Picks the samples whose moments are used.
+            data: The samples that the layers are refitted to.
+        """
+        tensors = named_tensors(self.model)
+        selected = select(
+            self.passes, at_sizes(sizes, selector), tensors,
+            seed=seed, coefficients=self.refit is None, part=part, work=self._quiet,
+        )  # fmt: skip
+        supports = supports_of(selected)
+        if self.refit is None:
+            new = as_selected(selected, tensors).weights
+        else:
+            new = self._refitted(supports, self.refit, data)
+        return supports, with_whole_stacks({**masked_weights(supports, tensors), **new}, tensors)
 
     def _supports(self, sizes: Sizes[ChannelGroup]) -> Supports:
         return {group: self._measured[1][group].support(size) for group, size in sizes.items()}
 
     def _judged(self, supports: Supports, settings: Refit, data: Calibration | Prepared) -> float:
         """Error of the outputs with these channels, and all layers refitted to the data."""
-        done = refit_network(
+        masked = masked_weights(supports, named_tensors(self.model))
+        new = self._refitted(supports, settings, data)
+        return self.work.ranks.all_gather(self.judge({**masked, **new}))[0]
+
+    def _refitted(self, supports: Supports, settings: Refit, data: Calibration | Prepared) -> Mapping[str, Tensor]:
+        """The weights of the layers that are refitted to the data."""
+        return refit_network(
             self.model, self.graph, supports, data,
             settings=settings, bias=self.bias, logits=self.logits,
             repeated=self.passes.moments_of(self.graph.repeated), work=self._quiet,
-        )  # fmt: skip
-        masked = masked_weights(supports, named_tensors(self.model))
-        return self.work.ranks.all_gather(self.judge({**masked, **done.weights}))[0]
+        ).weights  # fmt: skip
 
     @cached_property
     def _prepared(self) -> Prepared:
